@@ -1,0 +1,78 @@
+"""Where the built-in callbacks live: names of other distributions, found when they are asked for.
+
+The table is frozen to the names of the contract; a new callback is imported from its own package.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_NAMES_BY_PACKAGE: dict[str, dict[str, tuple[str, ...]]] = {
+    "dream_trainer.callbacks": {
+        "checkpoint": (
+            "CheckpointCallback",
+            "AsyncCheckpointCallback",
+            "LoadPartialCheckpointCallback",
+            "ExportCallback",
+            "CheckpointParameters",
+        ),
+        "logging": (
+            "LoggerCallback",
+            "LRLoggerCallback",
+            "MetricLoggerCallback",
+            "MediaLoggerCallback",
+            "ModelWatchCallback",
+            "JSONLinesSink",
+            "TensorBoardSink",
+            "WandBSink",
+        ),
+        "summary": ("ProgressBar", "TrainerSummary", "ModelSummary"),
+        "profile": ("ProfileCallback", "FindGraphBreaksCallback", "BenchmarkCallback"),
+        "fsdp": ("OptimizeFSDP",),
+    },
+    "dream_trainer.trainer.mixins": {"logging": ("WandBLoggerMixin",)},
+    "dream_trainer.configs": {"checkpoint": ("CheckpointParameters",)},
+}
+
+
+def names_in(module: str) -> list[str]:
+    """Names that `module` forwards to other distributions, installed or not."""
+    return [name for names in _NAMES_BY_PACKAGE[module].values() for name in names]
+
+
+def resolve(module: str, name: str) -> Any:
+    """The object that `module` forwards `name` to.
+
+    Raises:
+        AttributeError: If `module` has no such name.
+        ImportError: If the distribution that holds it isn't installed or is too old for the
+            name. An error inside an installed distribution is raised as it is.
+    """
+    for package, names in _NAMES_BY_PACKAGE[module].items():
+        if name in names:
+            return _import_from(package, name)
+    raise AttributeError(f"module {module!r} has no attribute {name!r}")
+
+
+def _import_from(package: str, name: str) -> Any:
+    distribution = f"dream-callbacks-{package}"
+    target = f"dream_callbacks.{package}"
+    try:
+        module = importlib.import_module(target)
+    except ModuleNotFoundError as error:
+        if error.name not in ("dream_callbacks", target):
+            raise
+        raise ImportError(
+            f"{name} is in {distribution}, which is not installed: pip install {distribution}",
+            name=target,
+        ) from None
+    if name not in vars(module) and name not in getattr(module, "__all__", ()):
+        from importlib.metadata import version
+
+        raise ImportError(
+            f"{name} is not in the installed {distribution} {version(distribution)}: "
+            f"pip install --upgrade {distribution}",
+            name=target,
+        )
+    return getattr(module, name)

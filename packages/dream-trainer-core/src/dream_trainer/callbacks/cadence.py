@@ -1,0 +1,86 @@
+"""Every: the one spelling of "how often"."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Every:
+    """How often something happens; with several, whichever comes first.
+
+    Args:
+        steps: Optimizer steps between two times.
+        epochs: Epochs between two times.
+        seconds: Seconds between two times. Clocks differ between ranks: where all of them must
+            act together, let one rank decide.
+
+    Raises:
+        ValueError: If nothing is given, or a number isn't above 0.
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if not given:
+            raise ValueError("Every() never happens; give it steps=…, epochs=… or seconds=…")
+        for name, value in given.items():
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not value > 0 or (name != "seconds" and value != int(value)):
+                kind = "a number" if name == "seconds" else "a whole number"
+                raise ValueError(f"Every({name}={value!r}): {kind} above 0 is required")
+
+    def due(self, step: int) -> bool:
+        """Whether the optimizer step that was just completed is one of every `steps`.
+
+        Only for a cadence in steps, asked once per step: while gradients accumulate, the number
+        of steps stays as it is for several batches. `start` keeps count of what was done.
+
+        Raises:
+            ValueError: If this cadence isn't in steps alone.
+        """
+        if self.steps is None or self.epochs is not None or self.seconds is not None:
+            raise ValueError(f"{self} isn't in steps alone; use its start() and ask that")
+        return step > 0 and step % self.steps == 0
+
+    def start(self, step: int = 0, epoch: int = 0) -> Cadence:
+        """Count from here on: `step` optimizer steps and `epoch` epochs are done."""
+        return Cadence(self, step, epoch)
+
+
+class Cadence:
+    """Says when something is due, and says it once.
+
+    Args:
+        every: How often.
+        step: Optimizer steps done when it starts.
+        epoch: Epochs done when it starts.
+    """
+
+    def __init__(self, every: Every, step: int, epoch: int) -> None:
+        self.every = every
+        self._step = step
+        self._epoch = epoch
+        self._time_s = time.monotonic()
+
+    def due(self, step: int, epoch: int | None = None) -> bool:
+        """Whether a multiple of steps or epochs, or the time, has been passed since the last True.
+
+        Args:
+            step: Optimizer steps done by now.
+            epoch: Epochs done by now; None where no epoch has ended.
+        """
+        epoch = self._epoch if epoch is None else epoch
+        every = self.every
+        is_due = (
+            (every.steps is not None and step // every.steps > self._step // every.steps)
+            or (every.epochs is not None and epoch // every.epochs > self._epoch // every.epochs)
+            or (every.seconds is not None and time.monotonic() - self._time_s >= every.seconds)
+        )
+        if is_due:
+            self._step, self._epoch, self._time_s = step, epoch, time.monotonic()
+        return is_due

@@ -1,0 +1,312 @@
+"""Callback and RankZeroCallback: every moment of a run that can be hooked.
+
+The whole loop, with each hook in its place::
+
+    fit()
+      pre_launch                                # the process group doesn't exist yet
+      launch the world, seed
+      pre_configure
+        configure_models
+      post_configure
+      pre_setup
+        shard, compile, materialize and initialize the models
+        build optimizers, schedulers, loaders, metrics
+      post_setup                                # a checkpoint is restored here
+      pre_fit
+      if num_sanity_val_steps and nothing has been trained: validate()
+      for each epoch:
+        pre_epoch
+        pre_train_epoch
+        for each batch:                         # moved to the device already
+          batch = pre_train_step(batch, batch_idx)            [each batch]
+          with train_context():                               [each batch]
+            result = training_step(batch, batch_idx)
+              backward(loss)
+              if not is_accumulating_gradients:
+                step(optimizer):
+                  clip gradients
+                  pre_optimizer_step(model, optimizer)        [each step, each optimizer]
+                  optimizer.step()
+                  post_optimizer_step(model, optimizer)       [each step, each optimizer]
+                  pre_optimizer_zero_grad(model, optimizer)   [each step, each optimizer]
+                  optimizer.zero_grad()
+                  post_optimizer_zero_grad(model, optimizer)  [each step, each optimizer]
+                  scheduler.step()
+          # the counters advance: batches each time, global_step with the last of a group
+          post_train_step(result, batch_idx)                  [each batch]
+          if val_every_n_steps are done: validate()
+          if any rank called stop(): leave                    [agreed at each optimizer step]
+        post_train_epoch(result)
+        unless val_every_n_steps: validate()
+        post_epoch
+      post_fit
+
+    validate()
+      pre_validation_epoch
+      for each batch:                           # moved to the device already
+        batch = pre_validation_step(batch, batch_idx)
+        with validation_context():
+          result = validation_step(batch, batch_idx)
+        post_validation_step(result, batch_idx)
+      post_validation_epoch(result)
+
+    after an error, Ctrl-C or SystemExit, from wherever it came:
+      on_exception(exception)                   # every callback
+      post_fit                                  # every callback whose pre_fit ran
+
+What the payloads hold:
+
+- `batch`: what the loader gave, on this rank's device. What a `pre_…_step` hook returns replaces
+  it for the callbacks after it and for the step; None keeps it.
+- `result` of a step: the dict that the step returned, its tensors detached; a bare tensor becomes
+  `{"loss": tensor}`. Values are this rank's, and of this batch. Reading one on the host
+  (`.item()`, `float()`, `print`) waits for the device.
+- `result` of an epoch: for each scalar that the steps returned its mean over the epoch's samples
+  and over all data-parallel ranks, a float; computed metrics; of other values the last batch's.
+- `model, optimizer`: the optimizer that steps and the model that it belongs to.
+
+Hooks run in the order of the collection, `pre_` and `post_` alike; contexts nest, the first one
+outermost. Only overridden hooks are ever called. Every hook runs on every rank, except those of a
+RankZeroCallback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
+
+from typing_extensions import TypeVar
+
+from dream_trainer.callbacks.requirements import requirements_of
+from dream_trainer.trainer.abstract import AbstractTrainer
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+TrainerT = TypeVar("TrainerT", bound=AbstractTrainer, default=AbstractTrainer)
+
+
+class Callback(Generic[TrainerT]):
+    """Extends a run at the moments that it overrides.
+
+    The parameter is what the callback needs of its trainer: `Callback[BaseTrainer]`, a mixin, or
+    several (`Callback[A & B]`, or an `@intersection` class). A trainer that lacks it is refused
+    when the collection is attached. `self.trainer` is typed accordingly.
+
+    A class may say where it wants to be: `before = {"ProgressBar"}`, `after = {EMACallback}`,
+    with classes (their subclasses count) or names. `after = {Callback}` means after everyone.
+
+    Raises:
+        TypeError: When a subclass is defined that has a misspelt hook, or one whose signature
+            can't take the hook's arguments.
+    """
+
+    before: ClassVar[Collection[type | str]] = ()
+    after: ClassVar[Collection[type | str]] = ()
+
+    trainer: TrainerT
+    """Set when the callback is attached; not there before."""
+
+    # Once per run
+
+    def pre_launch(self) -> None:
+        """Before the distributed world exists: no device, no collectives."""
+
+    def pre_configure(self) -> None:
+        """Before the models are built."""
+
+    def post_configure(self) -> None:
+        """After the models are built, perhaps on the meta device."""
+
+    def pre_setup(self) -> None:
+        """Before the models are sharded and materialized."""
+
+    def post_setup(self) -> None:
+        """After models, optimizers, schedulers and loaders are ready."""
+
+    def pre_fit(self) -> None:
+        """Before anything is trained; also when `fit` is called again."""
+
+    def post_fit(self) -> None:
+        """After training, and after an error: `trainer.exception` tells."""
+
+    # Once per epoch
+
+    def pre_epoch(self) -> None:
+        """Before training and validation of an epoch."""
+
+    def post_epoch(self) -> None:
+        """After training and validation of an epoch."""
+
+    def pre_train_epoch(self) -> None:
+        """Before the first batch of an epoch."""
+
+    def post_train_epoch(self, result: dict[str, Any]) -> None:
+        """After the last batch of an epoch; `result` is the mean over samples and ranks."""
+
+    # Once per batch
+
+    def pre_train_step(self, batch: Any, batch_idx: int) -> Any:
+        """Before a batch; what it returns replaces the batch."""
+
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        """After a batch, with the counters advanced; `result` is this rank's, detached."""
+
+    # Once per optimizer step, for each optimizer
+
+    def pre_optimizer_step(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Before `optimizer.step()`, with gradients clipped."""
+
+    def post_optimizer_step(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """After `optimizer.step()`, with gradients still there."""
+
+    def pre_optimizer_zero_grad(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Before `optimizer.zero_grad()`."""
+
+    def post_optimizer_zero_grad(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """After `optimizer.zero_grad()`."""
+
+    # Validation
+
+    def pre_validation_epoch(self) -> None:
+        """Before a validation run."""
+
+    def post_validation_epoch(self, result: dict[str, Any]) -> None:
+        """After a validation run; `result` is the mean over samples and ranks, and the metrics."""
+
+    def pre_validation_step(self, batch: Any, batch_idx: int) -> Any:
+        """Before a validation batch; what it returns replaces the batch."""
+
+    def post_validation_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        """After a validation batch; `result` is this rank's."""
+
+    # Errors
+
+    def on_exception(self, exception: BaseException) -> None:
+        """After anything left the loop as an exception, Ctrl-C included, before `post_fit`.
+
+        Other ranks may have failed or still run: no collectives.
+        """
+
+    # Contexts
+
+    def train_context(self) -> contextlib.AbstractContextManager[Any]:
+        """Entered around each training batch."""
+        return contextlib.nullcontext()
+
+    def validation_context(self) -> contextlib.AbstractContextManager[Any]:
+        """Entered around each validation batch."""
+        return contextlib.nullcontext()
+
+    # State: not hooks, but called by checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the callback needs to continue: plain data, loadable with `weights_only=True`.
+
+        Equal on all ranks, except for values wrapped in RankLocal.
+        """
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any], trainer: TrainerT) -> None:
+        """Continue from what `state_dict` returned. The `trainer` argument may be left out."""
+
+    # What a class promises, checked where it is written
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _refuse_misspelt_hooks(cls)
+        for hook, arguments in HOOKS.items():
+            _refuse_wrong_signature(cls, hook, arguments)
+        _refuse_wrong_signature(cls, "state_dict", ())
+        if not _takes(cls, "load_state_dict", ("state_dict",)):
+            _refuse_wrong_signature(cls, "load_state_dict", ("state_dict", "trainer"))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, or a pickle, is a callback of its own, attached to nobody.
+        return {name: value for name, value in vars(self).items() if name != "trainer"}
+
+    @classmethod
+    def requirements(cls) -> tuple[type, ...]:
+        """The classes that a trainer must derive from to take this callback."""
+        return requirements_of(cls, Callback)
+
+
+HOOKS: Mapping[str, tuple[str, ...]] = {
+    name: tuple(inspect.signature(function).parameters)[1:]
+    for name, function in vars(Callback).items()
+    if inspect.isfunction(function)
+    and not name.startswith("_")
+    and name not in ("state_dict", "load_state_dict")
+}
+"""Names of a hook's arguments, by the hook's name, in the order of a run."""
+
+CONTEXTS = ("train_context", "validation_context")
+"""The hooks that return a context manager."""
+
+
+_RESERVED_PREFIXES = ("pre_", "post_", "on_")
+_NAMES = (*HOOKS, "state_dict", "load_state_dict")
+
+
+def _refuse_misspelt_hooks(cls: type) -> None:
+    """Raise TypeError if a method that `cls` defines looks like a hook and isn't one."""
+    inherited = {name for base in cls.__mro__[1:] for name in vars(base)}
+    for name, value in vars(cls).items():
+        if name in inherited or name.startswith("_") or not _is_method(value):
+            continue
+        nearest = difflib.get_close_matches(name, _NAMES, n=1, cutoff=0.8)
+        if nearest or name.startswith(_RESERVED_PREFIXES):
+            nearest = nearest or difflib.get_close_matches(name, _NAMES, n=1, cutoff=0.0)
+            raise TypeError(
+                f"{cls.__qualname__}.{name} is not a hook and would never be called; "
+                f"did you mean {nearest[0]}? If it is a method of your own, name it _{name}: "
+                f"{', '.join(_RESERVED_PREFIXES)}… are for hooks"
+            )
+
+
+def _refuse_wrong_signature(cls: type, name: str, arguments: tuple[str, ...]) -> None:
+    """Raise TypeError if a hook can't be called with its arguments, or has them in wrong order."""
+    if getattr(cls, name) is getattr(Callback, name):
+        return
+    if inspect.iscoroutinefunction(getattr(cls, name)):
+        raise TypeError(
+            f"{cls.__qualname__}.{name} is a coroutine, which nobody would await; use def"
+        )
+    if not _takes(cls, name, arguments):
+        found = inspect.signature(getattr(cls, name))
+        raise TypeError(
+            f"{cls.__qualname__}.{name}{found} can't take the hook's arguments; "
+            f"it is called as {name}({', '.join(arguments)})"
+        )
+
+
+def _takes(cls: type, name: str, arguments: tuple[str, ...]) -> bool:
+    function = inspect.getattr_static(cls, name)
+    is_bound = isinstance(function, (staticmethod, classmethod))
+    try:
+        signature = inspect.signature(getattr(cls, name))
+        bound = signature.bind(*arguments if is_bound else ("self", *arguments))
+    except (TypeError, ValueError):
+        return False
+    # Each argument stands for itself, so a parameter of another argument's name is misplaced.
+    return not any(
+        parameter in arguments and argument in arguments and parameter != argument
+        for parameter, argument in bound.arguments.items()
+        if isinstance(argument, str)
+    )
+
+
+def _is_method(value: Any) -> bool:
+    return inspect.isroutine(value) or isinstance(value, (staticmethod, classmethod))
+
+
+class RankZeroCallback(Callback[TrainerT]):
+    """A callback whose hooks run on global rank 0 alone.
+
+    Its hooks must not call collectives, since the other ranks don't: with `debug=True` in the
+    trainer's config that is an error. Its state is rank 0's.
+    """

@@ -1,0 +1,209 @@
+"""Calling a hook: one flat function per hook, made anew when the collection changes.
+
+A hook that nobody overrides costs one call of an empty function; each callback costs one call
+of its bound method. An error gets a note that says whose hook it came from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from dream_trainer.callbacks.callback import HOOKS, Callback
+
+
+class Call:
+    """One callback's hook.
+
+    Args:
+        name: The callback's name in its collection.
+        callback: Whose hook it is.
+        hook: Name of the hook.
+        guarded: Raise if the hook calls a collective.
+    """
+
+    def __init__(self, name: str, callback: Callback[Any], hook: str, *, guarded: bool) -> None:
+        self.name = name
+        self.callback = callback
+        self.hook = hook
+        self.method: Callable[..., Any] = getattr(callback, hook)
+        if guarded:
+            self.method = _without_collectives(self.method, callback)
+
+    def __call__(self, *args: Any) -> Any:
+        try:
+            return self.method(*args)
+        except BaseException as error:
+            self.note(error)
+            raise
+
+    def note(self, error: BaseException) -> None:
+        """Say in the error whose hook it came from, on which rank and at which step."""
+        trainer = getattr(self.callback, "trainer", None)
+        where = (
+            ""
+            if trainer is None
+            else (
+                f" on rank {trainer.world.rank} at step {trainer.global_step}"
+                f" (epoch {trainer.current_epoch})"
+            )
+        )
+        error.add_note(f"raised in {self.name}.{self.hook}{where}")
+
+
+def compiled(hook: str, calls: Sequence[Call], *, is_context: bool) -> Callable[..., Any] | None:
+    """A function that makes the calls in order; None for a context that nobody has."""
+    if is_context:
+        return _nested_contexts(calls) if calls else None
+    num_arguments = len(HOOKS[hook])
+    replaces_batch = HOOKS[hook][:1] == ("batch",)
+    if not calls:
+        return _keep_batch if replaces_batch else _NOTHING[num_arguments]
+    methods = tuple(call.method for call in calls)
+    note = _noter(calls)
+    return _replacing(methods, note) if replaces_batch else _CALLING[num_arguments](methods, note)
+
+
+_Methods = tuple[Callable[..., Any], ...]
+_Note = Callable[[BaseException, Callable[..., Any]], None]
+
+
+def _noter(calls: Sequence[Call]) -> _Note:
+    def note(error: BaseException, method: Callable[..., Any]) -> None:
+        next(call for call in calls if call.method is method).note(error)
+
+    return note
+
+
+# The same loop for 0, 1 and 2 arguments: forwarding *args costs four times as much per call, and
+# a `try` round the whole loop costs nothing.
+
+
+def _calling_0(methods: _Methods, note: _Note) -> Callable[[], None]:
+    def call_all() -> None:
+        method = methods[0]
+        try:
+            for method in methods:
+                method()
+        except BaseException as error:
+            note(error, method)
+            raise
+
+    return call_all
+
+
+def _calling_1(methods: _Methods, note: _Note) -> Callable[[Any], None]:
+    def call_all(a: Any) -> None:
+        method = methods[0]
+        try:
+            for method in methods:
+                method(a)
+        except BaseException as error:
+            note(error, method)
+            raise
+
+    return call_all
+
+
+def _calling_2(methods: _Methods, note: _Note) -> Callable[[Any, Any], None]:
+    def call_all(a: Any, b: Any) -> None:
+        method = methods[0]
+        try:
+            for method in methods:
+                method(a, b)
+        except BaseException as error:
+            note(error, method)
+            raise
+
+    return call_all
+
+
+def _replacing(methods: _Methods, note: _Note) -> Callable[[Any, int], Any]:
+    def call_all(batch: Any, batch_idx: int) -> Any:
+        method = methods[0]
+        try:
+            for method in methods:
+                replacement = method(batch, batch_idx)
+                if replacement is not None:
+                    batch = replacement
+        except BaseException as error:
+            note(error, method)
+            raise
+        return batch
+
+    return call_all
+
+
+def _nothing_0() -> None:
+    pass
+
+
+def _nothing_1(a: Any) -> None:
+    pass
+
+
+def _nothing_2(a: Any, b: Any) -> None:
+    pass
+
+
+def _keep_batch(batch: Any, batch_idx: int) -> Any:
+    return batch
+
+
+_NOTHING = (_nothing_0, _nothing_1, _nothing_2)
+_CALLING: tuple[Callable[[_Methods, _Note], Callable[..., None]], ...] = (
+    _calling_0,
+    _calling_1,
+    _calling_2,
+)
+
+
+def _nested_contexts(
+    calls: Sequence[Call],
+) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    @contextlib.contextmanager
+    def nested() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for call in calls:
+                context = call()
+                if not isinstance(context, contextlib.AbstractContextManager):
+                    raise TypeError(
+                        f"{call.name}.{call.hook} returned a {type(context).__qualname__}; a "
+                        "context manager is required: decorate it with @contextlib.contextmanager"
+                    )
+                stack.enter_context(_Noting(context, call))
+            yield
+
+    return nested
+
+
+class _Noting(contextlib.AbstractContextManager[None]):
+    """A callback's context that says whose it is when entering or leaving it fails."""
+
+    def __init__(self, context: contextlib.AbstractContextManager[Any], call: Call) -> None:
+        self._context = context
+        self._call = call
+
+    def __enter__(self) -> None:
+        try:
+            self._context.__enter__()
+        except BaseException as error:
+            self._call.note(error)
+            raise
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool | None:
+        try:
+            return self._context.__exit__(kind, error, traceback)
+        except BaseException as new:
+            if new is not error:
+                self._call.note(new)
+            raise
+
+
+def _without_collectives(method: Callable[..., Any], callback: Callback[Any]) -> Callable[..., Any]:
+    def guarded(*args: Any) -> Any:
+        with callback.trainer.world.no_collectives(f"{method.__qualname__} of a RankZeroCallback"):
+            return method(*args)
+
+    return guarded

@@ -1,0 +1,77 @@
+"""What a callback's state may hold: plain data, and values that differ per rank."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterator
+from typing import Any, Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+_PLAIN_LEAVES = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.Size,
+    torch.dtype,
+    torch.device,
+)
+_PLAIN_SEQUENCES = (list, tuple, set)
+_PLAIN_MAPPINGS = (dict, OrderedDict, Counter)
+
+
+class RankLocal(Generic[T]):
+    """A value in a state that belongs to this rank alone, such as a position in its data.
+
+    A checkpoint keeps it once per rank; `load_state_dict` gets this rank's bare value back.
+    Anything not marked so must be equal on all ranks: only one rank's is kept.
+
+    Args:
+        value: Plain data.
+    """
+
+    def __init__(self, value: T) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return f"RankLocal({self.value!r})"
+
+
+def without_rank_local(state: Any) -> Any:
+    """The state with each RankLocal replaced by its value."""
+    if isinstance(state, RankLocal):
+        return state.value
+    if type(state) in _PLAIN_MAPPINGS:
+        return {key: without_rank_local(value) for key, value in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)(without_rank_local(value) for value in state)
+    return state
+
+
+def not_plain(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Where a state holds what `torch.load(weights_only=True)` would refuse.
+
+    Yields:
+        The place as it would be written in Python, such as `["history"][3]`, and the value.
+    """
+    kind = type(state)
+    if kind in _PLAIN_LEAVES or isinstance(state, torch.Tensor):
+        return
+    if kind is RankLocal:
+        yield from not_plain(state.value, path)
+    elif kind in _PLAIN_MAPPINGS:
+        for key, value in state.items():
+            if type(key) not in _PLAIN_LEAVES and type(key) is not tuple:
+                yield f"{path} (a key)", key
+            yield from not_plain(value, f"{path}[{key!r}]")
+    elif kind in _PLAIN_SEQUENCES:
+        for index, value in enumerate(state):
+            yield from not_plain(value, f"{path}[{index}]")
+    else:
+        yield path, state

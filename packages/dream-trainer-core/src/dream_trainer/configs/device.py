@@ -1,0 +1,180 @@
+"""How ranks are divided: degrees of parallelism, precision, timeouts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+
+Degree = int | Literal["auto"]
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+"""Axes of the device mesh, outermost first."""
+
+_DEGREE_OF_AXIS = {
+    "pp": "pipeline_parallel",
+    "dp_replicate": "dp_replicate",
+    "dp_shard": "dp_shard",
+    "cp": "context_parallel",
+    "tp": "tensor_parallel",
+}
+
+
+@dataclass(frozen=True)
+class MeshShape:
+    """Sizes of the mesh's axes, outermost first; their product is the world size."""
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return math.prod(self.sizes)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return (self.pp, self.dp_replicate, self.dp_shard, self.cp, self.tp)
+
+    @property
+    def dp_size(self) -> int:
+        """Number of ranks that read different data."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def layout(self) -> str:
+        """Name of the layout: "single", "ddp", "fsdp", "hsdp", "tp", "fsdp+tp", …"""
+        names = []
+        if self.dp_shard > 1:
+            names.append("hsdp" if self.dp_replicate > 1 else "fsdp")
+        elif self.dp_replicate > 1:
+            names.append("ddp")
+        names += [axis for axis in ("tp", "cp", "pp") if getattr(self, axis) > 1]
+        return "+".join(names) or "single"
+
+
+@dataclass(kw_only=True)
+class DeviceParameters:
+    """Which device, which layout, which precision.
+
+    The default is one process, or DDP over the ranks that torchrun started. At most one degree
+    may be "auto": it takes what the others leave of the world size. On one process every preset
+    but a fixed degree above 1 means one device, so that a script runs unchanged without torchrun.
+
+    Args:
+        device: "auto" (CUDA if there is any, else CPU), "cpu" or "cuda".
+        dp_replicate: Copies of the model, each on its own data (DDP).
+        dp_shard: Shards of parameters, gradients and optimizer state (FSDP); HSDP with both.
+        tensor_parallel: Ranks that share each layer's matrices.
+        context_parallel: Ranks that share each sequence.
+        pipeline_parallel: Stages of consecutive layers.
+        param_dtype: Compute in this dtype: FSDP's mixed precision, autocast elsewhere.
+            Default: the dtype that the model has.
+        reduce_dtype: Reduce gradients in this dtype (FSDP). Default: as `param_dtype`.
+        cpu_offload: Keep sharded parameters in host memory (FSDP).
+        compile_model: Call `apply_compile`.
+        checkpoint_activations: Call `apply_activation_checkpointing`.
+        init_timeout_s: Seconds that a collective may take until the first step is done.
+        train_timeout_s: Seconds that a collective may take from then on.
+
+    Raises:
+        ValueError: If a degree or timeout is out of range, or two options exclude each other.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    dp_replicate: Degree = "auto"
+    dp_shard: Degree = 1
+    tensor_parallel: Degree = 1
+    context_parallel: Degree = 1
+    pipeline_parallel: Degree = 1
+
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    cpu_offload: bool = False
+    compile_model: bool = False
+    checkpoint_activations: bool = False
+
+    init_timeout_s: float = 600.0
+    train_timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name in _DEGREE_OF_AXIS.values():
+            degree = getattr(self, name)
+            is_count = isinstance(degree, int) and not isinstance(degree, bool) and degree >= 1
+            if not is_count and degree != "auto":
+                raise ValueError(
+                    f'{name}={degree!r}: a whole number of at least 1 or "auto" is required'
+                )
+        if len(self._auto_degrees()) > 1:
+            raise ValueError(
+                f'{" and ".join(self._auto_degrees())} are both "auto"; '
+                "give a number to all but one of them"
+            )
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f'device={self.device!r}: "auto", "cpu" or "cuda" is required')
+        for name in ("init_timeout_s", "train_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: seconds above 0 are required")
+        if self.cpu_offload and self.dp_shard == 1:
+            raise ValueError(
+                "cpu_offload=True with dp_shard=1: only sharded parameters can be offloaded; "
+                "use DeviceParameters.FSDP(cpu_offload=True)"
+            )
+
+    @classmethod
+    def SINGLE_DEVICE(cls, **fields: Any) -> Self:
+        """One process on one device."""
+        return cls(**{"dp_replicate": 1, **fields})
+
+    @classmethod
+    def DDP(cls, **fields: Any) -> Self:
+        """A copy of the model on each rank."""
+        return cls(**{"dp_replicate": "auto", **fields})
+
+    @classmethod
+    def FSDP(cls, **fields: Any) -> Self:
+        """Parameters, gradients and optimizer state sharded over all ranks."""
+        return cls(**{"dp_replicate": 1, "dp_shard": "auto", **fields})
+
+    @classmethod
+    def HSDP(cls, *, dp_shard: int, **fields: Any) -> Self:
+        """Sharded over groups of `dp_shard` ranks, replicated over the groups."""
+        return cls(**{"dp_replicate": "auto", "dp_shard": dp_shard, **fields})
+
+    def mesh_shape(self, world_size: int) -> MeshShape:
+        """Sizes of the mesh's axes on `world_size` ranks.
+
+        Raises:
+            ValueError: If the degrees can't be multiplied to `world_size`.
+        """
+        degrees = {axis: getattr(self, name) for axis, name in _DEGREE_OF_AXIS.items()}
+        fixed = {axis: degree for axis, degree in degrees.items() if degree != "auto"}
+        product = math.prod(fixed.values())
+        auto = self._auto_degrees()
+        spelled = " × ".join(f"{_DEGREE_OF_AXIS[axis]}={degree}" for axis, degree in fixed.items())
+        if auto:
+            if world_size % product:
+                raise ValueError(
+                    f"{world_size} ranks can't be divided by {product} ({spelled}), so there is "
+                    f'no value for {auto[0]}="auto"; start a multiple of {product} ranks or '
+                    "change the degrees"
+                )
+            degrees = {
+                axis: world_size // product if degree == "auto" else degree
+                for axis, degree in degrees.items()
+            }
+        elif product != world_size:
+            raise ValueError(
+                f"the degrees multiply to {product} ({spelled}), but {world_size} ranks were "
+                f"started; start {product} ranks (torchrun --nproc-per-node={product}), or set "
+                'one of the degrees to "auto"'
+            )
+        return MeshShape(**degrees)
+
+    def _auto_degrees(self) -> list[str]:
+        return [name for name in _DEGREE_OF_AXIS.values() if getattr(self, name) == "auto"]

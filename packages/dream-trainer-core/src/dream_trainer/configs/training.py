@@ -1,0 +1,98 @@
+"""How long to train, how often to validate, how gradients become a step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+
+@dataclass(kw_only=True)
+class TrainingParameters:
+    """Length and cadence of a run.
+
+    A *batch* is one `training_step`; a *step* is one optimizer step, made of
+    `gradient_accumulation_steps` batches; an *epoch* is one pass over the training loader.
+    Training ends at whichever of `n_epochs`, `max_steps` and `max_time` comes first.
+
+    Args:
+        n_epochs: Epochs in total, those of earlier sessions included. Default: 1, or no limit
+            if `max_steps` or `max_time` is given.
+        max_steps: Optimizer steps in total, those of earlier sessions included.
+        max_time: Seconds that this session may train for; it stops after the step in hand.
+        train_steps_per_epoch: Optimizer steps in an epoch. Default: as many as the loader gives.
+        gradient_accumulation_steps: Batches per optimizer step. The last group of an epoch may
+            be smaller; its gradient is the mean over the batches that it has.
+        val_steps_per_epoch: Batches in a validation run. Default: the whole validation loader.
+        val_every_n_steps: Validate after every so many optimizer steps, not at epoch ends.
+            0 never validates. Default: at the end of each epoch.
+        num_sanity_val_steps: Validation batches to try before the first epoch; their result is
+            thrown away, and they leave no trace in the random number generators.
+        gradient_clip_val: Largest L2 norm of all gradients together. Default: no clipping.
+
+    Raises:
+        ValueError: If a number is out of range or two of them contradict each other.
+    """
+
+    n_epochs: int | None = None
+    max_steps: int | None = None
+    max_time: float | None = None
+    train_steps_per_epoch: int | None = None
+    gradient_accumulation_steps: int = 1
+    val_steps_per_epoch: int | None = None
+    val_every_n_steps: int | None = None
+    num_sanity_val_steps: int = 0
+    gradient_clip_val: float | None = None
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Check all numbers again; `fit` calls it, since fields may have been assigned since.
+
+        Raises:
+            ValueError: As the class does.
+        """
+        lowest = {
+            "val_every_n_steps": 0,
+            "num_sanity_val_steps": 0,
+            "val_steps_per_epoch": 0,
+            "n_epochs": 0,
+            "max_steps": 0,
+        }
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("max_time", "gradient_clip_val"):
+                self._check_positive_number(field.name, value)
+            elif value is not None or field.name == "gradient_accumulation_steps":
+                self._check_count(field.name, value, lowest.get(field.name, 1))
+        if self.max_steps is not None and (self.val_every_n_steps or 0) > self.max_steps > 0:
+            raise ValueError(
+                f"val_every_n_steps={self.val_every_n_steps} is more than "
+                f"max_steps={self.max_steps}, so validation would never run; "
+                "lower it, or set val_every_n_steps=0 if that is what you want"
+            )
+
+    @property
+    def epoch_limit(self) -> float:
+        """Epochs to train in total; infinite if only steps or seconds end the run."""
+        if self.n_epochs is not None:
+            return self.n_epochs
+        return 1 if self.max_steps is None and self.max_time is None else math.inf
+
+    @property
+    def step_limit(self) -> float:
+        """Optimizer steps to train in total; infinite without `max_steps`."""
+        return math.inf if self.max_steps is None else self.max_steps
+
+    @staticmethod
+    def _check_count(name: str, value: object, lowest: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+            raise ValueError(f"{name}={value!r}: a whole number of at least {lowest} is required")
+
+    @staticmethod
+    def _check_positive_number(name: str, value: object) -> None:
+        if value is None:
+            return
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not value > 0:  # type: ignore[operator]  # a number if is_number
+            raise ValueError(f"{name}={value!r}: a number above 0 is required, or None for none")

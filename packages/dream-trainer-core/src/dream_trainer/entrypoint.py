@@ -1,0 +1,48 @@
+"""entrypoint: run a script's main on one rank per visible GPU, or in place."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def entrypoint(main: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a script's main so that `python train.py` uses every visible GPU.
+
+    Under torchrun, or with at most one GPU, it runs in place. Otherwise the script is started
+    again under torchrun, with one rank per GPU and the same arguments, and this process becomes
+    torchrun. Ctrl-C ends the process with exit status 130 and one line instead of a traceback.
+
+    Call the decorated function under `if __name__ == "__main__"`.
+    """
+
+    @functools.wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        num_devices = torch.cuda.device_count()
+        if "RANK" not in os.environ and num_devices > 1:
+            _become_torchrun(num_devices)
+        try:
+            return main(*args, **kwargs)
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted\n")
+            sys.exit(130)
+
+    return run
+
+
+def _become_torchrun(num_ranks: int) -> None:
+    """Replace this process by torchrun with this script."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    script = ["-m", spec.name] if spec is not None else [sys.argv[0]]
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", *torchrun, *script, *sys.argv[1:]])

@@ -1,0 +1,298 @@
+"""AbstractTrainer: what a callback may rely on, whichever trainer it is attached to."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import unicodedata
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Never, NoReturn
+
+from dream_trainer.configs.device import DeviceParameters
+from dream_trainer.trainer.intersection import TrainerMeta
+from dream_trainer.world.world import World
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+    from dream_trainer.callbacks.collection import CallbackCollection
+
+
+def script_name() -> str:
+    """Name of the script that runs, without its ending; "run" where there is none."""
+    name = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else ""
+    return name if re.fullmatch(r"\w[\w.-]*", name) and name != "ipykernel_launcher" else "run"
+
+
+def checked_name(name: object, field_name: str) -> str:
+    """The name in normal form (NFC), if it can be that of one folder.
+
+    Raises:
+        ValueError: If it can't: it would lead out of the run's directory, or no file system
+            takes it.
+    """
+    normal = unicodedata.normalize("NFC", name) if isinstance(name, str) else ""
+    if (
+        not normal.strip()
+        or normal in (".", "..")
+        or len(normal.encode()) > 200
+        or not normal.isprintable()
+        or set(normal) & set("/\\:")
+    ):
+        raise ValueError(
+            f"{field_name}={name!r} can't name a folder: 1 to 200 bytes of printable text "
+            "without '/', '\\' or ':' are required, and neither '.' nor '..'"
+        )
+    return normal
+
+
+@dataclass(kw_only=True)
+class AbstractTrainerConfig:
+    """Who the run is, where it writes, and on what it runs.
+
+    Args:
+        project: First folder of the run directory, and the project of an experiment tracker.
+        group: Second folder; runs that belong together.
+        experiment: Third folder; one run. A script started again with the same names resumes.
+            Default: the name of the script.
+        root_dir: Where run directories lie.
+        seed: Of all random number generators. None draws one, the same on all ranks.
+        device_parameters: Device, layout and precision.
+        debug: Look for mistakes that would hang or corrupt a run, at some cost per hook.
+            Default: whether the environment says DREAM_TRAINER_DEBUG=1.
+
+    Raises:
+        ValueError: If a name can't be that of a folder.
+    """
+
+    project: str = "dream-trainer"
+    group: str = "default"
+    experiment: str = field(default_factory=script_name)
+    root_dir: str | Path = "runs"
+    seed: int | None = 42
+    device_parameters: DeviceParameters = field(default_factory=DeviceParameters)
+    debug: bool = field(default_factory=lambda: os.environ.get("DREAM_TRAINER_DEBUG") == "1")
+
+    def __post_init__(self) -> None:
+        for name in ("project", "group", "experiment"):
+            setattr(self, name, checked_name(getattr(self, name), name))
+
+
+@dataclass(slots=True)
+class Counters:
+    """How far training has come. A checkpoint holds exactly these.
+
+    Args:
+        global_step: Optimizer steps completed.
+        current_epoch: Number of the epoch that runs, or would run next, from 0.
+        epoch_stage: What of that epoch is done: "train" until its last batch, "validate" once
+            `post_train_epoch` was called, "end" once `post_epoch` was.
+        epoch_batches: Training batches of that epoch that are done.
+        local_batches: Training batches that this rank has processed in all.
+        validated_step: `global_step` at the last validation run; -1 before the first.
+    """
+
+    global_step: int = 0
+    current_epoch: int = 0
+    epoch_stage: Literal["train", "validate", "end"] = "train"
+    epoch_batches: int = 0
+    local_batches: int = 0
+    validated_step: int = -1
+
+
+class AbstractTrainer(metaclass=TrainerMeta):
+    """The surface that callbacks see.
+
+    Attributes:
+        config: As given.
+        callbacks: The callbacks of this trainer; may be changed at any time.
+        world: Ranks, device, mesh and collectives.
+        counters: How far training has come; for the loop to change and nobody else.
+    """
+
+    config: AbstractTrainerConfig
+    callbacks: CallbackCollection
+    world: World
+    counters: Counters
+
+    # Identity
+
+    @property
+    def project(self) -> str:
+        return self.config.project
+
+    @property
+    def group(self) -> str:
+        return self.config.group
+
+    @property
+    def experiment(self) -> str:
+        return self.config.experiment
+
+    @property
+    def run_dir(self) -> Path:
+        """Everything that the run writes lies below it. Not made until something is written."""
+        config = self.config
+        return Path(config.root_dir) / config.project / config.group / config.experiment
+
+    # Progress, which the loop alone changes
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps completed so far, over all epochs and sessions."""
+        return self.counters.global_step
+
+    @global_step.setter
+    def global_step(self, value: Never) -> None:
+        _refuse_assignment("global_step", value)
+
+    @property
+    def current_epoch(self) -> int:
+        """Number of the epoch that runs, or would run next, from 0."""
+        return self.counters.current_epoch
+
+    @current_epoch.setter
+    def current_epoch(self, value: Never) -> None:
+        _refuse_assignment("current_epoch", value)
+
+    @property
+    def local_batches(self) -> int:
+        """Training batches that this rank has processed, over all epochs and sessions."""
+        return self.counters.local_batches
+
+    @local_batches.setter
+    def local_batches(self, value: Never) -> None:
+        _refuse_assignment("local_batches", value)
+
+    @property
+    @abstractmethod
+    def is_accumulating_gradients(self) -> bool:
+        """Whether this batch isn't the last of its optimizer step."""
+
+    @property
+    @abstractmethod
+    def num_train_batches(self) -> int | None:
+        """Training batches in an epoch on this rank; None until the loaders exist."""
+
+    @property
+    @abstractmethod
+    def num_val_batches(self) -> int | None:
+        """Batches in a validation run on this rank; None if the loader has no length."""
+
+    # Ending
+
+    exception: BaseException | None = None
+    """The error that ends the run, while callbacks clean up after it."""
+
+    stop_reason: str | None = None
+    """Why training ends before its time; None if it doesn't."""
+
+    @abstractmethod
+    def stop(self, reason: str) -> None:
+        """End training after the current optimizer step, on all ranks alike.
+
+        May be called on any rank, from any hook, and from another thread. Not collective.
+        Clean-up and `post_fit` follow as they do at the end.
+        """
+
+    # Parts
+
+    @abstractmethod
+    def named_models(self) -> Mapping[str, nn.Module]:
+        """Models by the attribute that they were assigned to in `configure_models`."""
+
+    @abstractmethod
+    def named_optimizers(self) -> Mapping[str, Optimizer]:
+        """Optimizers by name."""
+
+    @abstractmethod
+    def named_schedulers(self) -> Mapping[str, LRScheduler]:
+        """Learning rate schedulers by name."""
+
+    @abstractmethod
+    def models_of(self, optimizer: Optimizer) -> Mapping[str, nn.Module]:
+        """The models whose parameters an optimizer changes, by name."""
+
+    @abstractmethod
+    def model_of(self, optimizer: Optimizer) -> nn.Module:
+        """The model whose parameters an optimizer changes; the first, if there are several."""
+
+    @property
+    @abstractmethod
+    def train_dataloader(self) -> Iterable[Any]:
+        """The training loader of this rank.
+
+        Raises:
+            RuntimeError: If `setup` hasn't run.
+        """
+
+    @property
+    @abstractmethod
+    def val_dataloader(self) -> Iterable[Any] | None:
+        """The validation loader of this rank, if there is one.
+
+        Raises:
+            RuntimeError: If `setup` hasn't run.
+        """
+
+    # State
+
+    @abstractmethod
+    def model_state_dict(self) -> dict[str, Any]:
+        """Tensors to save, by model and parameter name; sharded where the model is."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to continue. Collective: each rank must call it."""
+
+    @abstractmethod
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a state. Collective: each rank must call it."""
+
+    # Life
+
+    @abstractmethod
+    def configure(self) -> None:
+        """Launch the world and build the models' structure."""
+
+    @abstractmethod
+    def setup(self) -> None:
+        """Materialize and shard the models; build optimizers, schedulers and loaders."""
+
+    @abstractmethod
+    def fit(self) -> None:
+        """Train; does first what of `configure` and `setup` hasn't been done."""
+
+    # What the loop calls, and mixins provide
+
+    @abstractmethod
+    def build_models(self) -> None:
+        """Build the models' structure: part of `configure`."""
+
+    @abstractmethod
+    def build_training(self) -> None:
+        """Make everything ready for the first batch: part of `setup`."""
+
+    def build_metrics(self) -> None:
+        """Build the metrics, if there are any: part of `setup`."""
+
+    def reset_metrics(self) -> None:
+        """Forget the metrics' values, before a validation run."""
+
+    def compute_metrics(self) -> dict[str, Any]:
+        """Values of the metrics, after a validation run."""
+        return {}
+
+
+def _refuse_assignment(name: str, value: object) -> NoReturn:
+    raise AttributeError(
+        f"trainer.{name} = {value!r}: the loop alone changes {name}, so that a resumed run "
+        "counts right; keep a counter of your own in the callback and return it from "
+        "state_dict(), or call trainer.stop(reason) to end training"
+    )

@@ -1,0 +1,238 @@
+"""BaseTrainer: puts loop, optimization and state together, and leaves the algorithm to the user."""
+
+from __future__ import annotations
+
+import functools
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from dream_trainer.callbacks.collection import CallbackCollection
+from dream_trainer.configs.training import TrainingParameters
+from dream_trainer.trainer import loop, state
+from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfig, Counters
+from dream_trainer.trainer.batches import BatchStream
+from dream_trainer.trainer.optimization import Optimization
+from dream_trainer.trainer.results import EpochMeans
+from dream_trainer.world.determinism import seed_all
+from dream_trainer.world.world import World
+
+
+@dataclass(kw_only=True)
+class BaseTrainerConfig(AbstractTrainerConfig):
+    """How long to train, and with which callbacks.
+
+    Args:
+        training_parameters: Length and cadence.
+        callbacks: The callbacks, in the order in which they run.
+    """
+
+    training_parameters: TrainingParameters = field(default_factory=TrainingParameters)
+    callbacks: CallbackCollection = field(default_factory=CallbackCollection)
+
+
+class BaseTrainer(AbstractTrainer):
+    """The loop, around a `training_step` that stays plain PyTorch.
+
+    Put together with SetupMixin, as in DreamTrainer, or with set-up of your own.
+
+    Raises:
+        TypeError: If the trainer lacks what a callback requires.
+        ValueError: If numbers of the config contradict each other or the ranks that were
+            started. All of this comes before anything is launched or written.
+    """
+
+    config: BaseTrainerConfig
+    optimization: Optimization
+    train_batches: BatchStream
+
+    def __init__(self, config: BaseTrainerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.training_parameters = config.training_parameters
+        self.training_parameters.validate()
+        self.world = World(config.device_parameters)
+        self.counters = Counters()
+        self.epoch_means = EpochMeans()
+        self.seed: int | None = None
+        self.first_step_done = False
+        self.moves_batches = (
+            self.world.device.type != "cpu" or type(self).move_batch is not BaseTrainer.move_batch
+        )
+        self.precision_context: Callable[[], AbstractContextManager[Any]] | None = None
+        self.random_state_to_resume: dict[str, Any] | None = None
+        self._is_configured = False
+        self._is_set_up = False
+        self._is_fitting = False
+        self._has_other_ranks = self.world.is_distributed
+        self._stop_request: str | None = None
+        self._deadline_s: float | None = None
+        self.callbacks = config.callbacks
+        self.callbacks.initialize(self)
+
+    # What the user writes
+
+    @abstractmethod
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any] | Tensor:
+        """Forward, `self.backward(loss)`, and `self.step(optimizer)` with the last batch of a step.
+
+        Args:
+            batch: What the loader gave, on this rank's device.
+            batch_idx: Its number in the epoch, from 0.
+
+        Returns:
+            What to report, such as `{"loss": loss}`, or the loss.
+        """
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any] | Tensor | None:
+        """Evaluate a batch, without gradients and in eval mode. Optional.
+
+        Returns:
+            What to report, such as `{"val_loss": loss}`; None if only metrics are updated.
+        """
+        raise NotImplementedError(
+            f"there is a validation loader, and {type(self).__name__} has no validation_step; "
+            "write one, or return the training loader alone from configure_dataloaders"
+        )
+
+    # What training_step calls
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss.backward()`, scaled so that the gradients of a step's batches add up to their mean.
+
+        Args:
+            loss: Scalar `()`.
+        """
+        self.optimization.backward(loss)
+
+    def step(self, optimizer: Optimizer) -> Tensor:
+        """Clip, step, zero the gradients, step the schedulers. No host synchronization.
+
+        Only with the last batch of a step: `if not self.is_accumulating_gradients`. Collective
+        where parameters are sharded.
+
+        Returns:
+            Norm of the gradients before clipping, scalar `()`, equal on all ranks.
+        """
+        return self.optimization.step(optimizer, self.callbacks)
+
+    @property
+    def is_accumulating_gradients(self) -> bool:
+        return self.optimization.is_accumulating
+
+    # Life
+
+    def configure(self) -> None:
+        if not self._is_configured:
+            loop.configure(self)
+            self._is_configured = True
+
+    def setup(self) -> None:
+        self.configure()
+        if not self._is_set_up:
+            loop.setup(self)
+            self._is_set_up = True
+
+    def fit(self) -> None:
+        """Train; does first what of `configure` and `setup` hasn't been done.
+
+        Called again, it goes on where it stopped: raise `n_epochs` or `max_steps` first.
+
+        Raises:
+            RuntimeError: If it is running already.
+            BaseException: The first error of the step, a loader or a callback, after clean-up.
+        """
+        if self._is_fitting:
+            raise RuntimeError("fit() is running already; wait for it, or make a second trainer")
+        self._is_fitting = True
+        self.exception, self.stop_reason, self._stop_request = None, None, None
+        self.training_parameters.validate()
+        try:
+            loop.fit(self)
+        finally:
+            self._is_fitting = False
+
+    def stop(self, reason: str) -> None:
+        self._stop_request = reason
+        if not self.world.is_distributed:
+            self.stop_reason = reason
+
+    def state_dict(self, *, as_target: bool = False) -> dict[str, Any]:
+        return state.state_dict(self, as_target=as_target)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], *, strict: bool = True, resume_data: bool = True
+    ) -> None:
+        state.load_state_dict(self, state_dict, strict=strict, resume_data=resume_data)
+
+    # What the loop calls
+
+    def move_batch(self, batch: Any) -> Any:
+        """The batch with its tensors on this rank's device. Override it for types of your own."""
+        return _moved(batch, self.world.device)
+
+    def finish_setup(self) -> None:
+        """Tie the parts together once all of them exist."""
+        self.optimization = Optimization(
+            self.named_models(),
+            {optimizer: self.model_of(optimizer) for optimizer in self.named_optimizers().values()},
+            self.named_schedulers(),
+            self.training_parameters.gradient_clip_val,
+        )
+        dtype = self.config.device_parameters.param_dtype
+        if dtype is not None and self.world.shape.dp_shard == 1:
+            self.precision_context = functools.partial(
+                torch.autocast, self.world.device.type, dtype=dtype
+            )
+        if self.world.is_distributed and self.seed is not None:
+            seed_all(self.seed + self.world.dp_rank)  # dropout differs between data ranks
+
+    @property
+    def validates(self) -> bool:
+        """Whether there is anything to validate on."""
+        return self.val_dataloader is not None and self.training_parameters.val_steps_per_epoch != 0
+
+    def start_clock(self) -> None:
+        """Count `max_time` from now on."""
+        max_time_s = self.training_parameters.max_time
+        self._deadline_s = None if max_time_s is None else time.monotonic() + max_time_s
+
+    @property
+    def may_be_stopped(self) -> bool:
+        """Whether `agree_to_stop` could be true: always with several ranks, as one may ask."""
+        return (
+            self._deadline_s is not None or self.stop_reason is not None or self._has_other_ranks
+        )
+
+    def agree_to_stop(self) -> bool:
+        """Whether some rank wants to stop. Collective, on the CPU: the device isn't waited for."""
+        if self._deadline_s is not None and time.monotonic() > self._deadline_s:
+            self._deadline_s = None
+            self.stop(f"max_time={self.training_parameters.max_time} s has passed")
+        if not self.world.is_distributed:
+            return self.stop_reason is not None
+        if self.world.agree_on_any(self._stop_request is not None):
+            reasons = self.world.all_gather((self._stop_request,))
+            self.stop_reason = next(reason for (reason,) in reasons if reason is not None)
+            return True
+        return False
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return type(batch)({key: _moved(value, device) for key, value in batch.items()})  # type: ignore[call-arg]  # as torch's own collate does
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_moved(value, device) for value in batch))
+    if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
+        return type(batch)(_moved(value, device) for value in batch)  # type: ignore[call-arg]
+    move = getattr(batch, "to", None)
+    return move(device) if callable(move) else batch

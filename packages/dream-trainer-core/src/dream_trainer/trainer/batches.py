@@ -1,0 +1,148 @@
+"""BatchStream: the batches of a loader, epoch after epoch, with a position that can be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, Protocol, runtime_checkable
+
+from dream_trainer.world.determinism import random_state, set_random_state
+
+
+@runtime_checkable
+class StatefulLoader(Protocol):
+    """A loader that keeps its own position, such as torchdata's StatefulDataLoader."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class BatchStream:
+    """Iterates over a loader for as many epochs as are asked for.
+
+    A loader with a length begins anew with each epoch. One without goes on where the last epoch
+    left it, since its first batches would be repeated for ever otherwise, and begins anew when it
+    ends.
+
+    Resuming gives the next batch that would have come: a loader that keeps its own position is
+    set to it; any other is begun as it was, with the random state of that moment, and the batches
+    that were already consumed are read again and dropped.
+
+    Args:
+        loader: Any iterable. If its sampler, batch sampler or data set has `set_epoch`, that is
+            called.
+        name: Used in errors.
+    """
+
+    def __init__(self, loader: Iterable[Any], name: str) -> None:
+        self.loader = loader
+        self.name = name
+        self._iterator: Iterator[Any] | None = None
+        self._position = 0
+        self._random_state_at_start: dict[str, Any] | None = None
+        self._epoch_at_start = 0
+
+    def start_epoch(self, epoch: int) -> None:
+        """Make the next batch the first of an epoch."""
+        if self._iterator is None or length_of(self.loader) is not None:
+            self._begin(epoch)
+
+    def resume_epoch(self, epoch: int, num_done: int) -> None:
+        """Make the next batch the one after the first `num_done` of an epoch.
+
+        Goes on with the loader's position if there is one; otherwise begins the epoch anew and
+        drops what was done.
+        """
+        if self._iterator is None:
+            self._begin(epoch)
+            for _ in range(num_done):
+                self.next_batch()
+
+    def next_batch(self) -> Any:
+        """The next batch of this rank.
+
+        Raises:
+            RuntimeError: If there is none.
+        """
+        assert self._iterator is not None, "start_epoch comes first"
+        try:
+            batch = next(self._iterator)
+        except StopIteration:
+            batch = self._next_of_new_pass()
+        self._position += 1
+        return batch
+
+    def finish_epoch(self) -> None:
+        """Let go of a loader's workers where the next epoch begins anew."""
+        if length_of(self.loader) is not None:
+            self._iterator = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position on this rank, as plain data."""
+        if self._iterator is None:
+            return {}
+        if isinstance(self.loader, StatefulLoader):
+            return {"loader": self.loader.state_dict(), "position": self._position}
+        return {
+            "position": self._position,
+            "epoch": self._epoch_at_start,
+            "random_state": self._random_state_at_start,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a position: the next batch is the one after it."""
+        self._iterator = None
+        if not state_dict:
+            return
+        if isinstance(self.loader, StatefulLoader) and "loader" in state_dict:
+            self.loader.load_state_dict(state_dict["loader"])
+            self._iterator = iter(self.loader)
+        else:
+            now = random_state()
+            set_random_state(state_dict["random_state"])
+            self._begin(state_dict["epoch"])
+            for _ in range(state_dict["position"]):
+                self.next_batch()
+            set_random_state(now)
+        self._position = state_dict["position"]
+
+    def _begin(self, epoch: int) -> None:
+        self._epoch_at_start = epoch
+        for owner in (self.loader, *(getattr(self.loader, name, None) for name in _EPOCH_OWNERS)):
+            set_epoch = getattr(owner, "set_epoch", None)
+            if callable(set_epoch):
+                set_epoch(epoch)
+        self._random_state_at_start = random_state()
+        self._iterator = iter(self.loader)
+        self._position = 0
+
+    def _next_of_new_pass(self) -> Any:
+        length = length_of(self.loader)
+        if length is not None:
+            raise RuntimeError(
+                f"the {self.name} loader says that it has {length} batches and ended after "
+                f"{self._position}; its __len__ and its __iter__ must agree"
+            )
+        ended_after = self._position
+        self._begin(self._epoch_at_start + 1)
+        try:
+            return next(self._iterator)  # type: ignore[arg-type]  # _begin made one
+        except StopIteration:
+            raise RuntimeError(
+                f"the {self.name} loader ended after {ended_after} batches and gives none when it "
+                "is begun again; return an iterable that can be iterated again, or train for "
+                "fewer steps"
+            ) from None
+
+
+_EPOCH_OWNERS = ("sampler", "batch_sampler", "dataset")
+
+
+def length_of(loader: Iterable[Any]) -> int | None:
+    """Number of batches, or None for a loader that can't tell."""
+    if not isinstance(loader, Sized):
+        return None
+    try:
+        return len(loader)
+    except TypeError:  # a DataLoader over an iterable data set has __len__, and it raises
+        return None

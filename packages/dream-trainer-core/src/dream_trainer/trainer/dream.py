@@ -1,0 +1,34 @@
+"""DreamTrainer: the loop with set-up, metrics and logging; what most people derive from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dream_trainer.configs.logging import LoggingParameters
+from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
+from dream_trainer.trainer.mixins.eval_metric import EvalMetricMixin
+from dream_trainer.trainer.mixins.logger import LoggerMixin
+from dream_trainer.trainer.mixins.setup import SetupMixin
+
+
+@dataclass(kw_only=True)
+class DreamTrainerConfig(BaseTrainerConfig):
+    """All that a run needs besides what only the user knows; derive from it to add that.
+
+    Args:
+        logging_parameters: Whether LoggerCallback opens an experiment tracker.
+    """
+
+    logging_parameters: LoggingParameters = field(default_factory=LoggingParameters)
+
+
+class DreamTrainer(BaseTrainer, SetupMixin, EvalMetricMixin, LoggerMixin):
+    """Derive from it and write `configure_models`, `configure_optimizers`,
+    `configure_dataloaders` and `training_step`; `validation_step` and the other `configure_…` and
+    `apply_…` methods if wanted.
+    """
+
+    config: DreamTrainerConfig
+
+    def __init__(self, config: DreamTrainerConfig) -> None:
+        super().__init__(config)

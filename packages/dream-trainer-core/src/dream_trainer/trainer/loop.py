@@ -1,0 +1,317 @@
+"""The loop: functions of a trainer, one for each span of a run.
+
+`callbacks/callback.py` shows the same loop as pseudocode, with every hook in its place.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dream_trainer.trainer.results import EpochMeans, num_samples, step_result
+from dream_trainer.world.determinism import random_state_kept, set_random_state
+
+if TYPE_CHECKING:
+    from dream_trainer.trainer.base import BaseTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def configure(trainer: BaseTrainer) -> None:
+    """Launch the world, seed, build the models."""
+    callbacks = trainer.callbacks
+    with failing_cleanly(trainer):
+        callbacks.pre_launch()
+        trainer.world.launch()
+        trainer.seed = trainer.world.seed(trainer.config.seed)
+        callbacks.pre_configure()
+        trainer.build_models()
+        callbacks.post_configure()
+
+
+def setup(trainer: BaseTrainer) -> None:
+    """Prepare the models, build everything else, get ready to train."""
+    with failing_cleanly(trainer):
+        trainer.callbacks.pre_setup()
+        trainer.build_training()
+        trainer.build_metrics()
+        trainer.finish_setup()
+        trainer.callbacks.post_setup()
+
+
+def fit(trainer: BaseTrainer) -> None:
+    """Train until the run's limit, a stop or an error."""
+    callbacks = trainer.callbacks
+    with failing_cleanly(trainer):
+        trainer.configure()
+        trainer.setup()
+        _set_train_mode(trainer)
+        callbacks.pre_fit()
+        _sanity_validate(trainer)
+        if trainer.random_state_to_resume is not None:
+            set_random_state(trainer.random_state_to_resume)
+            trainer.random_state_to_resume = None
+        _train(trainer)
+        error = callbacks.post_fit()
+        if error is not None:
+            raise error
+
+
+@contextmanager
+def failing_cleanly(trainer: BaseTrainer) -> Iterator[None]:
+    """After an error, let callbacks clean up, leave the world, and raise the error again."""
+    try:
+        yield
+    except BaseException as error:
+        if trainer.exception is None:
+            trainer.exception = error
+            trainer.callbacks.on_exception(error)
+            trainer.callbacks.post_fit()
+            trainer.world.shutdown()
+        raise
+
+
+def _train(trainer: BaseTrainer) -> None:
+    counters, parameters = trainer.counters, trainer.training_parameters
+    trainer.start_clock()
+    if _is_done(trainer):
+        logger.info(
+            "nothing is left to train: %d epochs and %d steps are done; raise n_epochs or "
+            "max_steps to go on",
+            counters.current_epoch + (counters.epoch_stage == "end"),
+            counters.global_step,
+        )
+    while not _is_done(trainer) and not trainer.agree_to_stop():
+        if counters.epoch_stage == "end":
+            counters.current_epoch += 1
+            counters.epoch_batches = 0
+            counters.epoch_stage = "train"
+        _run_epoch(trainer)
+    ended_inside_epoch = counters.epoch_stage == "train" and counters.epoch_batches > 0
+    if ended_inside_epoch and trainer.stop_reason is None and parameters.val_every_n_steps is None:
+        with random_state_kept():  # a run that goes on from here must not notice
+            _validate_if_new(trainer)
+
+
+def _is_done(trainer: BaseTrainer) -> bool:
+    counters, parameters = trainer.counters, trainer.training_parameters
+    epochs_done = counters.current_epoch + (counters.epoch_stage == "end")
+    return (
+        epochs_done >= parameters.epoch_limit or counters.global_step >= parameters.step_limit
+    ) and counters.epoch_stage != "validate"
+
+
+def _run_epoch(trainer: BaseTrainer) -> None:
+    """Train and validate one epoch, or what is left of it."""
+    callbacks, counters = trainer.callbacks, trainer.counters
+    callbacks.pre_epoch()
+    if counters.epoch_stage == "train":
+        if not _train_epoch(trainer):
+            return
+        result = trainer.epoch_means.reduce(trainer.world, "training_step")
+        trainer.epoch_means = EpochMeans()
+        counters.epoch_stage = "validate"
+        callbacks.post_train_epoch(result)
+    if trainer.training_parameters.val_every_n_steps is None:
+        _validate_if_new(trainer)
+    counters.epoch_stage = "end"
+    callbacks.post_epoch()
+
+
+def _train_epoch(trainer: BaseTrainer) -> bool:
+    """Train to the end of the epoch.
+
+    Returns:
+        False if training ended before.
+    """
+    counters, batches = trainer.counters, trainer.train_batches
+    accumulation = trainer.training_parameters.gradient_accumulation_steps
+    num_batches = trainer.num_train_batches
+    assert num_batches is not None, "the loaders are built in setup"
+    trainer.callbacks.pre_train_epoch()
+    if counters.epoch_batches == 0:
+        batches.start_epoch(counters.current_epoch)
+        steps_before = counters.global_step
+    else:
+        steps_before = -1
+        batches.resume_epoch(counters.current_epoch, counters.epoch_batches)
+    while counters.epoch_batches < num_batches:
+        group_size = min(accumulation, num_batches - counters.epoch_batches)
+        for index_in_group in range(group_size):
+            if group_size != trainer.optimization.group_size or group_size != 1:
+                trainer.optimization.begin_batch(index_in_group, group_size)
+            train_step(trainer, batches.next_batch())
+        if _ends_after_step(trainer) and counters.epoch_batches < num_batches:
+            return False
+        if trainer.stop_reason is not None:
+            return False
+    batches.finish_epoch()
+    if counters.global_step == steps_before:
+        raise RuntimeError(
+            f"an epoch of {num_batches} batches ended without an optimizer step; call "
+            "self.step(optimizer) in training_step, after self.backward(loss)"
+        )
+    return True
+
+
+def train_step(trainer: BaseTrainer, batch: Any) -> None:
+    """One batch: move, hooks, the user's step, counters."""
+    callbacks, counters, optimization = trainer.callbacks, trainer.counters, trainer.optimization
+    batch_idx, steps_before = counters.epoch_batches, optimization.num_steps
+    if trainer.moves_batches:
+        batch = trainer.move_batch(batch)
+    batch = callbacks.pre_train_step(batch, batch_idx)
+    try:
+        if callbacks.train_context is None and trainer.precision_context is None:
+            result = trainer.training_step(batch, batch_idx)
+        else:
+            result = _in_contexts(
+                trainer, callbacks.train_context, trainer.training_step, batch, batch_idx
+            )
+        result = step_result(result, "training_step")
+    except BaseException as error:
+        _note_place(error, trainer, "training_step", batch_idx)
+        raise
+    counters.epoch_batches = batch_idx + 1
+    counters.local_batches += 1
+    if optimization.num_steps != steps_before:
+        counters.global_step += 1
+    trainer.epoch_means.add(result, num_samples(batch))
+    callbacks.post_train_step(result, batch_idx)
+
+
+def _ends_after_step(trainer: BaseTrainer) -> bool:
+    """Validate if it is time. Whether the run ends with the step that was just completed."""
+    global_step, parameters = trainer.counters.global_step, trainer.training_parameters
+    if not trainer.first_step_done:
+        trainer.first_step_done = True
+        trainer.world.tighten_timeouts()
+    validate_every = parameters.val_every_n_steps
+    if validate_every and global_step % validate_every == 0:
+        _validate_if_new(trainer)
+    if trainer.may_be_stopped and trainer.agree_to_stop():
+        return True
+    return parameters.max_steps is not None and global_step >= parameters.max_steps
+
+
+# Validation
+
+
+def _sanity_validate(trainer: BaseTrainer) -> None:
+    """Try validation before training, so that a mistake in it shows now."""
+    num_batches = trainer.training_parameters.num_sanity_val_steps
+    if num_batches and trainer.counters.local_batches == 0 and trainer.validates:
+        with random_state_kept():
+            _validate(trainer, max_batches=num_batches)
+
+
+def _validate_if_new(trainer: BaseTrainer) -> None:
+    """Validate, unless that was done since the last step."""
+    if trainer.validates and trainer.counters.validated_step != trainer.counters.global_step:
+        _validate(trainer, max_batches=None)
+
+
+def _validate(trainer: BaseTrainer, max_batches: int | None) -> None:
+    """Run validation over the loader, or over `max_batches` of it."""
+    callbacks = trainer.callbacks
+    callbacks.pre_validation_epoch()
+    trainer.reset_metrics()
+    means = EpochMeans()
+    limits = [n for n in (max_batches, trainer.num_val_batches) if n is not None]
+    with torch.no_grad(), _eval_mode(trainer):
+        batch_idx = 0
+        for batch in trainer.val_dataloader or ():
+            _validation_step(trainer, batch, batch_idx, means)
+            batch_idx += 1
+            if limits and batch_idx >= min(limits):
+                break
+    if batch_idx == 0:
+        raise RuntimeError(
+            "the validation loader gave no batch; at least 1 is required: return an iterable "
+            "that can be iterated again, or no validation loader"
+        )
+    result = means.reduce(trainer.world, "validation_step") | trainer.compute_metrics()
+    if max_batches is None:
+        trainer.counters.validated_step = trainer.counters.global_step
+    callbacks.post_validation_epoch(result)
+
+
+def _validation_step(trainer: BaseTrainer, batch: Any, batch_idx: int, means: EpochMeans) -> None:
+    callbacks = trainer.callbacks
+    if trainer.moves_batches:
+        batch = trainer.move_batch(batch)
+    batch = callbacks.pre_validation_step(batch, batch_idx)
+    try:
+        if callbacks.validation_context is None and trainer.precision_context is None:
+            result = trainer.validation_step(batch, batch_idx)
+        else:
+            result = _in_contexts(
+                trainer, callbacks.validation_context, trainer.validation_step, batch, batch_idx
+            )
+        result = step_result({} if result is None else result, "validation_step")
+    except BaseException as error:
+        _note_place(error, trainer, "validation_step", batch_idx)
+        raise
+    means.add(result, num_samples(batch))
+    callbacks.post_validation_step(result, batch_idx)
+
+
+@contextmanager
+def _eval_mode(trainer: BaseTrainer) -> Iterator[None]:
+    """Models in eval mode inside; each module in the mode that it had outside."""
+    modes = [(m, m.training) for model in _models(trainer) for m in model.modules()]
+    for model in _models(trainer):
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _set_train_mode(trainer: BaseTrainer) -> None:
+    """Put models that are trained into train mode, if they were left in eval mode."""
+    for optimizer in trainer.named_optimizers().values():
+        model = trainer.model_of(optimizer)
+        if not model.training:
+            model.train()
+
+
+def _models(trainer: BaseTrainer) -> list[nn.Module]:
+    return list(trainer.named_models().values())
+
+
+# Around a step
+
+
+def _in_contexts(
+    trainer: BaseTrainer, callback_context: Any, step: Any, batch: Any, batch_idx: int
+) -> Any:
+    result = _SUPPRESSED
+    with ExitStack() as stack:
+        if callback_context is not None:
+            stack.enter_context(callback_context())
+        if trainer.precision_context is not None:
+            stack.enter_context(trainer.precision_context())
+        result = step(batch, batch_idx)
+    if result is _SUPPRESSED:
+        raise RuntimeError(
+            f"a callback's context suppressed an error of {step.__name__}, so there is no result; "
+            "let errors through: return None from __exit__"
+        )
+    return result
+
+
+_SUPPRESSED = object()
+
+
+def _note_place(error: BaseException, trainer: BaseTrainer, step: str, batch_idx: int) -> None:
+    error.add_note(
+        f"raised in {step} on rank {trainer.world.rank} at step {trainer.global_step} "
+        f"(epoch {trainer.current_epoch}, batch {batch_idx})"
+    )

@@ -1,0 +1,162 @@
+"""Loaders: what the user gives, how many batches an epoch has, and that ranks agree on it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from dream_trainer.configs.training import TrainingParameters
+from dream_trainer.trainer.abstract import AbstractTrainer
+from dream_trainer.trainer.batches import BatchStream, length_of
+
+logger = logging.getLogger(__name__)
+
+
+class DataLoaderSetupMixin(AbstractTrainer):
+    """Builds the loaders once the models are ready."""
+
+    training_parameters: TrainingParameters
+    train_batches: BatchStream
+    _train_dataloader: Iterable[Any] | None = None
+    _val_dataloader: Iterable[Any] | None = None
+    _num_train_batches: int | None = None
+    _num_val_batches: int | None = None
+
+    # What the user writes
+
+    def configure_dataloaders(self) -> Any:
+        """Make the loaders of this rank.
+
+        Each data-parallel rank must read its own part: give `self.world.dp_rank` and
+        `self.world.dp_size` to a DistributedSampler, for example.
+
+        Returns:
+            The training loader, or it and the validation loader; any iterables.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no configure_dataloaders; write one that returns the "
+            "training loader, or (training loader, validation loader)"
+        )
+
+    # What the trainer reads
+
+    @property
+    def train_dataloader(self) -> Iterable[Any]:
+        if self._train_dataloader is None:
+            raise RuntimeError("there is no training loader before trainer.setup()")
+        return self._train_dataloader
+
+    @property
+    def val_dataloader(self) -> Iterable[Any] | None:
+        if self._train_dataloader is None:
+            raise RuntimeError("there is no validation loader before trainer.setup()")
+        return self._val_dataloader
+
+    @property
+    def num_train_batches(self) -> int | None:
+        return self._num_train_batches
+
+    @property
+    def num_val_batches(self) -> int | None:
+        return self._num_val_batches
+
+    # Building
+
+    def build_dataloaders(self) -> None:
+        """Call `configure_dataloaders` and find out how long an epoch is. Collective.
+
+        Raises:
+            ValueError: On all ranks, if a loader is empty, ranks have different numbers of
+                batches, or the length of an epoch can't be known.
+            TypeError: If a loader isn't iterable.
+        """
+        returned = self.configure_dataloaders()
+        train, val = (
+            returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
+        )
+        # Every rank says what it found before any rank raises: nobody waits for one that left.
+        lengths = self.world.all_gather(
+            (_problem(train, "training", type(self).__name__), _problem(val, "validation", ""))
+            if val is not None
+            else (_problem(train, "training", type(self).__name__), None)
+        )
+        for rank, problems in enumerate(lengths):
+            for problem in problems:
+                if problem is not None:
+                    raise ValueError(f"rank {rank}: {problem}" if len(lengths) > 1 else problem)
+        self.world.agree(length_of(train), "the number of batches of the training loader")
+        if val is not None:
+            self.world.agree(length_of(val), "the number of batches of the validation loader")
+        self._train_dataloader, self._val_dataloader = train, val
+        self._num_train_batches = self._epoch_length(train)
+        self._num_val_batches = None if val is None else self._validation_length(val)
+        self.train_batches = BatchStream(train, "training")
+        self._warn_of_repeated_data(train)
+
+    def _epoch_length(self, loader: Iterable[Any]) -> int:
+        length = length_of(loader)
+        wanted_steps = self.training_parameters.train_steps_per_epoch
+        if wanted_steps is None:
+            if length is None:
+                raise ValueError(
+                    f"the training loader ({type(loader).__name__}) has no length, so the end of "
+                    "an epoch can't be known; set TrainingParameters(train_steps_per_epoch=…)"
+                )
+            return length
+        wanted = wanted_steps * self.training_parameters.gradient_accumulation_steps
+        if length is not None and length < wanted:
+            logger.warning(
+                "train_steps_per_epoch=%d needs %d batches and the training loader has %d; an "
+                "epoch is one pass over it",
+                wanted_steps,
+                wanted,
+                length,
+            )
+            return length
+        return wanted
+
+    def _validation_length(self, loader: Iterable[Any]) -> int | None:
+        length, wanted = length_of(loader), self.training_parameters.val_steps_per_epoch
+        if length is None and wanted is None and self.world.is_distributed:
+            raise ValueError(
+                f"the validation loader ({type(loader).__name__}) has no length, so ranks can't "
+                "know that they end together; set TrainingParameters(val_steps_per_epoch=…)"
+            )
+        return min((n for n in (length, wanted) if n is not None), default=None)
+
+    def _warn_of_repeated_data(self, loader: Iterable[Any]) -> None:
+        from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+
+        if (
+            self.world.dp_size > 1
+            and isinstance(loader, DataLoader)
+            and isinstance(loader.sampler, (RandomSampler, SequentialSampler))
+        ):
+            logger.warning(
+                "the training loader's %s doesn't know that there are %d data-parallel ranks, so "
+                "each of them reads all of the data; use DistributedSampler(dataset, "
+                "num_replicas=self.world.dp_size, rank=self.world.dp_rank)",
+                type(loader.sampler).__name__,
+                self.world.dp_size,
+            )
+
+
+def _problem(loader: Any, kind: str, trainer_name: str) -> str | None:
+    """What is wrong with a loader, if anything."""
+    if loader is None:
+        return (
+            f"{trainer_name}.configure_dataloaders returned no {kind} loader (None); return an "
+            "iterable of batches, or (training loader, validation loader)"
+        )
+    if not isinstance(loader, Iterable):
+        return (
+            f"the {kind} loader is a {type(loader).__qualname__}, which can't be iterated over; "
+            "return an iterable of batches, or (training loader, validation loader)"
+        )
+    if length_of(loader) == 0:
+        return (
+            f"the {kind} loader ({type(loader).__name__}) is empty: it has 0 batches, and at "
+            "least 1 is required; look at the data set's length, the batch size and drop_last"
+        )
+    return None

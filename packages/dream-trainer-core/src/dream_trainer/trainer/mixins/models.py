@@ -1,0 +1,248 @@
+"""Models: from the user's structure to sharded, compiled, initialized weights on the device.
+
+The order is: tensor parallelism, activation checkpointing, compile, FSDP or DDP, materialize,
+initialize. Each comes after what would otherwise undo it or be traced through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dream_trainer.trainer.abstract import AbstractTrainer
+from dream_trainer.trainer.mixins.tracking import assigned_attributes
+from dream_trainer.world.determinism import FullTensorRandom
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class ModelSetupMixin(AbstractTrainer):
+    """Builds the models and puts them on their ranks.
+
+    The user writes `configure_models`; every other method has a default that works.
+    """
+
+    _model_names: tuple[str, ...] = ()
+
+    # What the user writes
+
+    def configure_models(self) -> None:
+        """Assign the models to attributes: `self.model = …`.
+
+        Runs on the meta device if the models will be sharded and there is an `init_weights`,
+        else on this rank's device.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no configure_models; write one that assigns the model: "
+            "self.model = …"
+        )
+
+    def init_weights(self) -> None:
+        """Give all parameters and buffers their first values, or load pretrained ones.
+
+        Optional. Runs after sharding: parameters may be DTensors. `nn.init` gives the same
+        weights in every layout.
+        """
+
+    def apply_tensor_parallel(self, mesh: DeviceMesh) -> None:
+        """Parallelize the models' layers over `mesh`, with `parallelize_module`.
+
+        Has no default: which layers to split, and how, is known to the model's author.
+        """
+        raise NotImplementedError(
+            f"tensor_parallel={self.world.tp_size}, and {type(self).__name__} has no "
+            "apply_tensor_parallel(mesh); write one that calls torch's parallelize_module, or set "
+            "tensor_parallel=1"
+        )
+
+    def apply_activation_checkpointing(self) -> None:
+        """Recompute activations in backward: each block of a ModuleList."""
+        from torch.distributed._composable.checkpoint_activation import checkpoint
+
+        for model in self.named_models().values():
+            for block in _blocks(model):
+                checkpoint(block)  # unlike a wrapper, it keeps the parameters' names
+
+    def apply_compile(self) -> None:
+        """Compile the models in place."""
+        for model in self.named_models().values():
+            model.compile()
+
+    def apply_fully_shard(self, config: dict[str, Any]) -> None:
+        """Shard the models with FSDP2: each block of a ModuleList, then the rest.
+
+        Args:
+            config: Keyword arguments of torch's `fully_shard`: `mesh`, `mp_policy`, …
+        """
+        from torch.distributed.fsdp import fully_shard
+
+        for model in self.named_models().values():
+            for block in _blocks(model):
+                fully_shard(block, **config)
+            if any(True for _ in model.parameters()):
+                fully_shard(model, **config)
+
+    def apply_replicate(self, mesh: DeviceMesh) -> None:
+        """Keep the models' copies equal with DDP, without wrapping them.
+
+        Args:
+            mesh: The axis of copies.
+        """
+        from torch.distributed._composable.replicate import replicate
+
+        for model in self.named_models().values():
+            if any(parameter.requires_grad for parameter in model.parameters()):
+                replicate(model, device_mesh=mesh)
+
+    def model_state_dict(self) -> dict[str, Any]:
+        """Tensors to save, by model and parameter name; sharded where the model is."""
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+        return {name: get_model_state_dict(model) for name, model in self.named_models().items()}
+
+    # What the trainer reads
+
+    def named_models(self) -> dict[str, nn.Module]:
+        return {name: getattr(self, name) for name in self._model_names}
+
+    # Building
+
+    def build_models(self) -> None:
+        """Call `configure_models` on the right device and remember what it assigned."""
+        on_meta = self._is_sharded and self._has_init_weights
+        device = torch.device("meta") if on_meta else self.world.device
+        drawing = FullTensorRandom(self.world.device) if on_meta else nullcontext()
+        with assigned_attributes(self, _is_model) as names, device, drawing:
+            self.configure_models()
+        if not names:
+            raise RuntimeError(
+                f"{type(self).__name__}.configure_models assigned no nn.Module to an attribute; "
+                "assign the model: self.model = …"
+            )
+        self._model_names = tuple(names)
+
+    def prepare_models(self) -> None:
+        """Parallelize, compile, shard, materialize and initialize the models."""
+        parameters, shape = self.config.device_parameters, self.world.shape
+        for axis, degree in (("context_parallel", shape.cp), ("pipeline_parallel", shape.pp)):
+            if degree > 1:
+                raise NotImplementedError(
+                    f"{axis}={degree}: there is no layout with it yet; set {axis}=1"
+                )
+        if shape.tp > 1:
+            self.apply_tensor_parallel(self.world.get_mesh("tp"))
+        if parameters.checkpoint_activations:
+            self.apply_activation_checkpointing()
+        if parameters.compile_model:
+            self.apply_compile()
+        if shape.dp_shard > 1:
+            self.apply_fully_shard(self._fully_shard_config())
+        elif shape.dp_replicate > 1:
+            self.apply_replicate(self.world.get_mesh("dp_replicate"))
+        self._materialize()
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.world.shape.dp_shard > 1 or self.world.shape.tp > 1
+
+    @property
+    def _has_init_weights(self) -> bool:
+        return type(self).init_weights is not ModelSetupMixin.init_weights
+
+    def _fully_shard_config(self) -> dict[str, Any]:
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+
+        parameters = self.config.device_parameters
+        axes = ("dp_replicate", "dp_shard") if self.world.shape.dp_replicate > 1 else ("dp_shard",)
+        config: dict[str, Any] = {
+            "mesh": self.world.get_mesh(*axes),
+            "mp_policy": MixedPrecisionPolicy(
+                param_dtype=parameters.param_dtype, reduce_dtype=parameters.reduce_dtype
+            ),
+        }
+        if parameters.cpu_offload:
+            config["offload_policy"] = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda")
+        return config
+
+    def _materialize(self) -> None:
+        device = self.world.device
+        if self.config.device_parameters.cpu_offload and self.world.shape.dp_shard > 1:
+            device = torch.device("cpu")
+        empty: list[tuple[str, Tensor]] = []
+        for name, model in self.named_models().items():
+            if any(tensor.is_meta for _, tensor in _tensors(model)):
+                if not self._has_init_weights:
+                    raise RuntimeError(
+                        f"model {name!r} is on the meta device, and {type(self).__name__} has no "
+                        "init_weights to give it values; write one, or build it on a real device"
+                    )
+                model.to_empty(device=device)
+                empty += [(f"{name}.{key}", tensor) for key, tensor in _tensors(model)]
+            else:
+                model.to(device)
+        for _, tensor in empty:
+            _mark_empty(tensor)
+        if self._has_init_weights:
+            drawing: AbstractContextManager[Any] = (
+                FullTensorRandom(self.world.device) if self._is_sharded else nullcontext()
+            )
+            with torch.no_grad(), drawing:
+                self.init_weights()
+        still_empty = [key for key, tensor in empty if _is_marked_empty(tensor)]
+        if still_empty:
+            raise RuntimeError(
+                f"{', '.join(still_empty[:5])}{' …' if len(still_empty) > 5 else ''}: built on the "
+                "meta device, so what the constructor put there is gone, and init_weights gave no "
+                "values; set every parameter and buffer in init_weights"
+            )
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, nn.Module)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules in ModuleLists that have parameters, inner ones first."""
+    blocks = [
+        block
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        for block in module
+        if any(True for _ in block.parameters())
+    ]
+    return list(dict.fromkeys(reversed(blocks)))
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    from torch.distributed.tensor import DTensor
+
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _mark_empty(tensor: Tensor) -> None:
+    local = _local(tensor)
+    if local.is_floating_point() or local.is_complex():
+        local.fill_(float("nan"))
+    elif local.dtype is not torch.bool:
+        local.fill_(torch.iinfo(local.dtype).min)
+
+
+def _is_marked_empty(tensor: Tensor) -> bool:
+    """Whether nothing was written since `_mark_empty`; can't be told of booleans."""
+    local = _local(tensor)
+    if local.numel() == 0 or local.dtype is torch.bool:
+        return False
+    if local.is_floating_point() or local.is_complex():
+        return bool(local.isnan().any())
+    return local.dtype is not torch.uint8 and bool((local == torch.iinfo(local.dtype).min).all())

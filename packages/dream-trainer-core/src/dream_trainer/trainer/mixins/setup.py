@@ -1,0 +1,17 @@
+"""SetupMixin: models, then optimizers, then loaders."""
+
+from __future__ import annotations
+
+from dream_trainer.trainer.mixins.dataloaders import DataLoaderSetupMixin
+from dream_trainer.trainer.mixins.models import ModelSetupMixin
+from dream_trainer.trainer.mixins.optimizers import OptimizerSetupMixin
+
+
+class SetupMixin(ModelSetupMixin, OptimizerSetupMixin, DataLoaderSetupMixin):
+    """Everything between a config and the first step."""
+
+    def build_training(self) -> None:
+        """Prepare the models; build optimizers, schedulers and loaders. Collective."""
+        self.prepare_models()
+        self.build_optimizers()
+        self.build_dataloaders()

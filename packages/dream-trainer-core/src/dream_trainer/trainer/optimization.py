@@ -1,0 +1,118 @@
+"""How gradients become weights: scaling, accumulation, clipping, the optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from dream_trainer.world.collectives import total_gradient_norm
+
+if TYPE_CHECKING:
+    from dream_trainer.callbacks.collection import CallbackCollection
+
+
+class Optimization:
+    """Turns the gradients of a group of batches into one optimizer step.
+
+    Args:
+        models: All models, so that gradients can be kept from synchronizing while they
+            accumulate.
+        model_of: The model that each optimizer changes.
+        schedulers: Stepped after their optimizer, in order; not ReduceLROnPlateau, which needs
+            a metric: step it yourself.
+        clip_norm: Largest norm of the gradients of one optimizer, if they are clipped.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        model_of: Mapping[Optimizer, nn.Module],
+        schedulers: Mapping[str, LRScheduler],
+        clip_norm: float | None,
+    ) -> None:
+        self.is_accumulating = False
+        self.group_size = 1
+        self.num_steps = 0
+        self.clip_norm = clip_norm
+        self._model_of = model_of
+        self._schedulers_of = {
+            optimizer: [
+                scheduler
+                for scheduler in schedulers.values()
+                if scheduler.optimizer is optimizer and not isinstance(scheduler, ReduceLROnPlateau)
+            ]
+            for optimizer in model_of
+        }
+        self._set_gradient_sync = [
+            setter for model in models.values() for setter in _gradient_sync_setters(model)
+        ]
+        self._syncs_gradients = True
+
+    def begin_batch(self, index_in_group: int, group_size: int) -> None:
+        """Prepare for one of the `group_size` batches that make a step together."""
+        self.group_size = group_size
+        self.is_accumulating = index_in_group + 1 < group_size
+        if self.is_accumulating is self._syncs_gradients and self._set_gradient_sync:
+            self._syncs_gradients = not self.is_accumulating
+            for set_gradient_sync in self._set_gradient_sync:
+                set_gradient_sync(self._syncs_gradients)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of the loss's share in the mean over the group."""
+        if self.group_size != 1:
+            loss = loss / self.group_size
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's
+
+    def step(self, optimizer: Optimizer, callbacks: CallbackCollection) -> Tensor:
+        """Clip, step, zero, step the schedulers, each with its hooks.
+
+        Collective where parameters are sharded. No host synchronization.
+
+        Returns:
+            Norm of the gradients before clipping, scalar `()`, equal on all ranks.
+
+        Raises:
+            RuntimeError: While gradients accumulate, or if no gradient is there.
+            ValueError: If the optimizer isn't one of the trainer's.
+        """
+        if self.is_accumulating:
+            raise RuntimeError(
+                "step() was called on a batch whose gradient is still accumulating "
+                f"({self.group_size} batches make a step); write "
+                "`if not self.is_accumulating_gradients: self.step(optimizer)`"
+            )
+        model = self._model_of.get(optimizer)
+        if model is None:
+            raise ValueError(
+                f"{type(optimizer).__name__} at {id(optimizer):#x} isn't an optimizer of this "
+                "trainer; assign it to an attribute in configure_optimizers, or return it there"
+            )
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = total_gradient_norm(parameters, self.clip_norm)
+        callbacks.pre_optimizer_step(model, optimizer)
+        optimizer.step()
+        callbacks.post_optimizer_step(model, optimizer)
+        callbacks.pre_optimizer_zero_grad(model, optimizer)
+        optimizer.zero_grad()
+        callbacks.post_optimizer_zero_grad(model, optimizer)
+        for scheduler in self._schedulers_of[optimizer]:
+            scheduler.step()
+        self.num_steps += 1
+        return norm
+
+
+def _gradient_sync_setters(model: nn.Module) -> list[Callable[[bool], None]]:
+    """Functions that switch a model's gradient synchronization on and off."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+
+        def set_ddp(requires_sync: bool) -> None:
+            model.require_backward_grad_sync = requires_sync
+
+        return [set_ddp]
+    # torch's composable replicate and fully_shard give the module this method.
+    setters = [getattr(module, "set_requires_gradient_sync", None) for module in model.modules()]
+    return [setter for setter in setters if callable(setter)]

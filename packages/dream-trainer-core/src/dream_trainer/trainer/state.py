@@ -1,0 +1,146 @@
+"""What a trainer's state is, and how it is taken back. Its layout is a promise to checkpoints.
+
+::
+
+    {
+      "trainer": {"counters", "callbacks", "random_state", "epoch_means"},
+      "models": {name: tensors by parameter name},
+      "optimizers": {name: states by parameter name, param_groups},
+      "schedulers": {name: state},
+      "dataloaders": {"train": position},
+    }
+
+Tensors of models and optimizers are live ones, sharded where the model is. What differs per rank
+(`random_state`, `epoch_means`, `dataloaders`) is wrapped in RankLocal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from dream_trainer.callbacks.values import RankLocal, without_rank_local
+from dream_trainer.world.determinism import random_state
+
+if TYPE_CHECKING:
+    from dream_trainer.trainer.base import BaseTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def state_dict(trainer: BaseTrainer, *, as_target: bool = False) -> dict[str, Any]:
+    """The state of a trainer. Collective where models are sharded.
+
+    Args:
+        trainer: Set up.
+        as_target: Give optimizers that haven't stepped yet the tensors that they will have, so
+            that a saved state can be loaded into them.
+    """
+    return {
+        "trainer": {
+            "counters": dataclasses.asdict(trainer.counters),
+            "callbacks": trainer.callbacks.state_dict(),
+            "random_state": RankLocal(random_state()),
+            "epoch_means": RankLocal(trainer.epoch_means.state_dict()),
+        },
+        "models": trainer.model_state_dict(),
+        "optimizers": {
+            name: _optimizer_state(trainer, name, as_target=as_target)
+            for name in trainer.named_optimizers()
+        },
+        "schedulers": {
+            name: scheduler.state_dict() for name, scheduler in trainer.named_schedulers().items()
+        },
+        "dataloaders": {"train": RankLocal(trainer.train_batches.state_dict())},
+    }
+
+
+def load_state_dict(
+    trainer: BaseTrainer,
+    state: Mapping[str, Any],
+    *,
+    strict: bool = True,
+    resume_data: bool = True,
+) -> None:
+    """Continue from a state. Collective where models are sharded.
+
+    Args:
+        trainer: Set up.
+        state: What `state_dict` returned, from any layout; RankLocal values may be bare.
+        strict: Raise if names of models, optimizers, schedulers or parameters don't match.
+        resume_data: Continue at the next batch; else begin the epoch in hand with new data.
+
+    Raises:
+        KeyError: If `strict` and names don't match; it lists both sides.
+    """
+    state = without_rank_local(state)
+    _match_names("models", trainer.named_models(), state["models"], strict)
+    _match_names("optimizers", trainer.named_optimizers(), state["optimizers"], strict)
+    _match_names("schedulers", trainer.named_schedulers(), state["schedulers"], strict)
+    _load_models(trainer, state["models"], strict=strict)
+    _load_optimizers(trainer, state["optimizers"])
+    for name, scheduler in trainer.named_schedulers().items():
+        if name in state["schedulers"]:
+            scheduler.load_state_dict(state["schedulers"][name])
+    own = state["trainer"]
+    for name, value in own["counters"].items():
+        setattr(trainer.counters, name, value)
+    trainer.callbacks.load_state_dict(own["callbacks"], trainer)
+    if resume_data:
+        trainer.train_batches.load_state_dict(state["dataloaders"].get("train", {}))
+        trainer.epoch_means.load_state_dict(own.get("epoch_means", {}))
+    else:
+        trainer.counters.epoch_batches = 0
+    # Restored when training goes on: what callbacks draw until then leaves no trace.
+    trainer.random_state_to_resume = own.get("random_state")
+
+
+def _optimizer_state(trainer: BaseTrainer, name: str, *, as_target: bool) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    optimizer = trainer.named_optimizers()[name]
+    if not optimizer.state and not as_target and trainer.counters.global_step == 0:
+        # torch would take a step with zero gradients to have something to return.
+        return {"state": {}, "param_groups": []}
+    return get_optimizer_state_dict(_all_in_one(trainer.models_of(optimizer)), optimizer)
+
+
+def _load_models(trainer: BaseTrainer, states: Mapping[str, Any], *, strict: bool) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    for name, model in trainer.named_models().items():
+        if name in states:
+            set_model_state_dict(model, dict(states[name]), options=StateDictOptions(strict=strict))
+
+
+def _load_optimizers(trainer: BaseTrainer, states: Mapping[str, Any]) -> None:
+    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+    for name, optimizer in trainer.named_optimizers().items():
+        saved = states.get(name)
+        if saved and saved["param_groups"]:
+            models = _all_in_one(trainer.models_of(optimizer))
+            set_optimizer_state_dict(models, optimizer, saved)
+
+
+def _all_in_one(models: Mapping[str, nn.Module]) -> nn.Module:
+    """The model; if an optimizer has several, one module that names them."""
+    return next(iter(models.values())) if len(models) == 1 else nn.ModuleDict(dict(models))
+
+
+def _match_names(
+    kind: str, here: Mapping[str, Any], saved: Mapping[str, Any], strict: bool
+) -> None:
+    if set(here) == set(saved):
+        return
+    message = (
+        f"the state has {kind} {sorted(saved) or 'none'}, and the trainer has "
+        f"{sorted(here) or 'none'}; give them the names that they had"
+    )
+    if strict:
+        raise KeyError(message)
+    logger.warning("%s; what matches is loaded", message)

@@ -1,0 +1,1 @@
+"""Names that dream-trainer 1.x had here."""

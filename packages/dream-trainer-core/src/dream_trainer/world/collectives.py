@@ -1,0 +1,181 @@
+"""What ranks do together, on tensors, numbers and dicts of them; and the norm of all gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+ReduceOp = Literal["mean", "sum", "min", "max"]
+
+_OPS = {
+    "mean": dist.ReduceOp.SUM,
+    "sum": dist.ReduceOp.SUM,
+    "min": dist.ReduceOp.MIN,
+    "max": dist.ReduceOp.MAX,
+}
+
+
+def reduced(value: Any, op: ReduceOp, group: ProcessGroup | None) -> Any:
+    """The value reduced over a group; `None` is a group of one.
+
+    Args:
+        value: A tensor, a number, or a dict of them. Not changed.
+        op: "mean", "sum", "min" or "max".
+        group: Whom to reduce over.
+
+    Returns:
+        The same kind as `value`; a mean of whole numbers or booleans is a float.
+
+    Raises:
+        ValueError: If `op` is none of the four.
+        TypeError: If `value` can't be reduced.
+    """
+    if op not in _OPS:
+        raise ValueError(f"op={op!r}: one of {', '.join(map(repr, _OPS))} is required")
+    if isinstance(value, Mapping):
+        return {key: reduced(item, op, group) for key, item in value.items()}
+    if isinstance(value, Tensor):
+        return _reduced_tensor(value, op, group)
+    if isinstance(value, (bool, int, float)):
+        exact = torch.float64 if isinstance(value, float) or op == "mean" else torch.int64
+        result = _reduced_tensor(torch.tensor(value, dtype=exact), op, group).item()
+        return bool(result) if isinstance(value, bool) and op in ("min", "max") else result
+    raise TypeError(
+        f"a {type(value).__qualname__} can't be reduced over ranks; "
+        "a tensor, a number or a dict of them is required"
+    )
+
+
+def _reduced_tensor(value: Tensor, op: ReduceOp, group: ProcessGroup | None) -> Tensor:
+    if value.dtype is torch.bool:
+        # NCCL can't reduce bool.
+        result = _reduced_tensor(value.to(torch.int32), op, group)
+        return result.bool() if op in ("min", "max") else result
+    if op == "mean" and not value.is_floating_point() and not value.is_complex():
+        value = value.to(torch.float32)
+    result = value.detach().clone()
+    if group is not None:
+        dist.all_reduce(result, _OPS[op], group=group)
+        if op == "mean":
+            result /= group.size()
+    return result
+
+
+def gathered(value: Any, group: ProcessGroup | None, objects_group: ProcessGroup | None) -> Any:
+    """Everyone's values: a tensor `(ranks, *shape)` for a tensor, a list for anything else."""
+    if isinstance(value, Tensor):
+        value = value.detach()
+        if group is None:
+            return value.unsqueeze(0).clone()
+        parts = [torch.empty_like(value) for _ in range(group.size())]
+        dist.all_gather(parts, value.contiguous(), group=group)
+        return torch.stack(parts)
+    if objects_group is None:
+        return [value]
+    objects: list[Any] = [None] * objects_group.size()
+    dist.all_gather_object(objects, value, group=objects_group)
+    return objects
+
+
+def disagreement(values: Sequence[Any], what: str) -> str:
+    """Says which ranks said what."""
+    said: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        said.setdefault(repr(value), []).append(rank)
+    lines = [f"  rank {', '.join(map(str, ranks))}: {value}" for value, ranks in said.items()]
+    return f"ranks disagree on {what}; it must be the same on all of them:\n" + "\n".join(lines)
+
+
+def total_gradient_norm(
+    parameters: Iterable[nn.Parameter], max_norm: float | None = None
+) -> Tensor:
+    """L2 norm of all gradients together, over every shard; clips them to it if asked.
+
+    Collective over the meshes of sharded parameters: each rank must call it with its own
+    shards of the same parameters. No host synchronization. Gradients that are replicated count
+    once. Those on different meshes, or on none, are normed apart and then together: torch can't
+    mix them in one operation.
+
+    Args:
+        parameters: Those without a gradient count as zero.
+        max_norm: Scale all gradients by `max_norm / norm` where that is below 1.
+
+    Returns:
+        Scalar `()`, equal on all ranks: the norm before clipping.
+
+    Raises:
+        ValueError: If no parameter has a gradient.
+    """
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    if not with_gradient:
+        raise ValueError("no parameter has a gradient; call backward(loss) before step(optimizer)")
+    if not dist.is_initialized():
+        if max_norm is not None:
+            return torch.nn.utils.clip_grad_norm_(with_gradient, max_norm)
+        return torch.nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None])
+    groups = _by_mesh(with_gradient)
+    norms = [
+        _whole(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]))
+        for group in groups
+    ]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    if max_norm is not None:
+        for group in groups:
+            torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    return norm
+
+
+def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters, those apart whose gradients are sharded over other meshes."""
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(_mesh_of(parameter), []).append(parameter)
+    return list(groups.values())
+
+
+def _mesh_of(parameter: nn.Parameter) -> Any:
+    from torch.distributed.tensor import DTensor
+
+    return parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class RefuseCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+    """Makes every collective of torch.distributed an error.
+
+    Args:
+        where: Named in the error.
+    """
+
+    def __init__(self, where: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        self._where = where
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            raise RuntimeError(refusal(func.name(), self._where))
+        return func(*args, **(kwargs or {}))
+
+
+def refusal(collective: str, where: str) -> str:
+    """Says why a collective can't be called there, and what to do instead."""
+    return (
+        f"{collective} in {where}: the other ranks don't run this hook and would never join; "
+        "make the callback a plain Callback and ask world.is_global_zero before what only "
+        "rank 0 does"
+    )

@@ -1,0 +1,31 @@
+"""From a mesh shape to torch's DeviceMesh, with the views that data and gradients need."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dream_trainer.configs.device import AXES, MeshShape
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+DATA_AXES = ("dp_replicate", "dp_shard")
+"""Axes along which ranks read different data."""
+
+
+def build_mesh(shape: MeshShape, device_type: str) -> DeviceMesh:
+    """The mesh of all ranks, with every axis, also those of size 1.
+
+    Collective: each rank must call it. Row-major: the last axis, `tp`, is between neighbours.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device_type, shape.sizes, mesh_dim_names=AXES)
+
+
+def coordinates(rank: int, shape: MeshShape) -> dict[str, int]:
+    """Place of a rank on each axis, as in the mesh; needs no process group."""
+    place = {}
+    for axis, size in zip(reversed(AXES), reversed(shape.sizes), strict=True):
+        rank, place[axis] = divmod(rank, size)
+    return place

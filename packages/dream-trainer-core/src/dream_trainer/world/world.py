@@ -1,0 +1,336 @@
+"""World: who the ranks are, what device and mesh they have, and what they do together."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import random
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dream_trainer.configs.device import AXES, DeviceParameters, MeshShape
+from dream_trainer.world import collectives
+from dream_trainer.world.collectives import ReduceOp
+from dream_trainer.world.determinism import seed_all
+from dream_trainer.world.mesh import build_mesh, coordinates
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+
+
+class World:
+    """The ranks of a run.
+
+    One process that torchrun didn't start is a world of one: no process group, no port, and
+    every method works. Ranks are read from the environment that torchrun sets, so they are known
+    before `launch`.
+
+    Args:
+        parameters: Layout, device and timeouts.
+
+    Raises:
+        ValueError: If the layout doesn't fit the number of ranks, or the environment is
+            incomplete.
+        RuntimeError: If the device isn't there.
+    """
+
+    def __init__(self, parameters: DeviceParameters) -> None:
+        self.parameters = parameters
+        self.world_size = _from_environment("WORLD_SIZE", 1)
+        self.rank = _from_environment("RANK", 0)
+        self.local_rank = _from_environment("LOCAL_RANK", 0)
+        if self.world_size > 1 and "RANK" not in os.environ:
+            raise ValueError(
+                f"WORLD_SIZE={self.world_size} is set and RANK isn't; start the script with "
+                "torchrun, which sets both, or unset WORLD_SIZE"
+            )
+        self.shape: MeshShape = parameters.mesh_shape(self.world_size)
+        self.place = coordinates(self.rank, self.shape)
+        self.device = _device(parameters, self.local_rank)
+        self._mesh: DeviceMesh | None = None
+        self._groups: dict[str, ProcessGroup] = {}
+        self._owns_process_group = False
+        self._collectives_refused_in: str | None = None
+
+    # Who
+
+    @property
+    def is_global_zero(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_local_zero(self) -> bool:
+        return self.local_rank == 0
+
+    @property
+    def dp_rank(self) -> int:
+        """Which part of the data this rank reads, of `dp_size`."""
+        return self.place["dp_replicate"] * self.shape.dp_shard + self.place["dp_shard"]
+
+    @property
+    def dp_size(self) -> int:
+        return self.shape.dp_size
+
+    @property
+    def tp_rank(self) -> int:
+        return self.place["tp"]
+
+    @property
+    def tp_size(self) -> int:
+        return self.shape.tp
+
+    @property
+    def cp_rank(self) -> int:
+        return self.place["cp"]
+
+    @property
+    def cp_size(self) -> int:
+        return self.shape.cp
+
+    @property
+    def pp_rank(self) -> int:
+        return self.place["pp"]
+
+    @property
+    def pp_size(self) -> int:
+        return self.shape.pp
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether there is more than one rank."""
+        return self.world_size > 1
+
+    # Life
+
+    def launch(self) -> None:
+        """Create the process group and the mesh. Collective; a second call does nothing."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        if not self.is_distributed or self._mesh is not None:
+            return
+        if not dist.is_initialized():
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+                timeout=timedelta(seconds=self.parameters.init_timeout_s),
+                device_id=self.device if self.device.type == "cuda" else None,
+            )
+            self._owns_process_group = True
+            atexit.register(self.shutdown)
+        self._mesh = build_mesh(self.shape, self.device.type)
+
+    def shutdown(self) -> None:
+        """Destroy the process group, if `launch` made one. A second call does nothing."""
+        self._mesh = None
+        self._groups.clear()
+        if self._owns_process_group and dist.is_initialized():
+            dist.destroy_process_group()
+        self._owns_process_group = False
+        atexit.unregister(self.shutdown)
+
+    def seed(self, seed: int | None) -> int:
+        """Seed all generators alike on all ranks. Collective if `seed` is None.
+
+        Returns:
+            The seed; drawn by rank 0 if None was given.
+        """
+        if seed is None:
+            seed = self.broadcast_object(random.SystemRandom().randrange(2**31))
+        seed_all(seed)
+        return seed
+
+    def tighten_timeouts(self) -> None:
+        """Let collectives take `train_timeout_s` from now on instead of `init_timeout_s`."""
+        if not self.is_distributed:
+            return
+        from torch.distributed.distributed_c10d import _set_pg_timeout  # there is no public one
+
+        timeout = timedelta(seconds=self.parameters.train_timeout_s)
+        mesh_groups = [self.get_mesh(axis).get_group() for axis in AXES]
+        for group in {dist.group.WORLD, *mesh_groups, *self._groups.values()}:
+            _set_pg_timeout(timeout, group)
+
+    # Mesh and groups
+
+    @property
+    def mesh(self) -> DeviceMesh:
+        """The mesh of all ranks, with the axes pp, dp_replicate, dp_shard, cp, tp.
+
+        Raises:
+            RuntimeError: In a world of one, or before `launch`.
+        """
+        if self._mesh is None:
+            raise RuntimeError(
+                "a world of one process has no mesh; ask world.is_distributed first"
+                if not self.is_distributed
+                else "the mesh is there after world.launch(), which trainer.configure() calls"
+            )
+        return self._mesh
+
+    def get_mesh(self, *axes: str) -> DeviceMesh:
+        """The part of the mesh along some axes, in the mesh's order.
+
+        Raises:
+            ValueError: If there is no such axis.
+            RuntimeError: As `mesh`.
+        """
+        unknown = [axis for axis in axes if axis not in AXES]
+        if unknown or not axes:
+            raise ValueError(
+                f"axes {', '.join(axes) or '(none)'}: some of {', '.join(AXES)} are required"
+            )
+        ordered = tuple(axis for axis in AXES if axis in axes)
+        return self.mesh[ordered] if len(ordered) > 1 else self.mesh[ordered[0]]
+
+    def group(self, kind: str = "control") -> ProcessGroup | None:
+        """A CPU group of all ranks that callbacks may share; None in a world of one.
+
+        Collective the first time that a kind is asked for: each rank must do so, and in the same
+        order. Collectives of two threads must not share a group: give each thread a kind.
+        """
+        if not self.is_distributed:
+            return None
+        if kind not in self._groups:
+            group = dist.new_group(
+                backend="gloo", timeout=timedelta(seconds=self.parameters.init_timeout_s)
+            )
+            self._groups[kind] = group
+        return self._groups[kind]
+
+    # Together
+
+    def all_reduce(self, value: Any, op: ReduceOp = "mean") -> Any:
+        """The value reduced over all ranks. Collective; doesn't change `value`.
+
+        Args:
+            value: A tensor (reduced on its device), a number, or a dict of them.
+            op: "mean", "sum", "min" or "max".
+
+        Returns:
+            The same kind as `value`, equal on all ranks; a mean of whole numbers is a float.
+        """
+        self._refuse_if_guarded("all_reduce")
+        return collectives.reduced(value, op, self._default_group)
+
+    def all_gather(self, value: Any) -> Any:
+        """The values of all ranks, in the order of ranks. Collective.
+
+        Returns:
+            For a tensor, which must have the same shape everywhere, `(world_size, *shape)`;
+            for anything else, which must be picklable, a list.
+        """
+        self._refuse_if_guarded("all_gather")
+        return collectives.gathered(value, self._default_group, self.group())
+
+    def broadcast(self, value: Tensor, src: int = 0) -> Tensor:
+        """The tensor of rank `src`; others give one of the same shape and dtype. Collective."""
+        self._refuse_if_guarded("broadcast")
+        result = value.detach().clone()
+        if self.is_distributed:
+            dist.broadcast(result, src)
+        return result
+
+    def broadcast_object(self, value: T, src: int = 0) -> T:
+        """The picklable object of rank `src`. Collective."""
+        self._refuse_if_guarded("broadcast_object")
+        if not self.is_distributed:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src, group=self.group())
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks. Collective."""
+        self._refuse_if_guarded("barrier")
+        if self.is_distributed:
+            dist.barrier(group=self.group())
+
+    def agree(self, value: T, what: str = "a value") -> T:
+        """Make sure that all ranks have the same value. Collective.
+
+        Args:
+            value: Compared by `==`; must be picklable.
+            what: Its name in the error.
+
+        Raises:
+            ValueError: On all ranks, if they differ; it shows who said what.
+        """
+        if not self.is_distributed:
+            return value
+        values = self.all_gather((value,))
+        if any(other != values[0] for other in values):
+            raise ValueError(collectives.disagreement([other[0] for other in values], what))
+        return value
+
+    def agree_on_any(self, flag: bool) -> bool:
+        """Whether the flag is set on some rank. Collective on the CPU: no device is waited for."""
+        if not self.is_distributed:
+            return flag
+        box = torch.tensor([flag], dtype=torch.int32)
+        dist.all_reduce(box, dist.ReduceOp.MAX, group=self.group())
+        return bool(box.item())
+
+    def all_ranks(self, condition: bool | Tensor) -> bool:
+        """Whether a condition holds on all ranks. Collective; waits for the device."""
+        return bool(self.all_reduce(_as_flag(condition), "min"))
+
+    def any_rank(self, condition: bool | Tensor) -> bool:
+        """Whether a condition holds on some rank. Collective; waits for the device."""
+        return bool(self.all_reduce(_as_flag(condition), "max"))
+
+    @contextlib.contextmanager
+    def no_collectives(self, where: str) -> Iterator[None]:
+        """Make collectives an error inside, also those that call torch.distributed directly.
+
+        Args:
+            where: Named in the error.
+        """
+        before, self._collectives_refused_in = self._collectives_refused_in, where
+        try:
+            with collectives.RefuseCollectives(where):
+                yield
+        finally:
+            self._collectives_refused_in = before
+
+    @property
+    def _default_group(self) -> ProcessGroup | None:
+        return dist.group.WORLD if self.is_distributed else None
+
+    def _refuse_if_guarded(self, collective: str) -> None:
+        if self._collectives_refused_in is not None:
+            raise RuntimeError(collectives.refusal(collective, self._collectives_refused_in))
+
+
+def _as_flag(condition: bool | Tensor) -> bool | Tensor:
+    return condition.all() if isinstance(condition, Tensor) else bool(condition)
+
+
+def _from_environment(name: str, default: int) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    if not text.isdigit():
+        raise ValueError(f"the environment has {name}={text!r}; a whole number is required")
+    return int(text)
+
+
+def _device(parameters: DeviceParameters, local_rank: int) -> torch.device:
+    if parameters.device == "cpu" or (
+        parameters.device == "auto" and not torch.cuda.is_available()
+    ):
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise RuntimeError(
+            f"local rank {local_rank} has no CUDA device: {torch.cuda.device_count()} are "
+            "visible; start at most as many ranks per node, or use "
+            'DeviceParameters(device="cpu")'
+        )
+    return torch.device("cuda", local_rank)
