@@ -45,6 +45,4 @@ class Recorder(Callback[Any]):
             self.fail_in = None
             raise self.error
 
-    locals().update(
-        {name: _context(name) if name in CONTEXTS else _hook(name) for name in HOOKS}
-    )
+    locals().update({name: _context(name) if name in CONTEXTS else _hook(name) for name in HOOKS})

@@ -1,4 +1,4 @@
-"""The loop: each hook in its place, limits, validation, stopping, failing, equality with PyTorch."""
+"""The loop: hooks in their places, limits, validation, stopping, failing, equality with PyTorch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ OPTIMIZER = [
     "post_optimizer_zero_grad",
 ]
 MICROBATCH = ["pre_train_step", "enter train_context", "exit train_context", "post_train_step"]
-STEP = ["pre_train_step", "enter train_context", *OPTIMIZER, "exit train_context", "post_train_step"]
+STEP = [
+    "pre_train_step",
+    "enter train_context",
+    *OPTIMIZER,
+    "exit train_context",
+    "post_train_step",
+]
 VALIDATION_BATCH = [
     "pre_validation_step",
     "enter validation_context",
@@ -347,9 +353,7 @@ def test_a_second_fit_goes_on_when_the_limit_is_raised(tmp_path: Path) -> None:
     assert keeper.losses == straight.losses
 
 
-def test_a_fit_with_nothing_left_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_fit_with_nothing_left_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = TinyTrainer(tiny_config(tmp_path, n_epochs=1))
     trainer.fit()
     with caplog.at_level(logging.INFO):
@@ -548,7 +552,9 @@ def test_an_epoch_without_an_optimizer_step_is_refused(tmp_path: Path) -> None:
             self.backward(loss)
             return loss
 
-    with pytest.raises(RuntimeError, match=r"8 batches ended without an optimizer step.*self\.step"):
+    with pytest.raises(
+        RuntimeError, match=r"8 batches ended without an optimizer step.*self\.step"
+    ):
         Forgets(tiny_config(tmp_path)).fit()
 
 

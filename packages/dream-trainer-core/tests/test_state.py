@@ -36,9 +36,7 @@ class Everything(TinyTrainer):
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=10)
 
     def configure_dataloaders(self) -> Any:
-        loader = DataLoader(
-            Augmented(), batch_size=2, shuffle=True, num_workers=self.num_workers
-        )
+        loader = DataLoader(Augmented(), batch_size=2, shuffle=True, num_workers=self.num_workers)
         return loader, [torch.ones(2, 4)]
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
@@ -187,7 +185,10 @@ class TwoModels(TinyTrainer):
     def configure_optimizers(self) -> Any:
         both = [*self.encoder.parameters(), *self.decoder.parameters()]
         self.optimizer = torch.optim.AdamW(both, lr=1e-2)
-        return {self.encoder: self.optimizer, self.critic: torch.optim.AdamW(self.critic.parameters())}
+        return {
+            self.encoder: self.optimizer,
+            self.critic: torch.optim.AdamW(self.critic.parameters()),
+        }
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         x, _ = batch

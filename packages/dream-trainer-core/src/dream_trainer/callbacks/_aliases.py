@@ -6,6 +6,8 @@ The table is frozen to the names of the contract; a new callback is imported fro
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import importlib.util
 from typing import Any
 
 _NAMES_BY_PACKAGE: dict[str, dict[str, tuple[str, ...]]] = {
@@ -37,8 +39,17 @@ _NAMES_BY_PACKAGE: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def names_in(module: str) -> list[str]:
-    """Names that `module` forwards to other distributions, installed or not."""
-    return [name for names in _NAMES_BY_PACKAGE[module].values() for name in names]
+    """Names that `module` forwards to distributions that are installed.
+
+    Those of others are left out: whoever asks for each name that `dir()` lists, as `help()` does,
+    would run into the ImportError.
+    """
+    return [
+        name
+        for package, names in _NAMES_BY_PACKAGE[module].items()
+        if _is_installed(f"dream_callbacks.{package}")
+        for name in names
+    ]
 
 
 def resolve(module: str, name: str) -> Any:
@@ -67,12 +78,26 @@ def _import_from(package: str, name: str) -> Any:
             f"{name} is in {distribution}, which is not installed: pip install {distribution}",
             name=target,
         ) from None
-    if name not in vars(module) and name not in getattr(module, "__all__", ()):
-        from importlib.metadata import version
-
+    try:
+        return getattr(module, name)
+    except AttributeError:
         raise ImportError(
-            f"{name} is not in the installed {distribution} {version(distribution)}: "
+            f"{name} is not in the installed {distribution}{_version(distribution)}: "
             f"pip install --upgrade {distribution}",
             name=target,
-        )
-    return getattr(module, name)
+        ) from None
+
+
+def _is_installed(target: str) -> bool:
+    try:
+        return importlib.util.find_spec(target) is not None
+    except ImportError:  # the namespace itself isn't there
+        return False
+
+
+def _version(distribution: str) -> str:
+    """Its version, with a space before it; nothing where it was never installed, as in a clone."""
+    try:
+        return f" {importlib.metadata.version(distribution)}"
+    except importlib.metadata.PackageNotFoundError:
+        return ""

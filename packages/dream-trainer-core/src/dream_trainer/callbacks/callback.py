@@ -73,13 +73,13 @@ RankZeroCallback.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import inspect
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from typing_extensions import TypeVar
 
+from dream_trainer.callbacks.definition import check_definition
 from dream_trainer.callbacks.requirements import requirements_of
 from dream_trainer.trainer.abstract import AbstractTrainer
 
@@ -101,8 +101,8 @@ class Callback(Generic[TrainerT]):
     with classes (their subclasses count) or names. `after = {Callback}` means after everyone.
 
     Raises:
-        TypeError: When a subclass is defined that has a misspelt hook, or one whose signature
-            can't take the hook's arguments.
+        TypeError: When a subclass is defined whose hooks can't work: misspelt, with a signature
+            that can't take the hook's arguments, a coroutine, or hidden behind this class.
     """
 
     before: ClassVar[Collection[type | str]] = ()
@@ -111,7 +111,7 @@ class Callback(Generic[TrainerT]):
     trainer: TrainerT
     """Set when the callback is attached; not there before."""
 
-    # Once per run
+    # Hooks, in the order of a run
 
     def pre_launch(self) -> None:
         """Before the distributed world exists: no device, no collectives."""
@@ -131,60 +131,55 @@ class Callback(Generic[TrainerT]):
     def pre_fit(self) -> None:
         """Before anything is trained; also when `fit` is called again."""
 
-    def post_fit(self) -> None:
-        """After training, and after an error: `trainer.exception` tells."""
-
-    # Once per epoch
-
     def pre_epoch(self) -> None:
         """Before training and validation of an epoch."""
-
-    def post_epoch(self) -> None:
-        """After training and validation of an epoch."""
 
     def pre_train_epoch(self) -> None:
         """Before the first batch of an epoch."""
 
-    def post_train_epoch(self, result: dict[str, Any]) -> None:
-        """After the last batch of an epoch; `result` is the mean over samples and ranks."""
-
-    # Once per batch
-
     def pre_train_step(self, batch: Any, batch_idx: int) -> Any:
-        """Before a batch; what it returns replaces the batch."""
+        """Before each batch; what it returns replaces the batch."""
 
-    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
-        """After a batch, with the counters advanced; `result` is this rank's, detached."""
-
-    # Once per optimizer step, for each optimizer
+    def train_context(self) -> contextlib.AbstractContextManager[Any]:
+        """Entered around each training batch."""
+        return contextlib.nullcontext()
 
     def pre_optimizer_step(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Before `optimizer.step()`, with gradients clipped."""
+        """Before each `optimizer.step()`, with gradients clipped."""
 
     def post_optimizer_step(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """After `optimizer.step()`, with gradients still there."""
+        """After each `optimizer.step()`, with gradients still there."""
 
     def pre_optimizer_zero_grad(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Before `optimizer.zero_grad()`."""
+        """Before each `optimizer.zero_grad()`."""
 
     def post_optimizer_zero_grad(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """After `optimizer.zero_grad()`."""
+        """After each `optimizer.zero_grad()`."""
 
-    # Validation
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        """After each batch, with the counters advanced; `result` is this rank's, detached."""
+
+    def post_train_epoch(self, result: dict[str, Any]) -> None:
+        """After the last batch of an epoch; `result` is the mean over samples and ranks."""
 
     def pre_validation_epoch(self) -> None:
         """Before a validation run."""
 
+    def pre_validation_step(self, batch: Any, batch_idx: int) -> Any:
+        """Before each validation batch; what it returns replaces the batch."""
+
+    def validation_context(self) -> contextlib.AbstractContextManager[Any]:
+        """Entered around each validation batch."""
+        return contextlib.nullcontext()
+
+    def post_validation_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        """After each validation batch; `result` is this rank's."""
+
     def post_validation_epoch(self, result: dict[str, Any]) -> None:
         """After a validation run; `result` is the mean over samples and ranks, and the metrics."""
 
-    def pre_validation_step(self, batch: Any, batch_idx: int) -> Any:
-        """Before a validation batch; what it returns replaces the batch."""
-
-    def post_validation_step(self, result: dict[str, Any], batch_idx: int) -> None:
-        """After a validation batch; `result` is this rank's."""
-
-    # Errors
+    def post_epoch(self) -> None:
+        """After training and validation of an epoch."""
 
     def on_exception(self, exception: BaseException) -> None:
         """After anything left the loop as an exception, Ctrl-C included, before `post_fit`.
@@ -192,15 +187,11 @@ class Callback(Generic[TrainerT]):
         Other ranks may have failed or still run: no collectives.
         """
 
-    # Contexts
+    def post_fit(self) -> None:
+        """After training, and after an error: `trainer.exception` tells.
 
-    def train_context(self) -> contextlib.AbstractContextManager[Any]:
-        """Entered around each training batch."""
-        return contextlib.nullcontext()
-
-    def validation_context(self) -> contextlib.AbstractContextManager[Any]:
-        """Entered around each validation batch."""
-        return contextlib.nullcontext()
+        Not called if `pre_fit` didn't end.
+        """
 
     # State: not hooks, but called by checkpoints
 
@@ -214,16 +205,9 @@ class Callback(Generic[TrainerT]):
     def load_state_dict(self, state_dict: dict[str, Any], trainer: TrainerT) -> None:
         """Continue from what `state_dict` returned. The `trainer` argument may be left out."""
 
-    # What a class promises, checked where it is written
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        _refuse_misspelt_hooks(cls)
-        for hook, arguments in HOOKS.items():
-            _refuse_wrong_signature(cls, hook, arguments)
-        _refuse_wrong_signature(cls, "state_dict", ())
-        if not _takes(cls, "load_state_dict", ("state_dict",)):
-            _refuse_wrong_signature(cls, "load_state_dict", ("state_dict", "trainer"))
+        check_definition(cls, Callback, HOOKS)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, or a pickle, is a callback of its own, attached to nobody.
@@ -246,62 +230,6 @@ HOOKS: Mapping[str, tuple[str, ...]] = {
 
 CONTEXTS = ("train_context", "validation_context")
 """The hooks that return a context manager."""
-
-
-_RESERVED_PREFIXES = ("pre_", "post_", "on_")
-_NAMES = (*HOOKS, "state_dict", "load_state_dict")
-
-
-def _refuse_misspelt_hooks(cls: type) -> None:
-    """Raise TypeError if a method that `cls` defines looks like a hook and isn't one."""
-    inherited = {name for base in cls.__mro__[1:] for name in vars(base)}
-    for name, value in vars(cls).items():
-        if name in inherited or name.startswith("_") or not _is_method(value):
-            continue
-        nearest = difflib.get_close_matches(name, _NAMES, n=1, cutoff=0.8)
-        if nearest or name.startswith(_RESERVED_PREFIXES):
-            nearest = nearest or difflib.get_close_matches(name, _NAMES, n=1, cutoff=0.0)
-            raise TypeError(
-                f"{cls.__qualname__}.{name} is not a hook and would never be called; "
-                f"did you mean {nearest[0]}? If it is a method of your own, name it _{name}: "
-                f"{', '.join(_RESERVED_PREFIXES)}… are for hooks"
-            )
-
-
-def _refuse_wrong_signature(cls: type, name: str, arguments: tuple[str, ...]) -> None:
-    """Raise TypeError if a hook can't be called with its arguments, or has them in wrong order."""
-    if getattr(cls, name) is getattr(Callback, name):
-        return
-    if inspect.iscoroutinefunction(getattr(cls, name)):
-        raise TypeError(
-            f"{cls.__qualname__}.{name} is a coroutine, which nobody would await; use def"
-        )
-    if not _takes(cls, name, arguments):
-        found = inspect.signature(getattr(cls, name))
-        raise TypeError(
-            f"{cls.__qualname__}.{name}{found} can't take the hook's arguments; "
-            f"it is called as {name}({', '.join(arguments)})"
-        )
-
-
-def _takes(cls: type, name: str, arguments: tuple[str, ...]) -> bool:
-    function = inspect.getattr_static(cls, name)
-    is_bound = isinstance(function, (staticmethod, classmethod))
-    try:
-        signature = inspect.signature(getattr(cls, name))
-        bound = signature.bind(*arguments if is_bound else ("self", *arguments))
-    except (TypeError, ValueError):
-        return False
-    # Each argument stands for itself, so a parameter of another argument's name is misplaced.
-    return not any(
-        parameter in arguments and argument in arguments and parameter != argument
-        for parameter, argument in bound.arguments.items()
-        if isinstance(argument, str)
-    )
-
-
-def _is_method(value: Any) -> bool:
-    return inspect.isroutine(value) or isinstance(value, (staticmethod, classmethod))
 
 
 class RankZeroCallback(Callback[TrainerT]):

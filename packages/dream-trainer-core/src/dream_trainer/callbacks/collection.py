@@ -1,19 +1,19 @@
-"""CallbackCollection: names, order, dispatch and state of a run's callbacks."""
+"""CallbackCollection: attaches callbacks to a trainer, and calls their hooks in order."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any, overload
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from dream_trainer.callbacks.callback import CONTEXTS, HOOKS, Callback, RankZeroCallback
 from dream_trainer.callbacks.dispatch import Call, compiled
+from dream_trainer.callbacks.named import NamedCallbacks, listed
 from dream_trainer.callbacks.order import Plan, ordered
 from dream_trainer.callbacks.requirements import lacking
-from dream_trainer.callbacks.values import not_plain, without_rank_local
+from dream_trainer.callbacks.states import load_state, state_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,20 +27,26 @@ _AnyCallback = Callback[Any]
 _Context = Callable[[], contextlib.AbstractContextManager[Any]] | None
 
 
-class CallbackCollection:
+class CallbackCollection(NamedCallbacks):
     """The callbacks of a trainer: a mapping from name to callback that can be called by hook.
 
     `collection.post_train_step(result, batch_idx)` calls the callbacks that override that hook,
-    in order. Any change takes effect from the next hook on, also when a hook makes it.
+    in order.
+
+    Any change takes effect from the next hook on, also when a hook makes it. One that is added
+    while `fit` runs isn't called for what has passed: if it has a `pre_fit`, its `post_fit`
+    isn't called either. One that is removed isn't called any more, `post_fit` included.
 
     Args:
         callbacks: Callbacks, or names and callbacks. A callback without a name gets that of its
             class; a second one of a class gets a number, as in "EMACallback_2".
 
     Raises:
-        TypeError: If something isn't a Callback.
+        TypeError: If something isn't a Callback, a name not a string, or the trainer lacks what
+            a callback requires.
         ValueError: If a name or a callback is given twice, or `before` and `after` of the
             callbacks contradict each other.
+        RuntimeError: If a callback is at work in another trainer.
     """
 
     # One for each hook, compiled by refresh(): it calls whoever overrides the hook.
@@ -74,17 +80,16 @@ class CallbackCollection:
     def __init__(
         self,
         callbacks: (
-            Mapping[str, _AnyCallback] | Iterable[_AnyCallback | tuple[str, _AnyCallback]]
+            Mapping[str, _AnyCallback]
+            | NamedCallbacks
+            | Iterable[_AnyCallback | tuple[str, _AnyCallback]]
         ) = (),
     ) -> None:
-        self._callbacks: dict[str, _AnyCallback] = {}
         self._trainer: AbstractTrainer | None = None
-        self._began_fit: set[int] = set()  # ids: a callback needn't be hashable
+        self._is_fitting = False
+        self._began_fit: dict[int, _AnyCallback] = {}  # by id: a callback needn't be hashable
         self._unclaimed_states: dict[str, Any] = {}
-        for item in callbacks.items() if isinstance(callbacks, Mapping) else callbacks:
-            name, callback = item if isinstance(item, tuple) else (None, item)
-            self._callbacks[self._checked(callback, name)] = callback
-        self.refresh()
+        super().__init__(callbacks)
 
     # Attaching
 
@@ -93,15 +98,10 @@ class CallbackCollection:
 
         Raises:
             TypeError: If the trainer lacks what a callback requires; nothing is attached then.
-            RuntimeError: If the callbacks are at work in another trainer.
+            RuntimeError: If a callback is at work in another trainer.
         """
-        if self._trainer not in (None, trainer) and self._began_fit:
-            raise RuntimeError(
-                "these callbacks are at work in another trainer that is in fit(); "
-                "give this trainer its own, for example copy.deepcopy(callbacks)"
-            )
         for name, callback in self._callbacks.items():
-            _refuse_unmet_requirements(name, callback, trainer)
+            _refuse_unattachable(name, callback, trainer)
         self._trainer = trainer
         self.refresh()
 
@@ -114,42 +114,73 @@ class CallbackCollection:
             ValueError: If `before` and `after` contradict each other.
         """
         order = ordered(self._callbacks)
-        is_global_zero = self._trainer is None or self._trainer.world.is_global_zero
-        debug = self._trainer is not None and self._trainer.config.debug
-        for callback in self._callbacks.values():
-            if self._trainer is not None:
+        if self._trainer is not None:
+            for callback in self._callbacks.values():
                 callback.trainer = self._trainer
+        here = [(name, self._callbacks[name]) for name in order]
+        here = [(name, callback) for name, callback in here if self._runs_here(callback)]
         for hook in HOOKS:
+            is_for_all = hook in ("pre_fit", "post_fit")  # pre_fit notes whose post_fit is due
             calls = [
-                Call(name, callback, hook, guarded=debug and isinstance(callback, RankZeroCallback))
-                for name, callback in ((name, self._callbacks[name]) for name in order)
-                if (is_global_zero or not isinstance(callback, RankZeroCallback))
-                and (_overrides(callback, hook) or hook in ("pre_fit", "post_fit"))
+                self._call(name, callback, hook)
+                for name, callback in here
+                if is_for_all or _overrides(callback, hook)
             ]
             if hook == "pre_fit":
-                self.pre_fit = self._pre_fit_of(calls)
+                self.pre_fit = self._noting_who_began(calls)
             elif hook in ("post_fit", "on_exception"):
                 setattr(self, f"_{hook}_calls", calls)
             else:
                 setattr(self, hook, compiled(hook, calls, is_context=hook in CONTEXTS))
 
     def plan(self) -> Plan:
-        """Which callback runs in which hook, in which order; print it for a table."""
-        names = ordered(self._callbacks)
+        """Which callback runs in which hook, in which order; shown or printed it is a table."""
+        callbacks = {name: self._callbacks[name] for name in ordered(self._callbacks)}
         hooks = {
-            hook: tuple(name for name in names if _overrides(self._callbacks[name], hook))
+            hook: tuple(name for name, callback in callbacks.items() if _overrides(callback, hook))
             for hook in HOOKS
         }
         return Plan(
             hooks={hook: names for hook, names in hooks.items() if names},
             rank_zero=frozenset(
                 name
-                for name, callback in self._callbacks.items()
+                for name, callback in callbacks.items()
                 if isinstance(callback, RankZeroCallback)
             ),
         )
 
-    # The two hooks that run for every callback, whatever the others do
+    def _replace(self, after: dict[str, _AnyCallback]) -> None:
+        newcomers = {
+            name: callback
+            for name, callback in after.items()
+            if self._callbacks.get(name) is not callback
+        }
+        if self._trainer is not None:
+            for name, callback in newcomers.items():
+                _refuse_unattachable(name, callback, self._trainer)
+        ordered(after)  # raises before anything has changed
+        super()._replace(after)
+        if self._is_fitting:
+            for callback in newcomers.values():
+                if not _overrides(callback, "pre_fit"):
+                    self._began_fit[id(callback)] = callback
+        self.refresh()
+
+    def _runs_here(self, callback: _AnyCallback) -> bool:
+        is_global_zero = self._trainer is None or self._trainer.world.is_global_zero
+        return is_global_zero or not isinstance(callback, RankZeroCallback)
+
+    def _call(self, name: str, callback: _AnyCallback, method: str) -> Call:
+        debug = self._trainer is not None and self._trainer.config.debug
+        guarded = debug and isinstance(callback, RankZeroCallback)
+        return Call(name, callback, method, guarded=guarded)
+
+    # Beginning, and the two hooks that run for every callback, whatever the others do
+
+    @property
+    def is_fitting(self) -> bool:
+        """Whether `pre_fit` has begun and `post_fit` hasn't."""
+        return self._is_fitting
 
     def on_exception(self, exception: BaseException) -> None:
         """Tell every callback of an error; what they raise themselves is logged."""
@@ -162,16 +193,16 @@ class CallbackCollection:
             The first error that one of them raised; all errors are logged.
         """
         calls = [call for call in self._post_fit_calls if id(call.callback) in self._began_fit]
-        try:
-            return _run_all(calls)
-        finally:
-            self._began_fit.clear()
+        self._is_fitting = False
+        self._began_fit = {}
+        return _run_all(calls)
 
-    def _pre_fit_of(self, calls: list[Call]) -> Callable[[], None]:
+    def _noting_who_began(self, calls: list[Call]) -> Callable[[], None]:
         def pre_fit() -> None:
+            self._is_fitting = True
             for call in calls:
                 call()
-                self._began_fit.add(id(call.callback))
+                self._began_fit[id(call.callback)] = call.callback
 
         return pre_fit
 
@@ -181,22 +212,14 @@ class CallbackCollection:
         """States of the callbacks that have one, by name; also those that nobody claimed.
 
         Raises:
-            TypeError: If a state holds what a checkpoint couldn't be loaded with; it names the
-                callback and the place in its state.
+            TypeError: If a state isn't a dict of plain data; it names the callback and the place.
         """
-        states = dict(self._unclaimed_states)
-        for name, callback in self._stateful():
-            state = callback.state_dict()
-            foreign = next(not_plain(state), None)
-            if foreign is not None:
-                path, value = foreign
-                raise TypeError(
-                    f"the state of callback {name} holds a {type(value).__qualname__} at "
-                    f"state_dict(){path}, which a safe checkpoint can't hold; return plain data: "
-                    "numbers, strings, bytes, tensors, and lists, tuples, sets and dicts of them"
-                )
-            states[name] = state
-        return states
+        states = {
+            name: state_of(self._call(name, callback, "state_dict"))
+            for name, callback in self._stateful().items()
+            if self._runs_here(callback)
+        }
+        return {**self._unclaimed_states, **states}
 
     def load_state_dict(
         self,
@@ -217,116 +240,33 @@ class CallbackCollection:
         Raises:
             KeyError: If `strict` and a state has no callback, or a callback with a state none.
         """
-        callbacks = dict(self._stateful())
-        unknown = sorted(set(state_dict) - set(self._callbacks))
-        missing = sorted(set(callbacks) - set(state_dict))
-        if unknown or missing:
+        stateful = self._stateful()
+        unclaimed = [name for name in state_dict if name not in stateful]
+        missing = [name for name in stateful if name not in state_dict]
+        if unclaimed or missing:
             message = (
-                f"states were saved for {_listed(state_dict)}, and the callbacks with a state are "
-                f"{_listed(callbacks)}: {_listed(unknown)} will be kept for a later run, and "
-                f"{_listed(missing)} will start afresh; give callbacks the names they had"
+                f"states were saved for {listed(state_dict)}, and the callbacks with a state are "
+                f"{listed(stateful)}: {listed(unclaimed)} will be kept for a later run, and "
+                f"{listed(missing)} will start afresh; give callbacks the names they had"
             )
             if strict:
                 raise KeyError(message)
             warnings.warn(message, stacklevel=2)
-        self._unclaimed_states = {name: state_dict[name] for name in unknown}
-        for name, callback in callbacks.items():
-            if name in state_dict:
-                state = without_rank_local(state_dict[name])
-                if _takes_trainer(callback.load_state_dict):
-                    callback.load_state_dict(state, trainer or self._trainer)
-                else:
-                    callback.load_state_dict(state)  # type: ignore[call-arg]  # left out
+        self._unclaimed_states = {name: state_dict[name] for name in unclaimed}
+        for name, callback in stateful.items():
+            if name in state_dict and self._runs_here(callback):
+                call = self._call(name, callback, "load_state_dict")
+                load_state(call, state_dict[name], trainer or self._trainer)
 
-    def _stateful(self) -> Iterator[tuple[str, _AnyCallback]]:
-        """Callbacks of this rank that have a state."""
-        is_global_zero = self._trainer is None or self._trainer.world.is_global_zero
-        for name, callback in self._callbacks.items():
-            if _overrides(callback, "state_dict") or _overrides(callback, "load_state_dict"):
-                if is_global_zero or not isinstance(callback, RankZeroCallback):
-                    yield name, callback
+    def _stateful(self) -> dict[str, _AnyCallback]:
+        """Callbacks that have a state, whether or not they run on this rank."""
+        return {
+            name: callback
+            for name, callback in self._callbacks.items()
+            if _overrides(callback, "state_dict") or _overrides(callback, "load_state_dict")
+        }
 
-    # The mapping. Iteration gives the callbacks, not their names.
-
-    def append(self, callback: _AnyCallback, name: str | None = None) -> None:
-        """Add a callback at the end.
-
-        Raises:
-            TypeError: If it isn't a Callback, or the trainer lacks what it requires.
-            ValueError: If the name is taken, or the callback is here already.
-        """
-        self._change(lambda callbacks: callbacks.update({self._checked(callback, name): callback}))
-
-    def __getitem__(self, name: str) -> _AnyCallback:
-        try:
-            return self._callbacks[name]
-        except KeyError:
-            raise KeyError(
-                f"no callback is called {name!r}; there are {_listed(self._callbacks)}"
-            ) from None
-
-    def __setitem__(self, name: str, callback: _AnyCallback) -> None:
-        if self._callbacks.get(name) is not callback:
-            self._checked(callback, None)
-            self._change(lambda callbacks: callbacks.update({name: callback}))
-
-    def __delitem__(self, name: str) -> None:
-        self[name]  # a clear error if it isn't there
-        self._change(lambda callbacks: callbacks.pop(name))
-
-    def __contains__(self, item: object) -> bool:
-        if isinstance(item, str):
-            return item in self._callbacks
-        return any(callback is item for callback in self._callbacks.values())
-
-    def __len__(self) -> int:
-        return len(self._callbacks)
-
-    def __iter__(self) -> Iterator[_AnyCallback]:
-        return iter(tuple(self._callbacks.values()))
-
-    def __ior__(self, other: CallbackCollection | Mapping[str, _AnyCallback]) -> CallbackCollection:
-        self.update(other)
-        return self
-
-    def __repr__(self) -> str:
-        inside = ", ".join(f"{name!r}: {cb!r}" for name, cb in self._callbacks.items())
-        return f"CallbackCollection({{{inside}}})"
-
-    def keys(self) -> Iterable[str]:
-        return tuple(self._callbacks)
-
-    def values(self) -> Iterable[_AnyCallback]:
-        return tuple(self._callbacks.values())
-
-    def items(self) -> Iterable[tuple[str, _AnyCallback]]:
-        return tuple(self._callbacks.items())
-
-    @overload
-    def get(self, name: str) -> _AnyCallback | None: ...
-    @overload
-    def get(self, name: str, default: _AnyCallback) -> _AnyCallback: ...
-    def get(self, name: str, default: _AnyCallback | None = None) -> _AnyCallback | None:
-        return self._callbacks.get(name, default)
-
-    def pop(self, name: str, *default: _AnyCallback | None) -> Any:
-        if default and name not in self._callbacks:
-            return default[0]
-        callback = self[name]
-        del self[name]
-        return callback
-
-    def setdefault(self, name: str, callback: _AnyCallback) -> _AnyCallback:
-        if name not in self._callbacks:
-            self[name] = callback
-        return self._callbacks[name]
-
-    def update(self, other: CallbackCollection | Mapping[str, _AnyCallback]) -> None:
-        for name, callback in other.items():
-            self[name] = callback
-
-    def clear(self) -> None:
-        self._change(lambda callbacks: callbacks.clear())
+    # Copies and pickles
 
     def __getstate__(self) -> dict[str, Any]:
         # Compiled hooks can't be pickled, and a copy belongs to no trainer.
@@ -336,45 +276,6 @@ class CallbackCollection:
         CallbackCollection.__init__(self, state["callbacks"])
         self._unclaimed_states = state["unclaimed_states"]
 
-    def _change(self, change: Callable[[MutableMapping[str, _AnyCallback]], object]) -> None:
-        """Change a copy of the callbacks and take it over if all can be sorted and attached."""
-        before = self._callbacks
-        after = dict(before)
-        change(after)
-        newcomers = {name: cb for name, cb in after.items() if before.get(name) is not cb}
-        if self._trainer is not None:
-            for name, callback in newcomers.items():
-                _refuse_unmet_requirements(name, callback, self._trainer)
-        ordered(after)
-        self._callbacks = after
-        if self._began_fit:
-            self._began_fit.update(map(id, newcomers.values()))
-        self.refresh()
-
-    def _checked(self, callback: object, name: str | None) -> str:
-        """The name under which a new callback can be added."""
-        if not isinstance(callback, Callback):
-            hint = "; make one: write ()" if isinstance(callback, type) else ""
-            raise TypeError(
-                f"{callback!r} is a {type(callback).__qualname__}, not a Callback{hint}"
-            )
-        for other_name, other in self._callbacks.items():
-            if other is callback:
-                raise ValueError(
-                    f"this {type(callback).__name__} is in the collection already, as "
-                    f"{other_name!r}; make a second one"
-                )
-        if name in self._callbacks:
-            raise ValueError(
-                f"a callback is called {name!r} already ({self._callbacks[name]!r}); "
-                f"give this one another name, or assign collection[{name!r}] to replace it"
-            )
-        if name is not None:
-            return name
-        base = type(callback).__name__
-        candidates = (base if n == 1 else f"{base}_{n}" for n in range(1, len(self._callbacks) + 2))
-        return next(candidate for candidate in candidates if candidate not in self._callbacks)
-
 
 def _overrides(callback: _AnyCallback, name: str) -> bool:
     """Whether a callback has a method of its own, by identity."""
@@ -382,13 +283,19 @@ def _overrides(callback: _AnyCallback, name: str) -> bool:
     return getattr(method, "__func__", method) is not getattr(Callback, name)
 
 
-def _refuse_unmet_requirements(name: str, callback: _AnyCallback, trainer: AbstractTrainer) -> None:
+def _refuse_unattachable(name: str, callback: _AnyCallback, trainer: AbstractTrainer) -> None:
     missing = lacking(trainer, callback.requirements())
     if missing:
         names = ", ".join(cls.__name__ for cls in missing)
         raise TypeError(
             f"callback {name} needs a trainer with {names}, and {type(trainer).__name__} isn't "
             f"one; derive {type(trainer).__name__} from {names}, or leave the callback out"
+        )
+    other: AbstractTrainer = getattr(callback, "trainer", trainer)
+    if other is not trainer and other.callbacks.is_fitting and callback in other.callbacks:
+        raise RuntimeError(
+            f"callback {name} is at work in another trainer that is in fit(); "
+            "give this trainer its own, for example copy.deepcopy(callbacks)"
         )
 
 
@@ -400,17 +307,5 @@ def _run_all(calls: Iterable[Call], *args: Any) -> BaseException | None:
             call(*args)
         except BaseException as error:  # nothing may keep the others from cleaning up
             logger.error("%s.%s failed during clean-up", call.name, call.hook, exc_info=error)
-            first = first or error
+            first = error if first is None else first
     return first
-
-
-def _takes_trainer(load_state_dict: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(load_state_dict).bind({}, None)
-    except TypeError:
-        return False
-    return True
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"

@@ -8,28 +8,30 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from operator import length_hint
 from typing import Any
 
 from dream_trainer.callbacks.callback import HOOKS, Callback
 
 
 class Call:
-    """One callback's hook.
+    """One callback's method, which says in an error whose it is.
 
     Args:
         name: The callback's name in its collection.
-        callback: Whose hook it is.
-        hook: Name of the hook.
-        guarded: Raise if the hook calls a collective.
+        callback: Whose method it is.
+        hook: Name of the method.
+        guarded: Raise if it calls a collective.
     """
 
     def __init__(self, name: str, callback: Callback[Any], hook: str, *, guarded: bool) -> None:
         self.name = name
-        self.callback = callback
         self.hook = hook
+        self.callback = callback
+        self._guarded = guarded
         self.method: Callable[..., Any] = getattr(callback, hook)
         if guarded:
-            self.method = _without_collectives(self.method, callback)
+            self.method = self._guard(self.method)
 
     def __call__(self, *args: Any) -> Any:
         try:
@@ -39,7 +41,7 @@ class Call:
             raise
 
     def note(self, error: BaseException) -> None:
-        """Say in the error whose hook it came from, on which rank and at which step."""
+        """Say in the error whose method it came from, on which rank and at which step."""
         trainer = getattr(self.callback, "trainer", None)
         where = (
             ""
@@ -50,6 +52,35 @@ class Call:
             )
         )
         error.add_note(f"raised in {self.name}.{self.hook}{where}")
+
+    def context(self) -> contextlib.AbstractContextManager[None]:
+        """The context manager that the hook returns, for a hook that has one.
+
+        Raises:
+            TypeError: If it returns something else.
+        """
+        context = self()
+        if not isinstance(context, contextlib.AbstractContextManager):
+            error = TypeError(
+                f"{self.name}.{self.hook} returned a {type(context).__qualname__}; a context "
+                "manager is required: decorate it with @contextlib.contextmanager"
+            )
+            self.note(error)
+            raise error
+        return _Context(context, self)
+
+    def part(self, method: Callable[..., Any], *args: Any) -> Any:
+        """Call a method of what the hook returned, guarded as the hook is."""
+        return (self._guard(method) if self._guarded else method)(*args)
+
+    def _guard(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        where = f"{type(self.callback).__qualname__}.{self.hook} of a RankZeroCallback"
+
+        def guarded(*args: Any) -> Any:
+            with self.callback.trainer.world.no_collectives(where):
+                return method(*args)
+
+        return guarded
 
 
 def compiled(hook: str, calls: Sequence[Call], *, is_context: bool) -> Callable[..., Any] | None:
@@ -66,28 +97,29 @@ def compiled(hook: str, calls: Sequence[Call], *, is_context: bool) -> Callable[
 
 
 _Methods = tuple[Callable[..., Any], ...]
-_Note = Callable[[BaseException, Callable[..., Any]], None]
+_Note = Callable[[BaseException, Iterator[Any]], None]
 
 
 def _noter(calls: Sequence[Call]) -> _Note:
-    def note(error: BaseException, method: Callable[..., Any]) -> None:
-        next(call for call in calls if call.method is method).note(error)
+    def note(error: BaseException, rest: Iterator[Any]) -> None:
+        num_begun = len(calls) - length_hint(rest)
+        calls[max(num_begun - 1, 0)].note(error)
 
     return note
 
 
-# The same loop for 0, 1 and 2 arguments: forwarding *args costs four times as much per call, and
-# a `try` round the whole loop costs nothing.
+# The same loop for 0, 1 and 2 arguments: forwarding *args costs four times as much per call. A
+# `try` round the whole loop costs nothing; what is left in the iterator tells whose error it is.
 
 
 def _calling_0(methods: _Methods, note: _Note) -> Callable[[], None]:
     def call_all() -> None:
-        method = methods[0]
+        rest = iter(methods)
         try:
-            for method in methods:
+            for method in rest:
                 method()
         except BaseException as error:
-            note(error, method)
+            note(error, rest)
             raise
 
     return call_all
@@ -95,12 +127,12 @@ def _calling_0(methods: _Methods, note: _Note) -> Callable[[], None]:
 
 def _calling_1(methods: _Methods, note: _Note) -> Callable[[Any], None]:
     def call_all(a: Any) -> None:
-        method = methods[0]
+        rest = iter(methods)
         try:
-            for method in methods:
+            for method in rest:
                 method(a)
         except BaseException as error:
-            note(error, method)
+            note(error, rest)
             raise
 
     return call_all
@@ -108,12 +140,12 @@ def _calling_1(methods: _Methods, note: _Note) -> Callable[[Any], None]:
 
 def _calling_2(methods: _Methods, note: _Note) -> Callable[[Any, Any], None]:
     def call_all(a: Any, b: Any) -> None:
-        method = methods[0]
+        rest = iter(methods)
         try:
-            for method in methods:
+            for method in rest:
                 method(a, b)
         except BaseException as error:
-            note(error, method)
+            note(error, rest)
             raise
 
     return call_all
@@ -121,14 +153,14 @@ def _calling_2(methods: _Methods, note: _Note) -> Callable[[Any, Any], None]:
 
 def _replacing(methods: _Methods, note: _Note) -> Callable[[Any, int], Any]:
     def call_all(batch: Any, batch_idx: int) -> Any:
-        method = methods[0]
+        rest = iter(methods)
         try:
-            for method in methods:
+            for method in rest:
                 replacement = method(batch, batch_idx)
                 if replacement is not None:
                     batch = replacement
         except BaseException as error:
-            note(error, method)
+            note(error, rest)
             raise
         return batch
 
@@ -162,23 +194,20 @@ _CALLING: tuple[Callable[[_Methods, _Note], Callable[..., None]], ...] = (
 def _nested_contexts(
     calls: Sequence[Call],
 ) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    if len(calls) == 1:
+        return calls[0].context
+
     @contextlib.contextmanager
     def nested() -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for call in calls:
-                context = call()
-                if not isinstance(context, contextlib.AbstractContextManager):
-                    raise TypeError(
-                        f"{call.name}.{call.hook} returned a {type(context).__qualname__}; a "
-                        "context manager is required: decorate it with @contextlib.contextmanager"
-                    )
-                stack.enter_context(_Noting(context, call))
+                stack.enter_context(call.context())
             yield
 
     return nested
 
 
-class _Noting(contextlib.AbstractContextManager[None]):
+class _Context(contextlib.AbstractContextManager[None]):
     """A callback's context that says whose it is when entering or leaving it fails."""
 
     def __init__(self, context: contextlib.AbstractContextManager[Any], call: Call) -> None:
@@ -187,23 +216,18 @@ class _Noting(contextlib.AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         try:
-            self._context.__enter__()
+            self._call.part(self._context.__enter__)
         except BaseException as error:
             self._call.note(error)
             raise
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool | None:
         try:
-            return self._context.__exit__(kind, error, traceback)
+            suppresses: bool | None = self._call.part(
+                self._context.__exit__, kind, error, traceback
+            )
         except BaseException as new:
             if new is not error:
                 self._call.note(new)
             raise
-
-
-def _without_collectives(method: Callable[..., Any], callback: Callback[Any]) -> Callable[..., Any]:
-    def guarded(*args: Any) -> Any:
-        with callback.trainer.world.no_collectives(f"{method.__qualname__} of a RankZeroCallback"):
-            return method(*args)
-
-    return guarded
+        return suppresses

@@ -2,70 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dream_trainer.callbacks.callback import Callback
 
 
-def ordered(callbacks: Mapping[str, Callback]) -> list[str]:
+def ordered(callbacks: Mapping[str, Callback[Any]]) -> list[str]:
     """Names of the callbacks in the order in which they run.
 
     As listed, except where `before` and `after` ask for something else. `after = {Callback}`
-    means after everyone that doesn't ask for the same or for the opposite.
+    means after everyone, except for those that ask for the same, or to come after such a one.
 
     Raises:
         ValueError: If the wishes contradict each other; it shows the cycle.
     """
-    earlier = {name: set(_earlier(name, callbacks)) for name in callbacks}
+    if not any(callback.before or callback.after for callback in callbacks.values()):
+        return list(callbacks)
+    earlier = _earlier(callbacks)
+    ranks = _ranks(callbacks, earlier)
     order: list[str] = []
-    while len(order) < len(callbacks):
-        ready = (name for name in callbacks if name not in order and earlier[name] <= set(order))
-        name = next(ready, None)
+    waiting = sorted(callbacks, key=ranks.__getitem__)  # stable
+    while waiting:
+        name = next((name for name in waiting if earlier[name] <= set(order)), None)
         if name is None:
-            raise ValueError(_cycle_message({n: earlier[n] for n in callbacks if n not in order}))
+            raise ValueError(_cycle_message({each: earlier[each] for each in waiting}))
         order.append(name)
+        waiting.remove(name)
     return order
 
 
-def _earlier(name: str, callbacks: Mapping[str, Callback]) -> Iterator[str]:
-    """Names of the callbacks that must run before `name`."""
-    for other in callbacks:
-        if other == name:
-            continue
-        if _explicitly_before(other, name, callbacks):
-            yield other
-        elif _explicitly_before(name, other, callbacks):
-            continue
-        # Wishes about everyone give way to explicit ones and cancel each other out.
-        elif _last(callbacks[name]) and not _last(callbacks[other]):
-            yield other
-        elif _first(callbacks[other]) and not _first(callbacks[name]):
-            yield other
+def _earlier(callbacks: Mapping[str, Callback[Any]]) -> dict[str, set[str]]:
+    """For each callback those that must run before it, as far as wishes name them."""
+    earlier: dict[str, set[str]] = {name: set() for name in callbacks}
+    for one in callbacks:
+        for other in callbacks:
+            if one != other and _asks("after", one, other, callbacks):
+                earlier[one].add(other)
+            if one != other and _asks("before", one, other, callbacks):
+                earlier[other].add(one)
+    return earlier
 
 
-def _explicitly_before(first: str, second: str, callbacks: Mapping[str, Callback]) -> bool:
-    return _matches(callbacks[first].before, second, callbacks[second]) or _matches(
-        callbacks[second].after, first, callbacks[first]
-    )
+def _asks(where: str, one: str, other: str, callbacks: Mapping[str, Callback[Any]]) -> bool:
+    """Whether one callback wants to be `where` another is concerned, "before" or "after" it.
 
-
-def _matches(wishes: Collection[type | str], name: str, callback: Callback) -> bool:
-    class_names = {cls.__name__ for cls in type(callback).__mro__}
+    Two that ask for the same about a class that both belong to leave each other alone.
+    """
+    wishes: Collection[type | str] = getattr(callbacks[one], where)
+    others: Collection[type | str] = getattr(callbacks[other], where)
     return any(
-        wish == name or wish in class_names
-        if isinstance(wish, str)
-        else wish is not Callback and isinstance(callback, wish)
+        _is_about(wish, other, callbacks)
+        and not (wish in others and _is_about(wish, one, callbacks))
         for wish in wishes
     )
 
 
-def _last(callback: Callback) -> bool:
-    return Callback in callback.after
+def _is_about(wish: type | str, name: str, callbacks: Mapping[str, Callback[Any]]) -> bool:
+    """Whether a wish names this callback: by its name, or by a class, but not by Callback."""
+    bases = [cls for cls in type(callbacks[name]).__mro__ if cls not in Callback.__mro__]
+    if isinstance(wish, str):
+        return wish == name or wish in (cls.__name__ for cls in bases)
+    return wish in bases
 
 
-def _first(callback: Callback) -> bool:
-    return Callback in callback.before
+def _ranks(
+    callbacks: Mapping[str, Callback[Any]], earlier: Mapping[str, set[str]]
+) -> dict[str, int]:
+    """-1 for those that want to be before everyone, 1 for after everyone, else 0.
+
+    Whoever must come before the first is among the first too, and so at the end. So no wish about
+    everyone can contradict one that names a callback.
+    """
+    ranks = dict.fromkeys(callbacks, 0)
+    for first in (name for name in callbacks if _is_about_everyone(callbacks[name].before)):
+        ranks.update(dict.fromkeys(_reachable(first, earlier), -1))
+    later = {name: {other for other in callbacks if name in earlier[other]} for name in callbacks}
+    for last in (name for name in callbacks if _is_about_everyone(callbacks[name].after)):
+        ranks.update(dict.fromkeys(_reachable(last, later), 1))
+    return ranks
+
+
+def _is_about_everyone(wishes: Collection[type | str]) -> bool:
+    return Callback in wishes or Callback.__name__ in wishes
+
+
+def _reachable(start: str, steps: Mapping[str, set[str]]) -> set[str]:
+    found, frontier = {start}, [start]
+    while frontier:
+        new = steps[frontier.pop()] - found
+        found |= new
+        frontier += new
+    return found
 
 
 def _cycle_message(earlier: Mapping[str, set[str]]) -> str:
@@ -74,37 +103,36 @@ def _cycle_message(earlier: Mapping[str, set[str]]) -> str:
     while path.count(path[-1]) == 1:
         path.append(next(name for name in earlier if name in earlier[path[-1]]))
     cycle = path[path.index(path[-1]) :]
-    shown = " after ".join(cycle)
     return (
-        f"the callbacks can't be ordered: {shown}; "
+        f"the callbacks can't be ordered: {' after '.join(cycle)}; "
         "change `before` or `after` of one of these classes"
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
-    """Which callback runs in which hook, in which order. Printing it shows a table.
+    """Which callback runs in which hook, in which order. Shown as a table.
 
     Attributes:
-        hooks: Names of the callbacks that run in a hook, in order, by the hook's name. Hooks
-            that nobody overrides are left out.
+        hooks: Names of the callbacks that run in a hook, in order, by the hook's name, in the
+            order of a run. Hooks that nobody overrides are left out.
         rank_zero: Names of the callbacks that run on global rank 0 alone.
     """
 
     hooks: Mapping[str, tuple[str, ...]]
     rank_zero: frozenset[str]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         if not self.hooks:
             return "no callback overrides a hook"
         width = max(map(len, self.hooks))
         lines = [
-            f"{hook:<{width}}  {' → '.join(self._marked(name) for name in names)}"
+            f"{hook:<{width}}  {', '.join(map(self._marked, names))}"
             for hook, names in self.hooks.items()
         ]
-        if self.rank_zero & {name for names in self.hooks.values() for name in names}:
-            lines.append("⁰ on global rank 0 alone")
+        if any(name in self.rank_zero for names in self.hooks.values() for name in names):
+            lines.append(f"{'':<{width}}  * on global rank 0 alone")
         return "\n".join(lines)
 
     def _marked(self, name: str) -> str:
-        return f"{name}⁰" if name in self.rank_zero else name
+        return f"{name}*" if name in self.rank_zero else name

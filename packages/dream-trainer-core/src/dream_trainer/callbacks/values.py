@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -18,9 +19,12 @@ _PLAIN_LEAVES = (
     complex,
     str,
     bytes,
+    bytearray,
     torch.Size,
     torch.dtype,
     torch.device,
+    Tensor,
+    nn.Parameter,
 )
 _PLAIN_SEQUENCES = (list, tuple, set)
 _PLAIN_MAPPINGS = (dict, OrderedDict, Counter)
@@ -45,12 +49,13 @@ class RankLocal(Generic[T]):
 
 def without_rank_local(state: Any) -> Any:
     """The state with each RankLocal replaced by its value."""
-    if isinstance(state, RankLocal):
-        return state.value
-    if type(state) in _PLAIN_MAPPINGS:
-        return {key: without_rank_local(value) for key, value in state.items()}
-    if type(state) in (list, tuple):
-        return type(state)(without_rank_local(value) for value in state)
+    kind = type(state)
+    if kind is RankLocal:
+        return without_rank_local(state.value)
+    if kind in _PLAIN_MAPPINGS:
+        return kind({key: without_rank_local(value) for key, value in state.items()})
+    if kind in (list, tuple):
+        return kind(without_rank_local(value) for value in state)
     return state
 
 
@@ -61,17 +66,24 @@ def not_plain(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         The place as it would be written in Python, such as `["history"][3]`, and the value.
     """
     kind = type(state)
-    if kind in _PLAIN_LEAVES or isinstance(state, torch.Tensor):
+    if kind in _PLAIN_LEAVES or _is_sharded(state):
         return
     if kind is RankLocal:
         yield from not_plain(state.value, path)
     elif kind in _PLAIN_MAPPINGS:
         for key, value in state.items():
-            if type(key) not in _PLAIN_LEAVES and type(key) is not tuple:
-                yield f"{path} (a key)", key
+            yield from not_plain(key, f"{path} (the key {key!r})")
             yield from not_plain(value, f"{path}[{key!r}]")
     elif kind in _PLAIN_SEQUENCES:
         for index, value in enumerate(state):
             yield from not_plain(value, f"{path}[{index}]")
     else:
         yield path, state
+
+
+def _is_sharded(value: Any) -> bool:
+    if not isinstance(value, Tensor):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return type(value) is DTensor

@@ -6,6 +6,7 @@ import faulthandler
 import importlib.util
 import multiprocessing
 import os
+import pickle
 import socket
 import sys
 import time
@@ -124,14 +125,15 @@ def _run_rank(
         outcome: tuple[bool, Any] = True, _resolved(reference)(*args)
     except BaseException:  # noqa: BLE001  # the parent raises it
         outcome = False, traceback.format_exc()
-    sender.send(outcome)
+    # By value: multiprocessing would share tensors with a process that is about to end.
+    sender.send_bytes(pickle.dumps(outcome))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def _received(receiver: Any, process: Any) -> tuple[bool, Any]:
     try:
-        outcome: tuple[bool, Any] = receiver.recv()
+        outcome: tuple[bool, Any] = pickle.loads(receiver.recv_bytes())  # noqa: S301  # our child's
     except EOFError:
         process.join(timeout=5.0)
         return False, f"the process died with exit code {process.exitcode}"

@@ -207,9 +207,7 @@ class BaseTrainer(AbstractTrainer):
     @property
     def may_be_stopped(self) -> bool:
         """Whether `agree_to_stop` could be true: always with several ranks, as one may ask."""
-        return (
-            self._deadline_s is not None or self.stop_reason is not None or self._has_other_ranks
-        )
+        return self._deadline_s is not None or self.stop_reason is not None or self._has_other_ranks
 
     def agree_to_stop(self) -> bool:
         """Whether some rank wants to stop. Collective, on the CPU: the device isn't waited for."""

@@ -41,10 +41,13 @@ class BatchStream:
         self._position = 0
         self._random_state_at_start: dict[str, Any] | None = None
         self._epoch_at_start = 0
+        self._paused: dict[str, Any] | None = None
 
     def start_epoch(self, epoch: int) -> None:
         """Make the next batch the first of an epoch."""
-        if self._iterator is None or length_of(self.loader) is not None:
+        if self._paused is not None and length_of(self.loader) is None:
+            self.load_state_dict(self._paused)
+        elif self._iterator is None or length_of(self.loader) is not None:
             self._begin(epoch)
 
     def resume_epoch(self, epoch: int, num_done: int) -> None:
@@ -53,6 +56,8 @@ class BatchStream:
         Goes on with the loader's position if there is one; otherwise begins the epoch anew and
         drops what was done.
         """
+        if self._paused is not None:
+            self.load_state_dict(self._paused)
         if self._iterator is None:
             self._begin(epoch)
             for _ in range(num_done):
@@ -77,8 +82,20 @@ class BatchStream:
         if length_of(self.loader) is not None:
             self._iterator = None
 
+    def pause(self) -> None:
+        """Let go of a loader's workers in mid-epoch; `resume_epoch` goes on all the same.
+
+        Worker processes would otherwise live until the garbage collector finds the trainer, and
+        then take seconds to end.
+        """
+        if self._iterator is not None and getattr(self.loader, "num_workers", 0) > 0:
+            self._paused = self.state_dict()
+            self._iterator = None
+
     def state_dict(self) -> dict[str, Any]:
         """Position on this rank, as plain data."""
+        if self._paused is not None:
+            return self._paused
         if self._iterator is None:
             return {}
         if isinstance(self.loader, StatefulLoader):
@@ -91,7 +108,7 @@ class BatchStream:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a position: the next batch is the one after it."""
-        self._iterator = None
+        self._iterator = self._paused = None
         if not state_dict:
             return
         if isinstance(self.loader, StatefulLoader) and "loader" in state_dict:
@@ -107,7 +124,7 @@ class BatchStream:
         self._position = state_dict["position"]
 
     def _begin(self, epoch: int) -> None:
-        self._epoch_at_start = epoch
+        self._epoch_at_start, self._paused = epoch, None
         for owner in (self.loader, *(getattr(self.loader, name, None) for name in _EPOCH_OWNERS)):
             set_epoch = getattr(owner, "set_epoch", None)
             if callable(set_epoch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 from typing_extensions import Protocol
 
@@ -62,9 +62,10 @@ def intersection(cls: T) -> T:
 
 
 def members_of(requirement: Any) -> tuple[type, ...]:
-    """The classes that a requirement asks for; none for what can't be checked, as a TypeVar."""
+    """The classes that a requirement asks for; none for what can't be checked, as `Any`."""
     if isinstance(requirement, Intersection):
         return requirement.members
+    requirement = get_origin(requirement) or requirement  # MyTrainer[int]
     if requirement is Any or not isinstance(requirement, type):
         return ()
     if _MARK in vars(requirement):

@@ -56,7 +56,10 @@ def fit(trainer: BaseTrainer) -> None:
         if trainer.random_state_to_resume is not None:
             set_random_state(trainer.random_state_to_resume)
             trainer.random_state_to_resume = None
-        _train(trainer)
+        try:
+            _train(trainer)
+        finally:
+            trainer.train_batches.pause()
         error = callbacks.post_fit()
         if error is not None:
             raise error

@@ -101,7 +101,7 @@ class EpochMeans:
         if not self._sums:
             return dict(self._last)
         keys = sorted(self._sums)
-        sums = torch.stack([torch.as_tensor(self._sums[key]).double().cpu() for key in keys])
+        sums = torch.stack([torch.as_tensor(self._sums[key], dtype=torch.float64).cpu() for key in keys])
         weights = torch.tensor([self._weights[key] for key in keys], dtype=torch.float64)
         sums, weights = world.all_reduce(torch.stack([sums, weights]), "sum")
         means = dict(zip(keys, (sums / weights).tolist(), strict=True))

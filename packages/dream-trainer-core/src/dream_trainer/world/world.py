@@ -199,6 +199,7 @@ class World:
         if not self.is_distributed:
             return None
         if kind not in self._groups:
+            self._refuse_if_guarded(f"group({kind!r})")
             group = dist.new_group(
                 backend="gloo", timeout=timedelta(seconds=self.parameters.init_timeout_s)
             )
@@ -263,6 +264,7 @@ class World:
         Raises:
             ValueError: On all ranks, if they differ; it shows who said what.
         """
+        self._refuse_if_guarded("agree")
         if not self.is_distributed:
             return value
         values = self.all_gather((value,))
@@ -272,6 +274,7 @@ class World:
 
     def agree_on_any(self, flag: bool) -> bool:
         """Whether the flag is set on some rank. Collective on the CPU: no device is waited for."""
+        self._refuse_if_guarded("agree_on_any")
         if not self.is_distributed:
             return flag
         box = torch.tensor([flag], dtype=torch.int32)

@@ -151,7 +151,7 @@ def _problem(loader: Any, kind: str, trainer_name: str) -> str | None:
         )
     if not isinstance(loader, Iterable):
         return (
-            f"the {kind} loader is a {type(loader).__qualname__}, which can't be iterated over; "
+            f"the {kind} loader, of type {type(loader).__qualname__}, can't be iterated over; "
             "return an iterable of batches, or (training loader, validation loader)"
         )
     if length_of(loader) == 0:

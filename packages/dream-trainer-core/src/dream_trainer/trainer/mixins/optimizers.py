@@ -118,6 +118,6 @@ def _of_kind(returned: Any, kind: type) -> Iterator[Any]:
             yield from _of_kind(value, kind)
     elif returned is not None:
         raise TypeError(
-            f"a {kind.__name__} was expected, alone, in a list or as the value of a dict, and a "
-            f"{type(returned).__qualname__} was returned: {returned!r:.80}"
+            f"an object of type {kind.__name__} was expected, alone, in a list or as the value of "
+            f"a dict, and {returned!r:.80} was returned"
         )

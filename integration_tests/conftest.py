@@ -1,0 +1,36 @@
+"""The fixture `cell` and the option `--cell`; every test works in a folder of its own."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # toy.py, tools
+
+from tools import matrix  # noqa: E402  # found through the line above
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cell", help="run only the tests that take a cell, in this one")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "cell" in metafunc.fixturenames:
+        name = metafunc.config.getoption("--cell")
+        quick = [cell for cell in matrix.CELLS if "quick" in cell.tags]
+        metafunc.parametrize("cell", [matrix.cell_named(name)] if name else quick, ids=str)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--cell"):
+        takes_cell = [item for item in items if "cell" in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=[item for item in items if item not in takes_cell])
+        items[:] = takes_cell
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)

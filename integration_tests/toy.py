@@ -1,0 +1,188 @@
+"""A script as a user writes it, the same for every way to start it: a tiny transformer.
+
+python toy.py …    torchrun --nproc-per-node=2 toy.py --layout fsdp …
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from dream_trainer import DreamTrainer, DreamTrainerConfig
+from dream_trainer.callbacks import Callback, CallbackCollection
+from dream_trainer.configs import DeviceParameters, TrainingParameters
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+VOCABULARY, CONTEXT, WIDTH, HEAD_WIDTH, GLOBAL_BATCH = 16, 8, 16, 4, 8
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        # No biases: a key's has no gradient but rounding errors, which Adam would scale up.
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (
+            part.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2)  # (B, heads, T, head width)
+            for part in (self.q(h), self.k(h), self.v(h))
+        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.out(y.transpose(1, 2).flatten(2))
+
+
+class Transformer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(WIDTH, VOCABULARY)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.head(x)
+        return out
+
+
+def token_data() -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randint(VOCABULARY, (64, 1), generator=generator)
+    return TensorDataset((start + torch.arange(CONTEXT + 1)) % VOCABULARY)
+
+
+def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    logits = model(tokens[:, :-1])  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+class Toy(DreamTrainer):
+    def configure_models(self) -> None:
+        self.model = Transformer()
+
+    def apply_tensor_parallel(self, mesh: DeviceMesh) -> None:
+        """Split heads and vocabulary; sequences between them, so that each parameter is split."""
+        from torch.distributed.tensor import Replicate, Shard
+        from torch.distributed.tensor.parallel import (
+            ColwiseParallel,
+            RowwiseParallel,
+            SequenceParallel,
+            parallelize_module,
+        )
+
+        sequence = Shard(1)
+        plan: dict[str, Any] = {
+            "embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=sequence),
+            "blocks.*.norm": SequenceParallel(),
+            **{f"blocks.*.{name}": ColwiseParallel(input_layouts=sequence) for name in "qkv"},
+            "blocks.*.out": RowwiseParallel(output_layouts=sequence),
+            "head": ColwiseParallel(input_layouts=sequence, output_layouts=Replicate()),
+        }
+        parallelize_module(self.model, mesh, plan)
+
+    def configure_optimizers(self) -> None:
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+
+    def configure_dataloaders(self) -> Any:
+        data, size = token_data(), self.world.dp_size
+        sampler = DistributedSampler(data, num_replicas=size, rank=self.world.dp_rank)
+        loader = DataLoader(data, batch_size=GLOBAL_BATCH // size, sampler=sampler)
+        return loader, loader
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        loss = next_token_loss(self.model, batch[0])
+        self.backward(loss)
+        if not self.is_accumulating_gradients:
+            self.step(self.optimizer)
+        return {"loss": loss}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        return {"val_loss": next_token_loss(self.model, batch[0])}
+
+
+class GlobalLosses(Callback[DreamTrainer]):
+    """Keeps the loss of each global batch."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        self.losses.append(self.trainer.world.all_reduce(result["loss"]).item())
+
+
+class Sleeps(Callback[DreamTrainer]):
+    """Takes its time, says that it began, and leaves a file when it is closed."""
+
+    def pre_train_step(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1:
+            sys.stdout.write("training\n")
+            sys.stdout.flush()
+        time.sleep(0.05)
+
+    def post_fit(self) -> None:
+        Path(f"closed-{self.trainer.world.rank}").touch()
+
+
+LAYOUTS: dict[str, Callable[..., DeviceParameters]] = {
+    "single": DeviceParameters.SINGLE_DEVICE,
+    "ddp": DeviceParameters.DDP,
+    "fsdp": DeviceParameters.FSDP,
+    "tp": partial(DeviceParameters, dp_replicate=1, tensor_parallel="auto"),
+    "fsdp+tp": partial(DeviceParameters.FSDP, tensor_parallel=2),
+    "hsdp": partial(DeviceParameters.HSDP, dp_shard=2),
+}
+
+
+def make(root_dir: str | Path, layout: str = "ddp", **training: Any) -> tuple[Toy, GlobalLosses]:
+    losses = GlobalLosses()
+    config = DreamTrainerConfig(
+        root_dir=root_dir,
+        device_parameters=LAYOUTS[layout](device="cpu"),
+        training_parameters=TrainingParameters(**training),
+        callbacks=CallbackCollection([losses]),
+    )
+    return Toy(config), losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--layout", default="ddp", choices=LAYOUTS)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--sleep", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    trainer, losses = make("runs", options.layout, n_epochs=2)
+    if options.sleep:
+        trainer.callbacks.append(Sleeps())
+    trainer.fit()
+    if options.out is not None and trainer.world.is_global_zero:
+        options.out.write_text(
+            json.dumps(
+                {
+                    "losses": losses.losses,
+                    "world_size": trainer.world.world_size,
+                    "process_group": torch.distributed.is_initialized(),
+                }
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""What a callback class promises, checked where it is written: names, signatures, order."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+_RESERVED_PREFIXES = ("pre_", "post_", "on_")
+_STATE_METHODS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "state_dict": ((),),
+    "load_state_dict": (("state_dict", "trainer"), ("state_dict",)),
+}
+
+
+def check_definition(cls: type, root: type, hooks: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuse a class whose hooks would never be called, or couldn't be.
+
+    Args:
+        cls: A new subclass of `root`.
+        root: Where the hooks are declared, as methods that do nothing.
+        hooks: Names of a hook's arguments, by the hook's name.
+
+    Raises:
+        TypeError: If a hook is misspelt, hidden behind `root`, not a method or a coroutine or
+            generator, if its signature can't take its arguments, or if `before` or `after` holds
+            what can't be looked for.
+    """
+    calls = {**{hook: (arguments,) for hook, arguments in hooks.items()}, **_STATE_METHODS}
+    _refuse_misspelt_hooks(cls, root, tuple(calls))
+    for name, ways in calls.items():
+        if getattr(cls, name) is getattr(root, name):
+            _refuse_hidden_method(cls, root, name)
+        else:
+            _refuse_uncallable_method(cls, name, ways)
+    for wishes in ("before", "after"):
+        _refuse_unusable_wishes(cls, wishes)
+
+
+def _refuse_misspelt_hooks(cls: type, root: type, names: tuple[str, ...]) -> None:
+    inherited = {name for base in cls.__mro__[1:] for name in vars(base)}
+    for name, owner in _methods_to_check(cls, root):
+        if name.startswith("_") or name in names or (owner is cls and name in inherited):
+            continue
+        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+        is_reserved = owner is cls and name.startswith(_RESERVED_PREFIXES)
+        if nearest or is_reserved:
+            nearest = nearest or difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+            raise TypeError(
+                f"{owner.__qualname__}.{name} is not a hook and would never be called; "
+                f"did you mean {nearest[0]}? If it is a method of your own, name it _{name}: "
+                f"{', '.join(_RESERVED_PREFIXES)}… are for hooks"
+            )
+
+
+def _methods_to_check(cls: type, root: type) -> Iterator[tuple[str, type]]:
+    """Methods of `cls` and of its bases that aren't callbacks, each with the class it is from."""
+    for owner in cls.__mro__:
+        if owner is cls or not (root in owner.__mro__ or owner in root.__mro__):
+            yield from ((name, owner) for name, value in vars(owner).items() if _is_method(value))
+
+
+def _refuse_hidden_method(cls: type, root: type, name: str) -> None:
+    """`class C(Callback, Mixin)`: the root's empty hook comes before the mixin's."""
+    for base in cls.__mro__[cls.__mro__.index(root) + 1 :]:
+        if name in vars(base) and not getattr(base, "_is_protocol", False):
+            raise TypeError(
+                f"{cls.__qualname__}: {base.__qualname__}.{name} would never be called, because "
+                f"that of {root.__name__} comes first; list {base.__name__} first among the bases "
+                f"of {cls.__name__}"
+            )
+
+
+def _refuse_uncallable_method(cls: type, name: str, ways: tuple[tuple[str, ...], ...]) -> None:
+    method = getattr(cls, name)
+    expected = f"def {name}({', '.join(('self', *ways[0]))})"
+    if not callable(method):
+        raise TypeError(
+            f"{cls.__qualname__}.{name} is a {type(method).__qualname__}, not a method; "
+            f"write {expected}, or give it another name"
+        )
+    if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
+        raise TypeError(
+            f"{cls.__qualname__}.{name} is a coroutine, which nobody would await; write {expected}"
+        )
+    if inspect.isgeneratorfunction(method):
+        hint = (
+            "decorate it with @contextlib.contextmanager"
+            if name.endswith("_context")
+            else "leave out the yield"
+        )
+        raise TypeError(
+            f"{cls.__qualname__}.{name} is a generator, whose body would never run; {hint}"
+        )
+    if not any(_takes(cls, name, arguments) for arguments in ways):
+        raise TypeError(
+            f"{cls.__qualname__}.{name}{inspect.signature(method)} can't take the hook's "
+            f"arguments; write {expected}"
+        )
+
+
+def _takes(cls: type, name: str, arguments: tuple[str, ...]) -> bool:
+    """Whether a method can be called with its arguments, and doesn't have them in wrong order."""
+    try:
+        signature = inspect.signature(getattr(cls, name))
+    except ValueError:  # some built-in functions don't tell
+        return True
+    found = inspect.getattr_static(cls, name)
+    gets_self = hasattr(type(found), "__get__") and not isinstance(
+        found, (staticmethod, classmethod)
+    )
+    try:
+        bound = signature.bind(*(("self", *arguments) if gets_self else arguments))
+    except TypeError:
+        return False
+    # Each argument stands for itself, so a parameter of another argument's name is misplaced.
+    return not any(
+        parameter in arguments and argument in arguments and parameter != argument
+        for parameter, argument in bound.arguments.items()
+        if isinstance(argument, str)
+    )
+
+
+def _refuse_unusable_wishes(cls: type, name: str) -> None:
+    wishes: Any = getattr(cls, name)
+    if isinstance(wishes, (str, type)) or not isinstance(wishes, Collection):
+        raise TypeError(
+            f"{cls.__qualname__}.{name} is {wishes!r}; a set of classes and names is required: "
+            f"{name} = {{…}}"
+        )
+    for wish in wishes:
+        if not isinstance(wish, (str, type)):
+            raise TypeError(
+                f"{cls.__qualname__}.{name} holds {wish!r}; classes and names are required"
+            )
+
+
+def _is_method(value: Any) -> bool:
+    return inspect.isroutine(value) or isinstance(value, (staticmethod, classmethod))

@@ -1,0 +1,38 @@
+"""Who a run is and where it writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dream_trainer import DreamTrainerConfig
+from dream_trainer.testing import TinyTrainer, tiny_config
+
+
+def test_the_run_directory_is_made_of_the_names(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    config.project, config.group, config.experiment = "p", "g", "e"
+
+    assert TinyTrainer(config).run_dir == tmp_path / "p" / "g" / "e"
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["..", ".", "", " ", "a/b", "/etc", "a\\b", "a\0b", "a\nb", "x" * 300, "é" * 150]
+)
+def test_names_that_would_leave_the_run_directory_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"experiment=.* can't name a folder"):
+        DreamTrainerConfig(experiment=name)
+
+
+@pytest.mark.parametrize("name", ["run 1", "größe", "..a", "v1.2-β"])
+def test_ordinary_and_unicode_names_are_taken(name: str) -> None:
+    assert DreamTrainerConfig(experiment=name).experiment == name
+
+
+def test_everything_has_a_default() -> None:
+    config = DreamTrainerConfig()
+
+    assert config.project == "dream-trainer"
+    assert len(config.callbacks) == 0

@@ -1,0 +1,153 @@
+"""BatchStream: epochs, positions, errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, DistributedSampler
+
+from dream_trainer.trainer.batches import BatchStream, length_of
+
+
+class Letters:
+    """Two batches per pass, without a length."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __iter__(self) -> Any:
+        self.passes += 1
+        return iter("ab")
+
+
+def test_a_loader_with_a_length_begins_anew_with_each_epoch() -> None:
+    stream = BatchStream([1, 2, 3], "training")
+    seen = []
+    for epoch in range(2):
+        stream.start_epoch(epoch)
+        seen += [stream.next_batch(), stream.next_batch()]
+
+    assert seen == [1, 2, 1, 2]
+
+
+def test_a_loader_without_a_length_goes_on() -> None:
+    stream = BatchStream(Letters(), "training")
+    seen = []
+    for epoch in range(3):
+        stream.start_epoch(epoch)
+        seen += [stream.next_batch(), stream.next_batch(), stream.next_batch()]
+        stream.finish_epoch()
+
+    assert "".join(seen) == "ababababa"
+
+
+def test_set_epoch_is_called_on_the_sampler() -> None:
+    sampler = DistributedSampler(list(range(8)), num_replicas=2, rank=0, shuffle=True)
+    stream = BatchStream(DataLoader(list(range(8)), sampler=sampler), "training")
+
+    orders = []
+    for epoch in range(2):
+        stream.start_epoch(epoch)
+        orders.append([stream.next_batch().item() for _ in range(4)])
+
+    assert sampler.epoch == 1
+    assert orders[0] != orders[1]
+
+
+def test_a_loader_that_ends_before_its_length_is_refused() -> None:
+    class Lies(list[int]):
+        def __len__(self) -> int:
+            return 5
+
+    stream = BatchStream(Lies([1, 2]), "training")
+    stream.start_epoch(0)
+    stream.next_batch()
+    stream.next_batch()
+    with pytest.raises(RuntimeError, match="says that it has 5 batches and ended after 2"):
+        stream.next_batch()
+
+
+def test_an_iterator_that_cannot_begin_anew_is_refused_at_its_end() -> None:
+    stream = BatchStream(iter([1, 2]), "training")
+    stream.start_epoch(0)
+    assert [stream.next_batch(), stream.next_batch()] == [1, 2]
+    with pytest.raises(RuntimeError, match="ended after 2 batches and gives none when it is begun"):
+        stream.next_batch()
+
+
+def test_a_position_is_continued_with_the_same_order() -> None:
+    def loader() -> Any:
+        return DataLoader(list(range(10)), shuffle=True)
+
+    torch.manual_seed(0)
+    straight = BatchStream(loader(), "training")
+    straight.start_epoch(0)
+    first = [straight.next_batch().item() for _ in range(4)]
+    position = straight.state_dict()
+    rest = [straight.next_batch().item() for _ in range(6)]
+
+    torch.manual_seed(123)
+    resumed = BatchStream(loader(), "training")
+    resumed.load_state_dict(position)
+    resumed.resume_epoch(0, 4)
+    assert [resumed.next_batch().item() for _ in range(6)] == rest
+    assert sorted(first + rest) == list(range(10))
+
+
+def test_a_loader_that_keeps_its_own_position_is_set_to_it() -> None:
+    class Stateful:
+        def __init__(self) -> None:
+            self.next = 0
+            self.started = 0
+
+        def __len__(self) -> int:
+            return 4
+
+        def __iter__(self) -> Any:
+            self.started += 1
+            while self.next < 4:
+                self.next += 1
+                yield self.next
+            self.next = 0
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"next": self.next}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.next = state_dict["next"]
+
+    stream = BatchStream(Stateful(), "training")
+    stream.start_epoch(0)
+    assert [stream.next_batch(), stream.next_batch()] == [1, 2]
+
+    resumed = BatchStream(Stateful(), "training")
+    resumed.load_state_dict(stream.state_dict())
+    assert [resumed.next_batch(), resumed.next_batch()] == [3, 4]
+
+
+def test_pausing_ends_worker_processes_and_loses_no_batch() -> None:
+    import multiprocessing
+
+    stream = BatchStream(DataLoader(list(range(6)), num_workers=2), "training")
+    stream.start_epoch(0)
+    first = stream.next_batch().item()
+    assert multiprocessing.active_children()
+
+    stream.pause()
+    assert not multiprocessing.active_children()
+    stream.resume_epoch(0, 1)
+    rest = [stream.next_batch().item() for _ in range(5)]
+    stream.finish_epoch()
+    assert [first, *rest] == list(range(6))
+
+
+def test_length_of_a_loader_over_an_iterable_data_set_is_unknown() -> None:
+    class Endless(torch.utils.data.IterableDataset[int]):
+        def __iter__(self) -> Any:
+            return iter(int, 1)
+
+    assert length_of(DataLoader(Endless())) is None
+    assert length_of([1, 2]) == 2
+    assert length_of(iter([1])) is None

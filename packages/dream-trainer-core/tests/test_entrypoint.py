@@ -1,0 +1,56 @@
+"""entrypoint, run as a script."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SCRIPT = """
+import sys, time
+from dream_trainer.utils.entrypoint import entrypoint
+
+@entrypoint
+def main(word="alone"):
+    print("main", word, *sys.argv[1:], flush=True)
+    if "wait" in sys.argv:
+        time.sleep(60)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_it_runs_in_place_without_several_gpus(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, script, "--lr", "1"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"CUDA_VISIBLE_DEVICES": "", "PATH": ""},
+    )
+
+    assert done.stdout == "main alone --lr 1\n"
+
+
+def test_ctrl_c_ends_with_130_and_one_line(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    with subprocess.Popen(
+        [sys.executable, script, "wait"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "main alone wait\n"
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=30)
+
+    assert process.returncode == 130
+    assert stderr == "interrupted\n"

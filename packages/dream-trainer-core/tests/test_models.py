@@ -1,0 +1,236 @@
+"""Building models: tracking, meta device, layouts, and the errors of a wrong order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dream_trainer.configs import DeviceParameters
+from dream_trainer.testing import RankError, TinyTrainer, run_on_ranks, tiny_config
+
+
+def test_models_are_tracked_by_attribute(tmp_path: Path) -> None:
+    class Two(TinyTrainer):
+        def configure_models(self) -> None:
+            self.encoder, self.decoder = nn.Linear(1, 2), nn.Linear(2, 1)
+            self.not_a_model = 3
+            self._hidden = nn.Linear(1, 1)
+
+    trainer = Two(tiny_config(tmp_path))
+    trainer.configure()
+
+    assert trainer.named_models() == {"encoder": trainer.encoder, "decoder": trainer.decoder}
+
+
+def test_configure_models_without_a_model_is_refused(tmp_path: Path) -> None:
+    class Forgets(TinyTrainer):
+        def configure_models(self) -> None:
+            nn.Linear(1, 1)
+
+    with pytest.raises(RuntimeError, match=r"assigned no nn\.Module to an attribute"):
+        Forgets(tiny_config(tmp_path)).configure()
+
+
+def test_init_weights_runs_on_one_device_too(tmp_path: Path) -> None:
+    class Zeros(TinyTrainer):
+        def init_weights(self) -> None:
+            nn.init.zeros_(self.model.head.weight)
+
+    trainer = Zeros(tiny_config(tmp_path))
+    trainer.configure()
+    assert not trainer.model.head.weight.is_meta
+    trainer.setup()
+    assert trainer.model.head.weight.count_nonzero() == 0
+
+
+class Initializes(TinyTrainer):
+    """Initializes by hand, so that it can be built on the meta device."""
+
+    def init_weights(self) -> None:
+        for parameter in self.model.parameters():
+            nn.init.normal_(parameter, std=0.2)
+
+
+class Forgetful(Initializes):
+    def init_weights(self) -> None:
+        nn.init.normal_(self.model.embed.weight)
+
+
+class WithBuffer(Initializes):
+    """Computes a table in the constructor, and not in init_weights."""
+
+    def configure_models(self) -> None:
+        super().configure_models()
+        self.model.register_buffer("table", torch.arange(4.0), persistent=False)
+
+
+class OnMeta(TinyTrainer):
+    def configure_models(self) -> None:
+        with torch.device("meta"):
+            super().configure_models()
+
+
+def test_a_model_left_on_meta_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="model 'model' is on the meta device, and OnMeta has"):
+        OnMeta(tiny_config(tmp_path)).setup()
+
+
+def set_up(trainer_class: type[TinyTrainer], layout: str, root: str, **fields: Any) -> TinyTrainer:
+    device = getattr(DeviceParameters, layout)(device="cpu", **fields)
+    trainer = trainer_class(tiny_config(root, device=device, n_epochs=2, gradient_clip_val=0.5))
+    trainer.setup()
+    return trainer
+
+
+def set_up_only(trainer_class: type[TinyTrainer], root: str) -> bool:
+    trainer = trainer_class(tiny_config(root, device=DeviceParameters.FSDP(device="cpu")))
+    trainer.configure()
+    was_meta = all(parameter.is_meta for parameter in trainer.model.parameters())
+    trainer.setup()
+    return was_meta
+
+
+def test_sharded_models_are_built_on_meta_only_if_they_can_be_initialized(tmp_path: Path) -> None:
+    assert run_on_ranks(set_up_only, 2, Initializes, str(tmp_path)) == [True, True]
+    assert run_on_ranks(set_up_only, 2, TinyTrainer, str(tmp_path)) == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "name"),
+    [(Forgetful, "model.embed.bias"), (WithBuffer, "model.table")],
+    ids=["parameter", "buffer"],
+)
+def test_what_init_weights_forgets_is_named(
+    tmp_path: Path, trainer_class: type[TinyTrainer], name: str
+) -> None:
+    with pytest.raises(RankError) as caught:
+        run_on_ranks(set_up_only, 2, trainer_class, str(tmp_path))
+
+    assert name in caught.value.tracebacks[0]
+    assert "init_weights gave no values" in caught.value.tracebacks[0]
+
+
+def trained(layout: str, trainer_class: type[TinyTrainer], root: str) -> dict[str, torch.Tensor]:
+    trainer = set_up(trainer_class, layout, root)
+    trainer.fit()
+    return {
+        name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach()
+        for name, value in trainer.model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("trainer_class", [TinyTrainer, Initializes])
+@pytest.mark.parametrize("layout", ["DDP", "FSDP"])
+def test_two_ranks_end_with_the_weights_of_one(
+    tmp_path: Path, layout: str, trainer_class: type[TinyTrainer]
+) -> None:
+    (alone,) = run_on_ranks(trained, 1, "SINGLE_DEVICE", trainer_class, str(tmp_path))
+    for weights in run_on_ranks(trained, 2, layout, trainer_class, str(tmp_path)):
+        assert weights.keys() == alone.keys()
+        for name in alone:
+            # float32 sums of two halves of a batch differ in the last bits.
+            torch.testing.assert_close(weights[name], alone[name], rtol=1e-5, atol=1e-6)
+
+
+def initial_shards(root: str) -> list[torch.Tensor]:
+    trainer = set_up(Initializes, "FSDP", root)
+    return [parameter.to_local().detach() for parameter in trainer.model.parameters()]  # type: ignore[operator]
+
+
+def test_shards_of_different_ranks_differ(tmp_path: Path) -> None:
+    first, second = run_on_ranks(initial_shards, 2, str(tmp_path))
+
+    same = [a.shape == b.shape and torch.equal(a, b) for a, b in zip(first, second, strict=True)]
+    assert not any(same)
+
+
+def accumulated(layout: str, accumulation: int, root: str) -> dict[str, torch.Tensor]:
+    device = getattr(DeviceParameters, layout)(device="cpu")
+    trainer = TinyTrainer(
+        tiny_config(root, device=device, gradient_accumulation_steps=accumulation)
+    )
+    trainer.fit()
+    return {
+        name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach()
+        for name, value in trainer.model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("layout", ["DDP", "FSDP"])
+def test_accumulation_with_a_remainder_gives_the_weights_of_one_rank(
+    tmp_path: Path, layout: str
+) -> None:
+    (alone,) = run_on_ranks(accumulated, 1, "SINGLE_DEVICE", 3, str(tmp_path))
+    for weights in run_on_ranks(accumulated, 2, layout, 3, str(tmp_path)):
+        for name in alone:
+            torch.testing.assert_close(weights[name], alone[name], rtol=1e-5, atol=1e-6)
+
+
+def collectives_per_batch(layout: str, root: str) -> list[int]:
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    counts: list[int] = []
+
+    class Counts(TinyTrainer):
+        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            with CommDebugMode() as mode:
+                result = super().training_step(batch, batch_idx)
+            counts.append(sum(n for op, n in mode.get_comm_counts().items() if "reduce" in str(op)))
+            return result
+
+    device = getattr(DeviceParameters, layout)(device="cpu")
+    config = tiny_config(root, device=device, gradient_accumulation_steps=2, max_steps=2)
+    Counts(config).fit()
+    return counts
+
+
+def test_gradients_are_reduced_only_with_the_last_batch_of_a_step(tmp_path: Path) -> None:
+    counts = run_on_ranks(collectives_per_batch, 2, "FSDP", str(tmp_path))[0]
+
+    assert counts[0] == counts[2] == 0
+    assert counts[1] == counts[3] > 0
+
+
+def test_layouts_without_a_default_say_what_to_write(tmp_path: Path) -> None:
+    with pytest.raises(RankError, match=r"no apply_tensor_parallel\(mesh\); write one"):
+        run_on_ranks(tensor_parallel, 2, str(tmp_path))
+
+
+def tensor_parallel(root: str) -> None:
+    parameters = DeviceParameters(device="cpu", tensor_parallel=2, dp_replicate=1)
+    TinyTrainer(tiny_config(root, device=parameters)).setup()
+
+
+def test_param_dtype_means_autocast_on_one_device(tmp_path: Path) -> None:
+    seen = []
+
+    class Sees(TinyTrainer):
+        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            seen.append(self.model(batch[0]).dtype)
+            return super().training_step(batch, batch_idx)
+
+    device = DeviceParameters(device="cpu", param_dtype=torch.bfloat16)
+    Sees(tiny_config(tmp_path, device=device, max_steps=1)).fit()
+
+    assert seen == [torch.bfloat16]
+
+
+def test_activation_checkpointing_and_compile_change_no_result(tmp_path: Path) -> None:
+    class Eager(TinyTrainer):
+        def apply_compile(self) -> None:
+            self.model.compile(backend="eager")
+
+    def weights(**fields: Any) -> list[torch.Tensor]:
+        device = DeviceParameters(device="cpu", **fields)
+        trainer = Eager(tiny_config(tmp_path, device=device, max_steps=3))
+        trainer.fit()
+        return list(trainer.model.parameters())
+
+    plain = weights()
+    changed = weights(checkpoint_activations=True, compile_model=True)
+    for expected, found in zip(plain, changed, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)

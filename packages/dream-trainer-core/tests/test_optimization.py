@@ -1,0 +1,196 @@
+"""Optimizers, schedulers, clipping and the optimizer step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dream_trainer.callbacks import Callback
+from dream_trainer.testing import TinyTrainer, tiny_config
+from dream_trainer.world.collectives import total_gradient_norm
+
+
+def parameters(*gradients: list[float] | None) -> list[nn.Parameter]:
+    made = []
+    for gradient in gradients:
+        parameter = nn.Parameter(torch.zeros(len(gradient or [0])))
+        parameter.grad = None if gradient is None else torch.tensor(gradient)
+        made.append(parameter)
+    return made
+
+
+def test_the_norm_is_that_of_all_gradients_together() -> None:
+    assert total_gradient_norm(parameters([3.0], None, [0.0, 4.0])).item() == 5.0
+
+
+def test_clipping_scales_all_gradients_alike() -> None:
+    clipped = parameters([3.0], [4.0])
+    norm = total_gradient_norm(clipped, max_norm=1.0)
+
+    assert norm.item() == 5.0
+    assert total_gradient_norm(clipped).item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_zero_norm_is_legal() -> None:
+    assert total_gradient_norm(parameters([0.0, 0.0]), max_norm=1.0).item() == 0.0
+
+
+def test_no_gradient_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"call backward\(loss\) before step\(optimizer\)"):
+        total_gradient_norm(parameters(None))
+
+
+def test_step_returns_the_norm_before_clipping(tmp_path: Path) -> None:
+    norms = []
+
+    class Keeps(TinyTrainer):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = nn.functional.mse_loss(self.model(batch[0]), batch[1])
+            self.backward(loss)
+            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+            expected = torch.linalg.vector_norm(torch.cat([g.flatten() for g in grads]))
+            norms.append((expected.item(), self.step(self.optimizer).item()))
+            return loss
+
+    Keeps(tiny_config(tmp_path, gradient_clip_val=1e-3, max_steps=3)).fit()
+
+    for expected, found in norms:
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_stepping_while_gradients_accumulate_is_refused(tmp_path: Path) -> None:
+    class Steps(TinyTrainer):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = self.model(batch[0]).sum()
+            self.backward(loss)
+            self.step(self.optimizer)
+            return loss
+
+    with pytest.raises(RuntimeError, match=r"still accumulating \(2 batches make a step\); write"):
+        Steps(tiny_config(tmp_path, gradient_accumulation_steps=2)).fit()
+
+
+def test_the_hooks_get_the_model_that_the_optimizer_changes(tmp_path: Path) -> None:
+    pairs = []
+
+    class Pairs(Callback[TinyTrainer]):
+        def pre_optimizer_step(self, model: Any, optimizer: Any) -> None:
+            pairs.append((model, optimizer))
+
+    class TwoOptimizers(TinyTrainer):
+        def configure_models(self) -> None:
+            super().configure_models()
+            self.critic = nn.Linear(1, 1)
+
+        def configure_optimizers(self) -> Any:
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+            self.critic_optimizer = torch.optim.SGD(self.critic.parameters(), lr=0.1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = self.critic(self.model(batch[0])).sum()
+            self.backward(loss)
+            self.step(self.critic_optimizer)
+            self.step(self.optimizer)
+            return loss
+
+    trainer = TwoOptimizers(tiny_config(tmp_path, [Pairs()], max_steps=1))
+    trainer.fit()
+
+    assert pairs == [
+        (trainer.critic, trainer.critic_optimizer),
+        (trainer.model, trainer.optimizer),
+    ]
+    assert trainer.global_step == 1
+
+
+@pytest.mark.parametrize("returns", ["attribute", "scheduler", "mapping", "list"])
+def test_schedulers_are_stepped_once_per_optimizer_step(tmp_path: Path, returns: str) -> None:
+    class Scheduled(TinyTrainer):
+        def configure_schedulers(self) -> Any:
+            scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=1, gamma=0.5)
+            if returns == "attribute":
+                self.scheduler = scheduler
+            return {
+                "attribute": None,
+                "scheduler": scheduler,
+                "mapping": {self.optimizer: scheduler},
+                "list": [scheduler],
+            }[returns]
+
+    config = tiny_config(tmp_path, gradient_accumulation_steps=2, max_steps=3)
+    config.learning_rate = 1.0
+    trainer = Scheduled(config)
+    trainer.fit()
+
+    assert list(trainer.named_schedulers()) == ["scheduler"]
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.5**3
+
+
+@pytest.mark.parametrize("returns", ["nothing", "optimizer", "mapping", "list"])
+def test_optimizers_may_be_assigned_or_returned(tmp_path: Path, returns: str) -> None:
+    class Returns(TinyTrainer):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+            self.made = [optimizer]
+            if returns in ("nothing", "mapping"):
+                self.optimizer = optimizer
+            return {
+                "nothing": None,
+                "optimizer": optimizer,
+                "mapping": {self.model: optimizer},
+                "list": [optimizer],
+            }[returns]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = self.model(batch[0]).sum()
+            self.backward(loss)
+            self.step(self.made[0])
+            return loss
+
+    trainer = Returns(tiny_config(tmp_path, max_steps=1))
+    trainer.fit()
+
+    assert dict(trainer.named_optimizers()) == {"optimizer": trainer.made[0]}
+
+
+def test_an_optimizer_of_foreign_parameters_is_refused(tmp_path: Path) -> None:
+    class Foreign(TinyTrainer):
+        def configure_optimizers(self) -> None:
+            self.optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+
+    with pytest.raises(RuntimeError, match="2 of the 2 parameters of optimizer 'optimizer' belong"):
+        Foreign(tiny_config(tmp_path)).setup()
+
+
+def test_no_optimizer_is_refused(tmp_path: Path) -> None:
+    class Forgets(TinyTrainer):
+        def configure_optimizers(self) -> None:
+            torch.optim.SGD(self.model.parameters(), lr=0.1)
+
+    with pytest.raises(RuntimeError, match="configure_optimizers made no optimizer"):
+        Forgets(tiny_config(tmp_path)).setup()
+
+
+def test_something_else_than_an_optimizer_is_refused(tmp_path: Path) -> None:
+    class Wrong(TinyTrainer):
+        def configure_optimizers(self) -> Any:
+            return "adam"
+
+    with pytest.raises(TypeError, match=r"of type Optimizer was expected.*and 'adam' was returned"):
+        Wrong(tiny_config(tmp_path)).setup()
+
+
+def test_an_unknown_optimizer_cannot_be_stepped(tmp_path: Path) -> None:
+    class Makes(TinyTrainer):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = self.model(batch[0]).sum()
+            self.backward(loss)
+            self.step(torch.optim.SGD(self.model.parameters(), lr=0.1))
+            return loss
+
+    with pytest.raises(ValueError, match="isn't an optimizer of this trainer"):
+        Makes(tiny_config(tmp_path)).fit()

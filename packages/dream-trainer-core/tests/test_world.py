@@ -1,0 +1,218 @@
+"""The world: of one, and of several gloo ranks."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dream_trainer.configs import DeviceParameters
+from dream_trainer.testing import RankError, run_on_ranks
+from dream_trainer.world import World
+from dream_trainer.world.mesh import coordinates
+
+
+def world_of_one() -> World:
+    return World(DeviceParameters(device="cpu"))
+
+
+def launched(parameters: DeviceParameters | None = None) -> World:
+    world = World(parameters or DeviceParameters(device="cpu"))
+    world.launch()
+    return world
+
+
+def test_one_process_has_no_process_group_and_everything_works() -> None:
+    world = world_of_one()
+    world.launch()
+
+    assert not dist.is_initialized()
+    assert (world.rank, world.local_rank, world.world_size) == (0, 0, 1)
+    assert world.is_global_zero
+    assert world.is_local_zero
+    assert (world.dp_rank, world.dp_size, world.tp_rank, world.tp_size) == (0, 1, 0, 1)
+    assert torch.equal(world.all_reduce(torch.tensor([1.0, 2.0])), torch.tensor([1.0, 2.0]))
+    assert world.all_reduce(3) == 3.0
+    assert world.all_reduce({"a": 1, "b": 2.5}, "sum") == {"a": 1, "b": 2.5}
+    assert world.all_gather(torch.ones(2)).shape == (1, 2)
+    assert world.all_gather("x") == ["x"]
+    assert torch.equal(world.broadcast(torch.ones(1)), torch.ones(1))
+    assert world.broadcast_object("x") == "x"
+    assert world.agree([1]) == [1]
+    assert world.all_ranks(torch.tensor([True, False])) is False
+    assert world.any_rank(torch.tensor(True)) is True
+    assert world.group() is None
+    world.barrier()
+    world.tighten_timeouts()
+    world.shutdown()
+    with pytest.raises(RuntimeError, match="a world of one process has no mesh"):
+        world.get_mesh("tp")
+
+
+def test_reductions_do_not_change_their_argument() -> None:
+    value = torch.tensor([1.0])
+    result = world_of_one().all_reduce(value, "sum")
+    result += 1
+
+    assert value.item() == 1.0
+
+
+def test_what_cannot_be_reduced_is_refused() -> None:
+    with pytest.raises(TypeError, match="a str can't be reduced over ranks"):
+        world_of_one().all_reduce("text")
+    with pytest.raises(ValueError, match="op='product': one of 'mean', 'sum', 'min', 'max'"):
+        world_of_one().all_reduce(1, "product")  # type: ignore[arg-type]
+
+
+def reductions() -> dict[str, Any]:
+    world = launched()
+    rank = world.rank
+    return {
+        "mean": world.all_reduce(torch.tensor([float(rank)])).tolist(),
+        "int_tensor_mean": world.all_reduce(torch.tensor(rank)).item(),
+        "sum": world.all_reduce(rank + 1, "sum"),
+        "min": world.all_reduce(float(rank), "min"),
+        "max": world.all_reduce({"a": rank, "b": torch.tensor(rank)}, "max"),
+        "bool": world.all_reduce(torch.tensor([rank == 0, True]), "min").tolist(),
+        "all": (world.all_ranks(rank < 9), world.all_ranks(rank == 0)),
+        "any": (world.any_rank(rank == 0), world.any_rank(rank > 9)),
+        "gather": world.all_gather(torch.tensor([rank])).tolist(),
+        "objects": world.all_gather({"rank": rank}),
+        "broadcast": world.broadcast(torch.tensor(rank), src=1).item(),
+        "object": world.broadcast_object(f"from {rank}", src=1),
+        "flag": (world.agree_on_any(rank == 1), world.agree_on_any(False)),
+        "seed": world.seed(None),
+    }
+
+
+def test_reductions_on_two_ranks() -> None:
+    first, second = run_on_ranks(reductions, 2)
+
+    assert first == second
+    seed = first.pop("seed")
+    assert 0 <= seed < 2**31
+    assert first == {
+        "mean": [0.5],
+        "int_tensor_mean": 0.5,
+        "sum": 3,
+        "min": 0.0,
+        "max": {"a": 1, "b": torch.tensor(1)},
+        "bool": [False, True],
+        "all": (True, False),
+        "any": (True, False),
+        "gather": [[0], [1]],
+        "objects": [{"rank": 0}, {"rank": 1}],
+        "broadcast": 1,
+        "object": "from 1",
+        "flag": (True, False),
+    }
+
+
+def disagree() -> None:
+    world = launched()
+    world.agree(10 + (world.rank == 2), "the number of batches")
+
+
+def test_disagreement_is_an_error_on_all_ranks_that_shows_who_said_what() -> None:
+    with pytest.raises(RankError) as caught:
+        run_on_ranks(disagree, 3)
+
+    assert len(caught.value.tracebacks) == 3
+    for text in caught.value.tracebacks.values():
+        assert "ranks disagree on the number of batches" in text
+        assert "rank 0, 1: 10" in text
+        assert "rank 2: 11" in text
+
+
+def mesh_of(parameters: DeviceParameters) -> tuple[Any, ...]:
+    world = launched(parameters)
+    shape = dict(zip(world.mesh.mesh_dim_names or (), world.mesh.shape, strict=True))
+    coordinate = world.mesh.get_coordinate()
+    return shape, tuple(coordinate or ()), tuple(world.place.values()), world.dp_rank
+
+
+def test_the_mesh_has_all_axes_and_places_are_known_before_launch() -> None:
+    parameters = DeviceParameters(device="cpu", dp_shard=2, dp_replicate="auto")
+    for rank, (shape, coordinate, place, dp_rank) in enumerate(
+        run_on_ranks(mesh_of, 4, parameters)
+    ):
+        assert shape == {"pp": 1, "dp_replicate": 2, "dp_shard": 2, "cp": 1, "tp": 1}
+        assert coordinate == tuple(reversed(place))
+        assert dp_rank == rank
+
+
+def test_places_at_1024_ranks_match_row_major_order() -> None:
+    shape = DeviceParameters(dp_replicate="auto", dp_shard=8, tensor_parallel=4).mesh_shape(1024)
+    grid = torch.arange(1024).reshape(shape.sizes)
+
+    for rank in (0, 1, 31, 500, 1023):
+        index = tuple(position.item() for position in (grid == rank).nonzero()[0])
+        assert tuple(coordinates(rank, shape)[axis] for axis in _axes()) == index
+
+
+def _axes() -> tuple[str, ...]:
+    from dream_trainer.configs.device import AXES
+
+    return AXES
+
+
+def timeouts() -> list[timedelta]:
+    world = launched(DeviceParameters(device="cpu", init_timeout_s=100, train_timeout_s=7))
+    groups = [dist.group.WORLD, world.group(), world.get_mesh("dp_replicate").get_group()]
+    world.tighten_timeouts()
+    return [
+        group._get_backend(torch.device("cpu")).options._timeout  # noqa: SLF001
+        for group in groups
+        if group is not None
+    ]
+
+
+def test_timeouts_are_tightened() -> None:
+    assert run_on_ranks(timeouts, 2) == [[timedelta(seconds=7)] * 3] * 2
+
+
+def guarded_collective(kind: str) -> str:
+    world = launched()
+    world.group()
+    if world.rank == 0:
+        with world.no_collectives("a test"):
+            try:
+                if kind == "world":
+                    world.all_reduce(1.0)
+                else:
+                    dist.all_reduce(torch.ones(1))
+            except RuntimeError as error:
+                return str(error)
+        return "no error"
+    return "not run"
+
+
+@pytest.mark.parametrize("kind", ["world", "torch"])
+def test_guarded_collectives_raise_instead_of_hanging(kind: str) -> None:
+    message, _ = run_on_ranks(guarded_collective, 2, kind)
+
+    assert "in a test: the other ranks don't run this hook and would never join" in message
+
+
+def test_a_half_set_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE=2 is set and RANK isn't"):
+        world_of_one()
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(ValueError, match="WORLD_SIZE='two'; a whole number is required"):
+        world_of_one()
+
+
+def test_a_layout_that_does_not_fit_is_refused_before_launch() -> None:
+    with pytest.raises(ValueError, match=r"multiply to 2 .*dp_shard=2.* but 1 ranks were started"):
+        World(DeviceParameters(device="cpu", dp_replicate=1, dp_shard=2))
+
+
+def test_a_missing_device_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(RuntimeError, match="local rank 0 has no CUDA device: 0 are visible"):
+        World(DeviceParameters(device="cuda"))

@@ -1,0 +1,317 @@
+"""Cost of a trainer per training step, beyond a raw PyTorch loop that does the same.
+
+    python tools/benchmarks/step_overhead.py [--json FILE]
+
+A tiny linear model on the CPU, one thread, SGD, gradients clipped by `clip_grad_norm_` in every
+loop. With callbacks, each overrides four per-step hooks that do nothing. All loops run in this
+process in turns; a figure is the median over the turns of the difference to the raw loop of the
+same turn, in microseconds of CPU time per step (wall time says more about a busy machine). Lightning, Ignite and TorchTNT take part if installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+NUM_CALLBACKS = (0, 10, 50)
+GOALS_US = {0: 5.0, 10: 10.0, 50: 20.0}
+BATCH = (torch.randn(8, 4), torch.randn(8, 1))
+MAX_NORM = 1.0
+
+Run = Callable[[int], float]
+"""Trains for so many steps and returns the CPU seconds that they took."""
+
+
+def make_model() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Linear(4, 1)
+    return model, torch.optim.SGD(model.parameters(), lr=1e-3)
+
+
+def loss_of(model: nn.Module, batch: Any) -> torch.Tensor:
+    x, y = batch
+    return nn.functional.mse_loss(model(x), y)
+
+
+def batches(num_steps: int) -> Iterator[Any]:
+    for _ in range(num_steps):
+        yield BATCH
+
+
+class Batches:
+    """A loader of the same batch, `num_steps` times."""
+
+    def __init__(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+
+    def __len__(self) -> int:
+        return self.num_steps
+
+    def __iter__(self) -> Iterator[Any]:
+        return batches(self.num_steps)
+
+
+def raw() -> Run:
+    model, optimizer = make_model()
+
+    def run(num_steps: int) -> float:
+        start = time.process_time()
+        for batch in batches(num_steps):
+            loss = loss_of(model, batch)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+        return time.process_time() - start
+
+    return run
+
+
+def dream_trainer(num_callbacks: int) -> Run:
+    from dream_trainer import DreamTrainer, DreamTrainerConfig
+    from dream_trainer.callbacks import Callback, CallbackCollection
+    from dream_trainer.configs import DeviceParameters, TrainingParameters
+
+    class NoOp(Callback[Any]):
+        def pre_train_step(self, batch: Any, batch_idx: int) -> None: ...
+
+        def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None: ...
+
+        def pre_optimizer_step(self, model: Any, optimizer: Any) -> None: ...
+
+        def post_optimizer_step(self, model: Any, optimizer: Any) -> None: ...
+
+    class Clock(Callback[Any]):
+        def pre_train_epoch(self) -> None:
+            self.start_s = time.process_time()
+
+        def post_train_epoch(self, result: dict[str, Any]) -> None:
+            self.seconds = time.process_time() - self.start_s
+
+    class Trainer(DreamTrainer):
+        def configure_models(self) -> None:
+            self.model, self.optimizer_to_be = make_model()
+
+        def configure_optimizers(self) -> None:
+            self.optimizer = self.optimizer_to_be
+
+        def configure_dataloaders(self) -> Any:
+            return Batches(num_steps_of_run[0])
+
+        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            loss = loss_of(self.model, batch)
+            self.backward(loss)
+            if not self.is_accumulating_gradients:
+                self.step(self.optimizer)
+            return {"loss": loss}
+
+    num_steps_of_run = [0]
+
+    def run(num_steps: int) -> float:
+        num_steps_of_run[0] = num_steps
+        clock = Clock()
+        config = DreamTrainerConfig(
+            device_parameters=DeviceParameters.SINGLE_DEVICE(device="cpu"),
+            training_parameters=TrainingParameters(gradient_clip_val=MAX_NORM),
+            callbacks=CallbackCollection([clock, *(NoOp() for _ in range(num_callbacks))]),
+        )
+        Trainer(config).fit()
+        return clock.seconds
+
+    return run
+
+
+def ignite(num_callbacks: int) -> Run:
+    from ignite.engine import Engine, Events
+
+    model, optimizer = make_model()
+
+    def update(engine: Any, batch: Any) -> dict[str, Any]:
+        loss = loss_of(model, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        return {"loss": loss.detach()}
+
+    def run(num_steps: int) -> float:
+        engine = Engine(update)
+        # It has two events around a step: four handlers on them do as many calls.
+        for _ in range(num_callbacks):
+            for event in (Events.ITERATION_STARTED, Events.ITERATION_COMPLETED):
+                engine.add_event_handler(event, lambda engine: None)
+                engine.add_event_handler(event, lambda engine: None)
+        start = time.process_time()
+        engine.run(Batches(num_steps), max_epochs=1)
+        return time.process_time() - start
+
+    return run
+
+
+def torchtnt(num_callbacks: int) -> Run:
+    from torchtnt.framework.callback import Callback
+    from torchtnt.framework.train import train
+    from torchtnt.framework.unit import TrainUnit
+
+    class NoOp(Callback):
+        def on_train_step_start(self, state: Any, unit: Any) -> None: ...
+
+        def on_train_step_end(self, state: Any, unit: Any) -> None: ...
+
+        def on_train_get_next_batch_end(self, state: Any, unit: Any) -> None: ...
+
+        def on_train_get_next_batch_start(self, state: Any, unit: Any) -> None: ...
+
+    class Unit(TrainUnit[Any]):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.optimizer = make_model()
+
+        def train_step(self, state: Any, data: Any) -> None:
+            loss = loss_of(self.model, data)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def run(num_steps: int) -> float:
+        unit, callbacks = Unit(), [NoOp() for _ in range(num_callbacks)]
+        start = time.process_time()
+        train(unit, Batches(num_steps), max_epochs=1, callbacks=callbacks)
+        return time.process_time() - start
+
+    return run
+
+
+def lightning(num_callbacks: int) -> Run:
+    import lightning
+
+    class NoOp(lightning.Callback):
+        def on_train_batch_start(self, *args: Any) -> None: ...
+
+        def on_train_batch_end(self, *args: Any) -> None: ...
+
+        def on_before_optimizer_step(self, *args: Any) -> None: ...
+
+        def on_before_zero_grad(self, *args: Any) -> None: ...
+
+    class Clock(lightning.Callback):
+        def on_train_epoch_start(self, *args: Any) -> None:
+            self.start_s = time.process_time()
+
+        def on_train_epoch_end(self, *args: Any) -> None:
+            self.seconds = time.process_time() - self.start_s
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, _ = make_model()
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return loss_of(self.model, batch)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    def run(num_steps: int) -> float:
+        clock = Clock()
+        trainer = lightning.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            gradient_clip_val=MAX_NORM,
+            callbacks=[clock, *(NoOp() for _ in range(num_callbacks))],
+        )
+        trainer.fit(Module(), train_dataloaders=Batches(num_steps))
+        return clock.seconds
+
+    return run
+
+
+OTHERS = {"ignite": ignite, "torchtnt": torchtnt, "lightning": lightning}
+
+
+def available() -> dict[str, Callable[[int], Run]]:
+    """The trainers that can take part; says on stderr which can't, and why."""
+    loops: dict[str, Callable[[int], Run]] = {"dream_trainer": dream_trainer}
+    for name, make in OTHERS.items():
+        try:
+            make(0)
+        except ImportError as error:
+            print(f"{name} doesn't take part: {error}", file=sys.stderr)
+        else:
+            loops[name] = make
+    return loops
+
+
+def measure(num_steps: int, num_turns: int) -> dict[str, Any]:
+    """Median overhead in µs per step of each loop, with each number of callbacks."""
+    runs = {
+        (name, num_callbacks): make(num_callbacks)
+        for name, make in available().items()
+        for num_callbacks in NUM_CALLBACKS
+    }
+    raw_run = raw()
+    raw_us: list[float] = []
+    over_us: dict[tuple[str, int], list[float]] = {key: [] for key in runs}
+    for run in (raw_run, *runs.values()):
+        run(200)  # warm up
+    for _ in range(num_turns):
+        for key, run in runs.items():
+            before, own, after = raw_run(num_steps), run(num_steps), raw_run(num_steps)
+            base = min(before, after)
+            raw_us.append(base / num_steps * 1e6)
+            over_us[key].append((own - base) / num_steps * 1e6)
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "num_steps": num_steps,
+        "num_turns": num_turns,
+        "raw_step_us": statistics.median(raw_us),
+        "overhead_us": {
+            f"{name}/{num_callbacks}": statistics.median(values)
+            for (name, num_callbacks), values in over_us.items()
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2000, help="per run")
+    parser.add_argument("--turns", type=int, default=9, help="runs of each loop")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
+        figures = measure(options.steps, options.turns)
+    print(f"raw step: {figures['raw_step_us']:.1f} µs (torch {figures['torch']})")
+    print("overhead in µs per step with 0, 10, 50 callbacks of 4 hooks each:")
+    for name in dict.fromkeys(key.split("/")[0] for key in figures["overhead_us"]):
+        values = [figures["overhead_us"][f"{name}/{n}"] for n in NUM_CALLBACKS]
+        print(f"  {name:<15}" + "".join(f"{value:8.1f}" for value in values))
+    print("  goal           " + "".join(f"{GOALS_US[n]:8.1f}" for n in NUM_CALLBACKS))
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + os.linesep)
+
+
+if __name__ == "__main__":
+    main()
