@@ -11,7 +11,7 @@ from torch import nn
 
 from dream_trainer.callbacks import Callback
 from dream_trainer.testing import TinyTrainer, tiny_config
-from dream_trainer.world.collectives import total_gradient_norm
+from dream_trainer.world.collectives import gradient_norm
 
 
 def parameters(*gradients: list[float] | None) -> list[nn.Parameter]:
@@ -24,24 +24,24 @@ def parameters(*gradients: list[float] | None) -> list[nn.Parameter]:
 
 
 def test_the_norm_is_that_of_all_gradients_together() -> None:
-    assert total_gradient_norm(parameters([3.0], None, [0.0, 4.0])).item() == 5.0
+    assert gradient_norm(parameters([3.0], None, [0.0, 4.0])).item() == 5.0
 
 
 def test_clipping_scales_all_gradients_alike() -> None:
     clipped = parameters([3.0], [4.0])
-    norm = total_gradient_norm(clipped, max_norm=1.0)
+    norm = gradient_norm(clipped, max_norm=1.0)
 
     assert norm.item() == 5.0
-    assert total_gradient_norm(clipped).item() == pytest.approx(1.0, abs=1e-5)
+    assert gradient_norm(clipped).item() == pytest.approx(1.0, abs=1e-5)
 
 
 def test_a_zero_norm_is_legal() -> None:
-    assert total_gradient_norm(parameters([0.0, 0.0]), max_norm=1.0).item() == 0.0
+    assert gradient_norm(parameters([0.0, 0.0]), max_norm=1.0).item() == 0.0
 
 
 def test_no_gradient_at_all_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"call backward\(loss\) before step\(optimizer\)"):
-        total_gradient_norm(parameters(None))
+    with pytest.raises(ValueError, match=r"call self\.backward\(loss\) before self\.step"):
+        gradient_norm(parameters(None))
 
 
 def test_step_returns_the_norm_before_clipping(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -29,8 +30,9 @@ class Every:
         if not given:
             raise ValueError("Every() never happens; give it steps=…, epochs=… or seconds=…")
         for name, value in given.items():
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not is_number or not value > 0 or (name != "seconds" and value != int(value)):
+            kinds = (int, float) if name == "seconds" else int
+            is_number = isinstance(value, kinds) and not isinstance(value, bool)
+            if not is_number or not 0 < value < math.inf:
                 kind = "a number" if name == "seconds" else "a whole number"
                 raise ValueError(f"Every({name}={value!r}): {kind} above 0 is required")
 

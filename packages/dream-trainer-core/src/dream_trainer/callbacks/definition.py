@@ -95,8 +95,8 @@ def _refuse_uncallable_method(cls: type, name: str, ways: tuple[tuple[str, ...],
         )
     if not any(_takes(cls, name, arguments) for arguments in ways):
         raise TypeError(
-            f"{cls.__qualname__}.{name}{inspect.signature(method)} can't take the hook's "
-            f"arguments; write {expected}"
+            f"{cls.__qualname__}.{name}{_parameters(method)} can't take the hook's arguments; "
+            f"write {expected}"
         )
 
 
@@ -120,6 +120,13 @@ def _takes(cls: type, name: str, arguments: tuple[str, ...]) -> bool:
         for parameter, argument in bound.arguments.items()
         if isinstance(argument, str)
     )
+
+
+def _parameters(method: Any) -> str:
+    """The parameters as they are written, without annotations."""
+    signature = inspect.signature(method)
+    bare = [each.replace(annotation=each.empty) for each in signature.parameters.values()]
+    return str(signature.replace(parameters=bare, return_annotation=signature.empty))
 
 
 def _refuse_unusable_wishes(cls: type, name: str) -> None:

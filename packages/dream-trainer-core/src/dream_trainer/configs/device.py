@@ -156,7 +156,10 @@ class DeviceParameters:
         fixed = {axis: degree for axis, degree in degrees.items() if degree != "auto"}
         product = math.prod(fixed.values())
         auto = self._auto_degrees()
-        spelled = " × ".join(f"{_DEGREE_OF_AXIS[axis]}={degree}" for axis, degree in fixed.items())
+        spelled = " × ".join(
+            f"{_DEGREE_OF_AXIS[axis]}={degree}" for axis, degree in fixed.items() if degree != 1
+        )
+        spelled = spelled or "all are 1"
         if auto:
             if world_size % product:
                 raise ValueError(

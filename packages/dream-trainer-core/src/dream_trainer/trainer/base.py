@@ -185,6 +185,7 @@ class BaseTrainer(AbstractTrainer):
             {optimizer: self.model_of(optimizer) for optimizer in self.named_optimizers().values()},
             self.named_schedulers(),
             self.training_parameters.gradient_clip_val,
+            is_distributed=self.world.is_distributed,
         )
         dtype = self.config.device_parameters.param_dtype
         if dtype is not None and self.world.shape.dp_shard == 1:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from dream_trainer.world.collectives import total_gradient_norm
+from dream_trainer.world.collectives import gradient_norm, sharded_gradient_norm
 
 if TYPE_CHECKING:
     from dream_trainer.callbacks.collection import CallbackCollection
@@ -25,6 +25,7 @@ class Optimization:
         schedulers: Stepped after their optimizer, in order; not ReduceLROnPlateau, which needs
             a metric: step it yourself.
         clip_norm: Largest norm of the gradients of one optimizer, if they are clipped.
+        is_distributed: Whether gradients may be sharded over ranks.
     """
 
     def __init__(
@@ -33,11 +34,14 @@ class Optimization:
         model_of: Mapping[Optimizer, nn.Module],
         schedulers: Mapping[str, LRScheduler],
         clip_norm: float | None,
+        *,
+        is_distributed: bool,
     ) -> None:
         self.is_accumulating = False
         self.group_size = 1
         self.num_steps = 0
         self.clip_norm = clip_norm
+        self._gradient_norm = sharded_gradient_norm if is_distributed else gradient_norm
         self._model_of = model_of
         self._schedulers_of = {
             optimizer: [
@@ -65,7 +69,7 @@ class Optimization:
         """Add the gradient of the loss's share in the mean over the group."""
         if self.group_size != 1:
             loss = loss / self.group_size
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's
+        loss.backward()
 
     def step(self, optimizer: Optimizer, callbacks: CallbackCollection) -> Tensor:
         """Clip, step, zero, step the schedulers, each with its hooks.
@@ -92,7 +96,7 @@ class Optimization:
                 "trainer; assign it to an attribute in configure_optimizers, or return it there"
             )
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = total_gradient_norm(parameters, self.clip_norm)
+        norm = self._gradient_norm(parameters, self.clip_norm)
         callbacks.pre_optimizer_step(model, optimizer)
         optimizer.step()
         callbacks.post_optimizer_step(model, optimizer)

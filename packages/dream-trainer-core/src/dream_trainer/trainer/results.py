@@ -23,7 +23,7 @@ def step_result(result: Any, step_name: str) -> dict[str, Any]:
     """
     if isinstance(result, Tensor):
         return {"loss": result.detach()}
-    if not isinstance(result, Mapping):
+    if type(result) is not dict and not isinstance(result, Mapping):
         raise TypeError(
             f"{step_name} returned {_described(result)}; return what it should report: a dict "
             'such as {"loss": loss}, or the loss as a tensor'
@@ -101,7 +101,9 @@ class EpochMeans:
         if not self._sums:
             return dict(self._last)
         keys = sorted(self._sums)
-        sums = torch.stack([torch.as_tensor(self._sums[key], dtype=torch.float64).cpu() for key in keys])
+        sums = torch.stack(
+            [torch.as_tensor(self._sums[key], dtype=torch.float64).cpu() for key in keys]
+        )
         weights = torch.tensor([self._weights[key] for key in keys], dtype=torch.float64)
         sums, weights = world.all_reduce(torch.stack([sums, weights]), "sum")
         means = dict(zip(keys, (sums / weights).tolist(), strict=True))
@@ -140,9 +142,10 @@ def _is_scalar(value: Any) -> bool:
 def _stacked(key: str, column: Sequence[Tensor | float]) -> Tensor:
     """Scalars as one float64 vector, on the device that they are on."""
     try:
-        if set(map(type, column)) == {Tensor} and len(set(map(Tensor.dim, column))) == 1:
-            return torch.stack(column).double().flatten()  # type: ignore[arg-type]  # tensors
-        device = next((value.device for value in column if isinstance(value, Tensor)), None)
+        tensors = [value for value in column if isinstance(value, Tensor)]
+        if len(tensors) == len(column) and len({tensor.dim() for tensor in tensors}) == 1:
+            return torch.stack(tensors).double().flatten()
+        device = tensors[0].device if tensors else None
         scalars = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in column]
         return torch.stack([scalar.reshape(()) for scalar in scalars])
     except (TypeError, RuntimeError) as error:

@@ -94,8 +94,29 @@ def disagreement(values: Sequence[Any], what: str) -> str:
     return f"ranks disagree on {what}; it must be the same on all of them:\n" + "\n".join(lines)
 
 
-def total_gradient_norm(
-    parameters: Iterable[nn.Parameter], max_norm: float | None = None
+def gradient_norm(parameters: Sequence[nn.Parameter], max_norm: float | None = None) -> Tensor:
+    """L2 norm of all gradients of one process together; clips them to it if asked.
+
+    No host synchronization.
+
+    Args:
+        parameters: Those without a gradient count as zero.
+        max_norm: Scale all gradients by `max_norm / norm` where that is below 1.
+
+    Returns:
+        Scalar `()`: the norm before clipping.
+
+    Raises:
+        ValueError: If no parameter has a gradient.
+    """
+    _refuse_without_gradient(parameters)
+    if max_norm is not None:
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def sharded_gradient_norm(
+    parameters: Sequence[nn.Parameter], max_norm: float | None = None
 ) -> Tensor:
     """L2 norm of all gradients together, over every shard; clips them to it if asked.
 
@@ -114,14 +135,8 @@ def total_gradient_norm(
     Raises:
         ValueError: If no parameter has a gradient.
     """
-    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    if not with_gradient:
-        raise ValueError("no parameter has a gradient; call backward(loss) before step(optimizer)")
-    if not dist.is_initialized():
-        if max_norm is not None:
-            return torch.nn.utils.clip_grad_norm_(with_gradient, max_norm)
-        return torch.nn.utils.get_total_norm([p.grad for p in with_gradient if p.grad is not None])
-    groups = _by_mesh(with_gradient)
+    _refuse_without_gradient(parameters)
+    groups = _by_mesh([parameter for parameter in parameters if parameter.grad is not None])
     norms = [
         _whole(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]))
         for group in groups
@@ -131,6 +146,13 @@ def total_gradient_norm(
         for group in groups:
             torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
     return norm
+
+
+def _refuse_without_gradient(parameters: Sequence[nn.Parameter]) -> None:
+    if all(parameter.grad is None for parameter in parameters):
+        raise ValueError(
+            "no parameter has a gradient; call self.backward(loss) before self.step(optimizer)"
+        )
 
 
 def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
@@ -153,7 +175,7 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-class RefuseCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+class RefuseCollectives(TorchDispatchMode):
     """Makes every collective of torch.distributed an error.
 
     Args:

@@ -24,7 +24,7 @@ def seed_all(seed: int) -> None:
 def random_state() -> dict[str, Any]:
     """State of all generators of this process, its CUDA device's included, as plain data."""
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's
+    if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
     numpy = sys.modules.get("numpy")
     if numpy is not None:
@@ -56,7 +56,7 @@ def random_state_kept() -> Iterator[None]:
         set_random_state(before)
 
 
-class FullTensorRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
+class FullTensorRandom(TorchDispatchMode):
     """Draws for a sharded or meta tensor the random numbers that the whole, real one would get.
 
     Without it, `nn.init` gives each rank of a CPU mesh the same shard, since all of them have

@@ -154,7 +154,7 @@ class World:
         from torch.distributed.distributed_c10d import _set_pg_timeout  # there is no public one
 
         timeout = timedelta(seconds=self.parameters.train_timeout_s)
-        mesh_groups = [self.get_mesh(axis).get_group() for axis in AXES]
+        mesh_groups = [self.mesh.get_group(axis) for axis in AXES]
         for group in {dist.group.WORLD, *mesh_groups, *self._groups.values()}:
             _set_pg_timeout(timeout, group)
 

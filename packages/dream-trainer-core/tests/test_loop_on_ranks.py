@@ -1,0 +1,146 @@
+"""The loop on several ranks: stopping together, and what a step costs in collectives and syncs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dream_trainer.callbacks import Callback
+from dream_trainer.configs import DeviceParameters
+from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
+
+
+class StopsOnRank(Callback[TinyTrainer]):
+    """One rank asks to stop, at one step, in one hook."""
+
+    def __init__(self, rank: int, step: int, hook: str) -> None:
+        self.rank = rank
+        self.step = step
+        self.hook = hook
+
+    def _stop_if_due(self, hook: str) -> None:
+        trainer = self.trainer
+        if (trainer.world.rank, trainer.global_step, hook) == (self.rank, self.step, self.hook):
+            trainer.stop(f"rank {self.rank} has seen enough")
+
+    def pre_train_step(self, batch: Any, batch_idx: int) -> None:
+        self._stop_if_due("pre_train_step")
+
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        self._stop_if_due("post_train_step")
+
+    def post_validation_epoch(self, result: dict[str, Any]) -> None:
+        self._stop_if_due("post_validation_epoch")
+
+    def post_epoch(self) -> None:
+        self._stop_if_due("post_epoch")
+
+
+def stopped(root: str, rank: int, step: int, hook: str, accumulation: int) -> tuple[int, int, Any]:
+    config = tiny_config(
+        root,
+        [StopsOnRank(rank, step, hook)],
+        n_epochs=3,
+        gradient_accumulation_steps=accumulation,
+    )
+    trainer = TinyTrainer(config)
+    trainer.fit()
+    return trainer.global_step, trainer.local_batches, trainer.stop_reason
+
+
+@pytest.mark.parametrize(
+    ("rank", "step", "hook", "accumulation", "expected"),
+    [
+        (0, 3, "post_train_step", 1, (3, 3)),
+        (1, 3, "post_train_step", 1, (3, 3)),
+        (1, 3, "pre_train_step", 1, (4, 4)),
+        (1, 1, "pre_train_step", 3, (2, 6)),
+        (1, 8, "post_validation_epoch", 1, (8, 8)),
+        (1, 8, "post_epoch", 1, (8, 8)),
+    ],
+    ids=["rank_0", "rank_1", "before_a_step", "accumulating", "validation", "epoch_end"],
+)
+def test_all_ranks_stop_after_the_same_step_whichever_asks(
+    tmp_path: Path,
+    rank: int,
+    step: int,
+    hook: str,
+    accumulation: int,
+    expected: tuple[int, int],
+) -> None:
+    outcomes = run_on_ranks(stopped, 2, str(tmp_path), rank, step, hook, accumulation)
+
+    assert outcomes == [(*expected, f"rank {rank} has seen enough")] * 2
+
+
+class HostReads(TorchDispatchMode):
+    """Counts operations that wait for the device, had it one: reads of a value on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default):
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+class WithSGD(TinyTrainer):
+    """AdamW keeps its step counts in CPU memory and reads them there, on any device."""
+
+    def configure_optimizers(self) -> None:
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+
+
+class CountsReads(Callback[TinyTrainer]):
+    """Watches fifty steps, from the first batch on."""
+
+    def pre_train_step(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self.reads = HostReads()
+            self.reads.__enter__()
+
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        if batch_idx == 49:
+            self.reads.__exit__(None, None, None)
+
+
+def host_reads(root: str, layout: str) -> int:
+    counts = CountsReads()
+    device = getattr(DeviceParameters, layout)(device="cpu")
+    config = tiny_config(root, [counts], device=device, n_epochs=1, gradient_clip_val=0.1)
+    config.num_samples, config.batch_size = 208, 4
+    WithSGD(config).fit()
+    return counts.reads.count
+
+
+@pytest.mark.parametrize(
+    ("layout", "num_ranks"), [("SINGLE_DEVICE", 1), ("FSDP", 2)], ids=["single", "fsdp"]
+)
+def test_fifty_steps_of_the_loop_read_nothing_on_the_host(
+    tmp_path: Path, layout: str, num_ranks: int
+) -> None:
+    counts = run_on_ranks(host_reads, num_ranks, str(tmp_path), layout)
+
+    # Between the steps of several ranks a flag in CPU memory says whether one wants to stop.
+    assert counts == [0 if num_ranks == 1 else 49] * num_ranks
+
+
+def test_the_counter_of_host_reads_counts(tmp_path: Path) -> None:
+    class Reads(Callback[TinyTrainer]):
+        def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+            result["loss"].item()
+
+    counts = CountsReads()
+    config = tiny_config(tmp_path, [counts, Reads()], n_epochs=1)
+    config.num_samples = 208
+    WithSGD(config).fit()
+
+    assert counts.reads.count >= 49
