@@ -52,7 +52,9 @@ class GPT(nn.Module):
             nn.Embedding(CONTEXT, WIDTH),
         )
         self.blocks = nn.ModuleList(Block() for _ in range(NUM_BLOCKS))
-        self.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, len(CHARACTERS)))
+        self.head = nn.Sequential(
+            nn.LayerNorm(WIDTH), nn.Linear(WIDTH, len(CHARACTERS), bias=False)
+        )
         for parameter in self.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -86,8 +88,7 @@ class CharGPT(DreamTrainer):
         return self.loader(train, shuffle=True), self.loader(val, shuffle=False)
 
     def loader(self, tokens, shuffle):
-        windows = tokens.unfold(0, CONTEXT + 1, CONTEXT // 2)
-        world = self.world
+        windows, world = tokens.unfold(0, CONTEXT + 1, CONTEXT), self.world
         sampler = DistributedSampler(windows, world.dp_size, world.dp_rank, shuffle=shuffle)
         return DataLoader(windows, BATCH_SIZE // world.dp_size, sampler=sampler)
 
@@ -106,29 +107,21 @@ class CharGPT(DreamTrainer):
         return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
     @torch.no_grad()
-    def sample(self, num_characters, temperature=0.7):
-        tokens = torch.zeros(1, 1, dtype=torch.long, device=self.world.device)  # a line break
+    def sample(self, start, num_characters, temperature=0.6):
+        tokens = torch.tensor([[CHARACTERS.index(c) for c in start]], device=self.world.device)
         generator = torch.Generator(self.world.device).manual_seed(0)  # equal on all ranks
         for _ in range(num_characters):
             logits = self.model(tokens[:, -CONTEXT:])[:, -1] / temperature
             choice = torch.multinomial(logits.softmax(-1), 1, generator=generator)
             tokens = torch.cat([tokens, choice], dim=1)
-        return "".join(CHARACTERS[i] for i in tokens[0].tolist()).strip()
+        return "".join(CHARACTERS[i] for i in tokens[0].tolist())
 
 
 class LastValidation(callbacks.Callback):
-    """Remembers the validation loss, in checkpoints too: a finished run still knows it."""
-
-    loss = float("nan")
+    """A callback of one's own: keeps the result of the last validation."""
 
     def post_validation_epoch(self, result):
         self.loss = float(result["val_loss"])
-
-    def state_dict(self):
-        return {"loss": self.loss}
-
-    def load_state_dict(self, state_dict):
-        self.loss = state_dict["loss"]
 
 
 @entrypoint
@@ -146,9 +139,7 @@ def main():
             experiment="char-gpt-fsdp" if options.fsdp else "char-gpt",
             device_parameters=DeviceParameters.FSDP() if options.fsdp else DeviceParameters(),
             training_parameters=TrainingParameters(
-                max_steps=options.max_steps,
-                val_every_n_steps=min(400, options.max_steps),
-                gradient_clip_val=1.0,
+                max_steps=options.max_steps, gradient_clip_val=1.0
             ),
             callbacks=callbacks.CallbackCollection(
                 [
@@ -168,16 +159,19 @@ def main():
     )
     trainer.fit()
 
-    sample = trainer.sample(400)  # on all ranks: with FSDP each holds a part of the model
+    sample = trainer.sample(
+        "The statement ", 400
+    )  # on all ranks: with FSDP each holds a part of the model
     if trainer.world.is_global_zero:
         bin_dir, run_dir = os.path.relpath(Path(sys.executable).parent), trainer.run_dir
         print(f"""
 {sample}
 
 validation loss  {validation.loss:.3f} nats per character
-checkpoints      {run_dir}/checkpoints    ls {run_dir}/checkpoints
-logs             {run_dir}    {bin_dir}/tensorboard --logdir {run_dir}
-trace            {run_dir}/profile    the same TensorBoard, tab PYTORCH_PROFILER""")
+checkpoints      ls {run_dir}/checkpoints
+logs             {bin_dir}/tensorboard --logdir {run_dir}
+trace            the same, in the tab PYTORCH_PROFILER; its file: ls {run_dir}/profile
+more logs        tail {run_dir}/log.jsonl; {bin_dir}/wandb sync {run_dir}/wandb/latest-run""")
     trainer.world.shutdown()
 
 

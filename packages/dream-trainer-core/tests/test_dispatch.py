@@ -336,7 +336,7 @@ def test_the_state_of_a_rank_zero_callback_is_guarded_too(tmp_path: Path) -> Non
     config.debug = True
     trainer = TinyTrainer(config)
 
-    with pytest.raises(RuntimeError, match=r"all_gather in .*Gathers\.state_dict of a R"):
+    with pytest.raises(RuntimeError, match=r"all_gather in Gathers\.state_dict of a R"):
         trainer.callbacks.state_dict()
 
 

@@ -74,7 +74,7 @@ class Call:
         return (self._guard(method) if self._guarded else method)(*args)
 
     def _guard(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        where = f"{type(self.callback).__qualname__}.{self.hook} of a RankZeroCallback"
+        where = f"{self.name}.{self.hook} of a RankZeroCallback"
 
         def guarded(*args: Any) -> Any:
             with self.callback.trainer.world.no_collectives(where):

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import faulthandler
-import importlib.util
 import multiprocessing
 import os
 import pickle
-import socket
+import resource
+import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
+
+from torch.distributed import TCPStore
+
+from dream_trainer.testing.pickling import dumps, loads
 
 _PRELOADED = (
     "torch",
@@ -48,28 +54,36 @@ def run_on_ranks(
     inside finds its rank by itself; each rank uses one thread.
 
     Args:
-        function: Defined at the top of a module; called as `function(*args)`.
+        function: Called as `function(*args)`; may be a lambda.
         num_ranks: How many processes.
-        *args: Picklable.
+        *args: Picklable; classes among them are defined at the top of a module.
         timeout_s: Seconds until all ranks are killed.
 
     Returns:
         What each rank returned, by rank; must be picklable.
 
     Raises:
-        RankError: If a rank raised, died or took too long, with all tracebacks.
+        RankError: If a rank raised, died or took too long, with all tracebacks: for one that was
+            cut off, where it was.
     """
+    with tempfile.TemporaryDirectory() as stacks:
+        return _run(dumps((function, args)), num_ranks, timeout_s, Path(stacks))
+
+
+def _run(work: bytes, num_ranks: int, timeout_s: float, stacks: Path) -> list[Any]:
     context = multiprocessing.get_context("forkserver")
     preloaded = [*_PRELOADED, *(name for name in ("pytest", "numpy") if name in sys.modules)]
     context.set_forkserver_preload(preloaded)
-    port, deadline = _free_port(), time.monotonic() + timeout_s
+    # As with torchrun, the store lives in the parent: a rank may end before the others do.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    deadline = time.monotonic() + timeout_s
     processes = []
     connections: dict[Any, int] = {}
     for rank in range(num_ranks):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(
             target=_run_rank,
-            args=(sender, _reference(function), args, rank, num_ranks, port, timeout_s),
+            args=(sender, work, rank, num_ranks, store.port, stacks / str(rank)),
             daemon=True,
         )
         process.start()
@@ -81,18 +95,25 @@ def run_on_ranks(
         while connections and (ready := wait(connections, timeout=deadline - time.monotonic())):
             for connection in ready:
                 rank = connections.pop(connection)
-                outcomes[rank] = _received(connection, processes[rank])
+                outcomes[rank] = _received(connection, processes[rank], stacks / str(rank))
             if any(not succeeded for succeeded, _ in outcomes.values()):
                 # The others may wait for the one that failed: a moment to say so themselves.
                 deadline = min(deadline, time.monotonic() + 5.0)
     finally:
+        for rank in connections.values():
+            pid = processes[rank].pid
+            assert pid is not None, "it was started"
+            os.kill(pid, signal.SIGABRT)  # it writes down where it is, and ends
         for process in processes:
-            process.join(timeout=0.0 if connections else 10.0)
+            process.join(timeout=1.0 if connections else 10.0)
             process.kill()
             process.join()
     tracebacks = {rank: text for rank, (succeeded, text) in outcomes.items() if not succeeded}
     for rank in sorted(connections.values()):
-        tracebacks[rank] = f"rank {rank} had not returned after {timeout_s:g} s, or was cut off"
+        tracebacks[rank] = (
+            f"rank {rank} had not returned after {timeout_s:g} s, or was cut off, here:\n"
+            + _written(stacks / str(rank))
+        )
     if tracebacks:
         message = "\n".join(f"--- rank {rank} ---\n{text}" for rank, text in tracebacks.items())
         raise RankError(f"{len(tracebacks)} of {num_ranks} ranks failed\n{message}", tracebacks)
@@ -100,18 +121,13 @@ def run_on_ranks(
 
 
 def _run_rank(
-    sender: Connection,
-    reference: tuple[str, str, str],
-    args: tuple[Any, ...],
-    rank: int,
-    num_ranks: int,
-    port: int,
-    timeout_s: float,
+    sender: Connection, work: bytes, rank: int, num_ranks: int, port: int, stack: Path
 ) -> None:
-    """Body of a rank's process."""
+    """Body of a rank's process: make the call in `work` and send what became of it."""
     import torch
 
-    faulthandler.dump_traceback_later(timeout_s * 0.9, exit=False)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    faulthandler.enable(stack.open("w"))  # for SIGABRT, and for crashes
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank),
@@ -120,54 +136,28 @@ def _run_rank(
         LOCAL_WORLD_SIZE=str(num_ranks),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RESTART_COUNT="0",
     )
     try:
-        outcome: tuple[bool, Any] = True, _resolved(reference)(*args)
+        function, args = loads(work)
+        # By value: multiprocessing would share tensors with a process that is about to end.
+        outcome = pickle.dumps((True, function(*args)))
     except BaseException:  # noqa: BLE001  # the parent raises it
-        outcome = False, traceback.format_exc()
-    # By value: multiprocessing would share tensors with a process that is about to end.
-    sender.send_bytes(pickle.dumps(outcome))
+        outcome = pickle.dumps((False, traceback.format_exc()))
+    sender.send_bytes(outcome)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def _received(receiver: Any, process: Any) -> tuple[bool, Any]:
+def _received(receiver: Any, process: Any, stack: Path) -> tuple[bool, Any]:
     try:
         outcome: tuple[bool, Any] = pickle.loads(receiver.recv_bytes())  # noqa: S301  # our child's
     except EOFError:
         process.join(timeout=5.0)
-        return False, f"the process died with exit code {process.exitcode}"
+        return False, f"the process died with exit code {process.exitcode}\n{_written(stack)}"
     return outcome
 
 
-def _reference(function: Callable[..., Any]) -> tuple[str, str, str]:
-    """Module, file and name of a function: test modules can't be imported by name."""
-    if "<locals>" in function.__qualname__:
-        raise ValueError(
-            f"{function.__qualname__} is defined inside a function, where other processes can't "
-            "find it; move it to the top of the module and give it arguments"
-        )
-    file = sys.modules[function.__module__].__file__
-    assert file is not None, f"{function.__module__} has no file"
-    module = "__mp_main__" if function.__module__ == "__main__" else function.__module__
-    return module, file, function.__qualname__
-
-
-def _resolved(reference: tuple[str, str, str]) -> Any:
-    name, file, qualname = reference
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None and spec.loader is not None, f"{file} can't be imported"
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    found: Any = sys.modules[name]
-    for part in qualname.split("."):
-        found = getattr(found, part)
-    return found
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _written(stack: Path) -> str:
+    return stack.read_text() if stack.exists() else ""  # it may have ended before it could write

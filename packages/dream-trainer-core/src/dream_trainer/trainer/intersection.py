@@ -39,7 +39,7 @@ class TrainerMeta(type(Protocol)):  # type: ignore[misc]  # a metaclass only kno
     """
 
     def __and__(cls, other: Any) -> Intersection:
-        return Intersection((cls, *members_of(other)))
+        return Intersection((*members_of(cls), *members_of(other)))
 
     def __instancecheck__(cls, instance: Any) -> bool:
         # Protocol's own check looks for attributes that only protocols have.

@@ -1,0 +1,173 @@
+"""Every check of the repository, as a session: `nox --list`. `tools/test` runs the default ones.
+
+Packages are tested as users get them: from wheels, in environments below `.nox/` that hold nothing
+else of this repository. `tools/wheels.py` makes those, with one copy of torch for all.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT))
+
+from tools import matrix, oldest, run_snippets, wheels
+from tools.environments import Environment
+from tools.packages import (
+    BY_SHORT_NAME,
+    CORE,
+    DISTRIBUTIONS,
+    requirement_name,
+    source_folders,
+    third_party_requirements,
+)
+
+STRICT = run_snippets.WARNINGS
+PYTEST = ("pytest", "pytest-timeout", "coverage")
+
+PACKAGES = [nox.param(name, id=name) for name in BY_SHORT_NAME]
+CELLS = [nox.param(cell, id=str(cell), tags=["full"]) for cell in matrix.CELLS]
+QUICK = nox.param(None, id="quick", tags=["quick"])
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "none"  # tools/wheels.py makes the environments
+nox.options.sessions = ["lint", "types", "wheels", "unit", "integration(quick)"]
+
+
+def run(session: nox.Session, environment: Environment, *arguments: object, **env: str) -> None:
+    """Run `python …` of an environment, with its scripts first on the path."""
+    env["PATH"] = f"{environment.python.parent}{os.pathsep}{os.environ['PATH']}"
+    words = [environment.python, *arguments]
+    here = [w.relative_to(ROOT) if isinstance(w, Path) and w.is_absolute() else w for w in words]
+    session.run(*map(str, here), external=True, env=env)
+
+
+def for_tests(packages: str, torch: str | None = None) -> Environment:
+    """The environment of a package set, as the matrix names it: `core`, `core+fsdp`, `all`."""
+    ours = matrix.Cell(1, "single", packages).distributions
+    tested = ours if packages == "all" else ours[-1:]  # core's own tests need more than core does
+    needed = {each for distribution in tested for each in distribution.test_requirements}
+    needed |= {"torchmetrics"} if packages == "all" else set()
+    name = packages if torch is None else f"{packages}-{torch.replace('==', '-')}"
+    return wheels.installed(name, ours, [*PYTEST, *sorted(needed)], torch=torch)
+
+
+@nox.session(tags=["quick"])
+@nox.parametrize("package", PACKAGES)
+def unit(session: nox.Session, package: str) -> None:
+    """Run one package's tests; installed are its wheel, core's and its extras."""
+    environment = for_tests("core" if package == "core" else f"core+{package}")
+    tests = BY_SHORT_NAME[package].folder / "tests"
+    run(session, environment, "-m", "pytest", tests, *session.posargs)
+
+
+@nox.session
+@nox.parametrize("cell", [QUICK, *CELLS])
+def integration(session: nox.Session, cell: matrix.Cell | None) -> None:
+    """Run what crosses packages or processes: the quick tests, or one cell of the matrix."""
+    if cell is None:
+        command = ["-m", "pytest", "integration_tests", "-m", "not full"]
+        run(session, for_tests("all"), *command, *session.posargs)
+        return
+    if cell.torch == "oldest" and "OLDEST_TORCH" not in os.environ:
+        session.skip(f"installing {cell.torch_requirement} may fetch gigabytes: set OLDEST_TORCH=1")
+    environment = for_tests(cell.packages, cell.torch_requirement)
+    run(
+        session,
+        environment,
+        "-m",
+        "pytest",
+        "integration_tests",
+        f"--cell={cell}",
+        *session.posargs,
+    )
+
+
+@nox.session(tags=["quick"])
+def types(session: nox.Session) -> None:
+    """Check the packages' types with mypy and pyright, and those in typing_tests."""
+    libraries = third_party_requirements()
+    environment = wheels.installed("types", [], ["mypy", "basedpyright", "pytest", *libraries])
+    sources = os.pathsep.join(map(str, source_folders()))
+    run(session, environment, "-m", "mypy", *source_folders(), MYPYPATH=sources)
+    run(session, environment, "-m", "mypy", "tools", "--exclude", "tools/benchmarks/")
+    examples = [f for d in DISTRIBUTIONS if any((f := d.folder / "typing_tests").glob("*.py"))]
+    for folder in examples:
+        paths = f"{folder}{os.pathsep}{sources}"
+        run(session, environment, "-m", "mypy", folder, MYPYPATH=paths)
+    if examples:
+        run(session, environment, "-m", "basedpyright", *examples)
+
+
+@nox.session(tags=["quick"])
+def lint(session: nox.Session) -> None:
+    """Check style, format, the arrows between modules, the bounds; test the tools."""
+    environment = wheels.with_tools("lint", ["ruff", "pytest", "pytest-timeout"])
+    run(session, environment, "-m", "ruff", "check", "--output-format=concise", ".")
+    run(session, environment, "-m", "ruff", "format", "--check", "--quiet", ".")
+    run(session, environment, "tools/check_layout.py")
+    run(session, environment, "tools/check_bounds.py")
+    run(session, environment, "-m", "pytest", "tools/tests", "-q")
+
+
+@nox.session(name="wheels", tags=["quick"])
+def wheels_alone(session: nox.Session) -> None:
+    """Install each wheel alone, without extras; import every module; look at what it ships."""
+    core = BY_SHORT_NAME["core"]
+    for each in DISTRIBUTIONS:
+        both = [core] if each is core else [core, each]
+        environment = wheels.installed(f"wheel-{each.short_name}", both, extras=False)
+        run(session, environment, *STRICT, "tools/check_wheel.py", each.name)
+        if each is core:  # its README trains a model, and needs nothing else for it
+            run(session, environment, "tools/run_snippets.py", each.folder / "README.md")
+    # Once more where core could import what it mustn't.
+    run(session, for_tests("all"), "tools/check_wheel.py", core.name)
+
+
+@nox.session(tags=["full"])
+def oldest_core(session: nox.Session) -> None:
+    """Run each package's tests on the oldest core, and the oldest of all else, that it admits."""
+    for each in DISTRIBUTIONS[1:]:
+        bounds = oldest.exact_requirements(each)
+        is_published = any(requirement_name(bound) == CORE for bound in bounds)
+        ours = [each] if is_published else [BY_SHORT_NAME["core"], each]
+        needed = [*PYTEST, *each.test_requirements, *bounds]
+        environment = wheels.installed(f"oldest-{each.short_name}", ours, needed)
+        run(session, environment, "tools/oldest.py", each.name)
+        run(session, environment, "-m", "pytest", each.folder / "tests", *session.posargs)
+
+
+@nox.session(tags=["full"])
+def docs(session: nox.Session) -> None:
+    """Run the Python in README and docs, then build the site; any warning fails it."""
+    site = ["mkdocs", "mkdocs-material", "mkdocstrings-python"]
+    environment = wheels.installed("docs", DISTRIBUTIONS, site)
+    readmes = [ROOT / "README.md", *(each.folder / "README.md" for each in DISTRIBUTIONS)]
+    pages = sorted((ROOT / "docs").rglob("*.md"))
+    run(session, environment, "tools/run_snippets.py", *readmes, *pages)
+    build = ["-m", "mkdocs", "build", "--strict", "--quiet"]
+    run(session, environment, *build, NO_MKDOCS_2_WARNING="1")
+
+
+@nox.session(tags=["full"])
+def bench(session: nox.Session) -> None:
+    """Measure against the numbers that the project promises."""
+    for script in sorted((ROOT / "tools" / "benchmarks").glob("*.py")):
+        run(session, for_tests("all"), script, *session.posargs)
+
+
+@nox.session
+def release(session: nox.Session) -> None:
+    """Build what a tag names, `-- <distribution>-vX.Y.Z`, and try the wheel; publishes nothing."""
+    if len(session.posargs) != 1:
+        session.error("give the tag: nox -s release -- dream-trainer-core-v0.1.0")
+    environment = wheels.with_tools("release", ["build"])
+    run(session, environment, "tools/release.py", *session.posargs)
+    [distribution] = [d for d in DISTRIBUTIONS if session.posargs[0].startswith(f"{d.name}-v")]
+    both = dict.fromkeys([BY_SHORT_NAME["core"], distribution])
+    alone = wheels.installed(f"wheel-{distribution.short_name}", list(both), extras=False)
+    run(session, alone, "tools/check_wheel.py", distribution.name)

@@ -1,0 +1,14 @@
+"""Checkpoints: saved durably, resumed exactly, never unpickled."""
+
+from dream_callbacks.checkpoint.async_callback import AsyncCheckpointCallback
+from dream_callbacks.checkpoint.callback import CheckpointCallback
+from dream_callbacks.checkpoint.config import CheckpointParameters
+from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
+
+__all__ = [
+    "AsyncCheckpointCallback",
+    "CheckpointCallback",
+    "CheckpointError",
+    "CheckpointParameters",
+    "DamagedCheckpointError",
+]

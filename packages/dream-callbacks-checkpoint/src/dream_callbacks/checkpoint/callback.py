@@ -1,0 +1,389 @@
+"""CheckpointCallback: when to save, and what to continue from."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from dream_callbacks.checkpoint.agreement import Agreement
+from dream_callbacks.checkpoint.config import CheckpointParameters
+from dream_callbacks.checkpoint.errors import CheckpointError
+from dream_callbacks.checkpoint.loading import load_into
+from dream_callbacks.checkpoint.ranks import described
+from dream_callbacks.checkpoint.retention import is_among_best
+from dream_callbacks.checkpoint.signals import SignalWatch
+from dream_callbacks.checkpoint.store import Facts, Store
+from dream_trainer.callbacks import Cadence, Callback, Every
+from dream_trainer.trainer import BaseTrainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Session:
+    """What the callback has while its run lasts."""
+
+    store: Store
+    signals: SignalWatch
+    agreement: Agreement
+    cadence: Cadence | None = None
+    clock: Cadence | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    metrics_step: int = -1
+    step_keys: tuple[str, ...] = ()
+    due_at_epoch_end: str | None = None
+    is_between_steps: bool = False
+    knows_monitor: bool = False
+
+
+class CheckpointCallback(Callback[BaseTrainer]):
+    """Saves the whole state of a run, and continues from it when the run is started again.
+
+    Saves between two optimizer steps, as `parameters` say, at the end, and before the run ends on
+    SIGTERM or SIGINT; SIGUSR1 saves at the next occasion. A save is complete and on the disk
+    before anything is called saved, and the ones before it stay until then. Restores in
+    `post_setup`.
+
+    Runs after all other callbacks that don't ask for a place after it, so that it saves what they
+    leave. Its work is collective. Steps that don't save cost no host synchronization; with several
+    ranks, one small exchange on the CPU about once a second.
+
+    Args:
+        parameters: When to save, what to keep, what to resume.
+    """
+
+    after: ClassVar = {Callback}
+
+    _session: Session | None = None
+    _saved_step = -1
+    """The step whose state is on the disk, as far as this run knows."""
+
+    def __init__(self, parameters: CheckpointParameters | None = None) -> None:
+        self.parameters = CheckpointParameters() if parameters is None else parameters
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return {k: v for k, v in state.items() if k not in ("_session", "_saved_step")}
+
+    @property
+    def directory(self) -> Path:
+        """Where the checkpoints are. Known once the callback is attached."""
+        trainer = self.trainer
+        root = self.parameters.root_dir
+        if root is None:
+            return trainer.run_dir / "checkpoints"
+        return Path(root) / trainer.project / trainer.group / trainer.experiment / "checkpoints"
+
+    # The run's life
+
+    def post_setup(self) -> None:
+        if self.parameters.enable:
+            session = self._session = self._new_session()
+            session.store.open()
+            try:
+                self._restore(session)
+            finally:
+                session.store.close()  # others may look at it until `fit`
+
+    def pre_fit(self) -> None:
+        if not self.parameters.enable:
+            return
+        session = self._session = self._session or self._new_session()
+        session.store.open()
+        self._start_counting(session)
+        session.is_between_steps = True
+        if self.parameters.save_on_signal:
+            session.signals.begin()
+
+    def post_fit(self) -> None:
+        session = self._session
+        if session is None:
+            return
+        try:
+            if self.trainer.exception is None:
+                self._save(self.trainer.stop_reason or "end")
+                self._settle(session)
+        finally:
+            self._close()
+        if self.trainer.exception is None:
+            session.signals.deliver()
+
+    def on_exception(self, exception: BaseException) -> None:
+        session = self._session
+        if session is None:
+            return
+        is_alone = not self.trainer.world.is_distributed
+        if self.parameters.save_on_exception and not isinstance(exception, CheckpointError):
+            if is_alone and session.is_between_steps:
+                self._save(type(exception).__name__)
+            else:
+                logger.warning(
+                    "save_on_exception: nothing was saved, since the error came %s; the newest "
+                    "checkpoint is that of step %d",
+                    "inside a step" if is_alone else "where other ranks may be gone",
+                    self._saved_step,
+                )
+        self._close()
+
+    # Occasions to save
+
+    def pre_train_step(self, batch: Any, batch_idx: int) -> None:
+        if self._session is not None:
+            self._session.is_between_steps = False
+
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        session = self._session
+        if session is None or self.trainer.is_accumulating_gradients:
+            return
+        session.is_between_steps = True
+        if not session.knows_monitor:
+            session.step_keys = tuple(result)
+        step = self.trainer.global_step
+        wishes = session.agreement.poll(
+            save=session.signals.take_save_request(),
+            time_is_up=session.clock is not None and session.clock.due(step),
+            failed=self._has_failed(),
+        )
+        if wishes.failed:
+            self._settle(session)
+        if session.cadence is not None and session.cadence.due(step):
+            self._save(f"every {session.cadence.every.steps} steps")
+        elif wishes.save:
+            self._save("SIGUSR1")
+        elif wishes.time_is_up:
+            self._save("time")
+
+    def post_train_epoch(self, result: dict[str, Any]) -> None:
+        session = self._session
+        if session is None:
+            return
+        self._note_metrics(session, result)
+        every = self.parameters.checkpoint_every_n_train_epochs
+        if every is not None and (self.trainer.current_epoch + 1) % every == 0:
+            self._save("train epoch")
+
+    def pre_validation_epoch(self) -> None:
+        if self._session is not None:
+            self._session.is_between_steps = False
+
+    def post_validation_epoch(self, result: dict[str, Any]) -> None:
+        session, counters = self._session, self.trainer.counters
+        if session is None:
+            return
+        session.is_between_steps = True
+        self._check_monitor(session, result)
+        if counters.validated_step != counters.global_step:
+            return  # it was a try before training
+        self._note_metrics(session, result)
+        reason = self._reason_after_validation(session)
+        if reason is None:
+            return
+        if counters.epoch_stage == "validate":
+            session.due_at_epoch_end = reason  # in a moment, when the epoch is complete
+        elif self.trainer.training_parameters.val_every_n_steps is not None:
+            self._save(reason)
+        # Else the run ends here, and post_fit saves: this validation must leave no trace in it.
+
+    def post_epoch(self) -> None:
+        session = self._session
+        if session is None:
+            return
+        reason, session.due_at_epoch_end = session.due_at_epoch_end, None
+        cadence = session.cadence
+        epochs_done = self.trainer.current_epoch + 1
+        if cadence is not None and cadence.due(self.trainer.global_step, epochs_done):
+            reason = "epoch"
+        if reason is not None:
+            self._save(reason)
+
+    # Saving
+
+    def _save(self, reason: str) -> None:
+        """Save this step, unless that was done."""
+        session, trainer = self._session, self.trainer
+        assert session is not None
+        self._settle(session)
+        step = trainer.global_step
+        if step in (0, self._saved_step):
+            return
+        metrics = session.metrics if session.metrics_step == step else {}
+        facts = Facts(
+            step=step,
+            epoch=trainer.current_epoch,
+            reason=reason,
+            num_train_batches=trainer.num_train_batches,
+            metrics=dict(metrics),
+        )
+        self._start_clock(session)
+        try:
+            self._write(session, facts)
+        except CheckpointError as error:
+            self._report(self._failure_text(session, step, error), error)
+        else:
+            self._saved_step = step
+
+    def _write(self, session: Session, facts: Facts) -> None:
+        """Save and commit before returning."""
+        began_s = time.monotonic()
+        store = session.store
+        store.write(store.prepare(self.trainer.state_dict, facts))
+        if self.trainer.world.is_global_zero:
+            store.finish(facts, {}, time.monotonic() - began_s)
+
+    def _report(self, text: str, error: BaseException | None = None) -> None:
+        """Say that a save failed, as the parameters want it. On all ranks alike."""
+        if self.parameters.on_save_error == "raise":
+            raise CheckpointError(text) from error
+        if self.trainer.world.is_global_zero:
+            logger.warning("%s; training goes on, and the next save is tried as planned", text)
+
+    def _failure_text(self, session: Session, step: int, error: BaseException) -> str:
+        present = session.store.checkpoints
+        newest = f"; the newest one is {present[-1].name}" if present else ""
+        return (
+            f"the checkpoint of step {step} couldn't be saved in {self.directory}: "
+            f"{described(error)}{newest}. Make sure that there is room (keep_last and keep_top_k "
+            "say how many checkpoints stay) and that the directory can be written to"
+        )
+
+    # For saves that go on beside the training
+
+    def _has_failed(self) -> bool:
+        """Whether a save in the background has failed, as far as this rank knows."""
+        return False
+
+    def _settle(self, session: Session) -> None:
+        """Wait for a save in the background, and report its failure. On all ranks alike."""
+
+    # Results
+
+    def _note_metrics(self, session: Session, result: Mapping[str, Any]) -> None:
+        """Remember the scalars of a result; add them to this step's checkpoint if there is one."""
+        step = self.trainer.global_step
+        if session.metrics_step != step:
+            session.metrics, session.metrics_step = {}, step
+        session.metrics |= _scalars(result)
+        if self._saved_step == step:
+            self._add_late_metrics(session, step)
+
+    def _add_late_metrics(self, session: Session, step: int) -> None:
+        if self.trainer.world.is_global_zero:
+            session.store.add_metrics(step, session.metrics)
+
+    def _reason_after_validation(self, session: Session) -> str | None:
+        trainer, parameters = self.trainer, self.parameters
+        every = parameters.checkpoint_every_n_val_epochs
+        if every is not None:
+            val_every_n_steps = trainer.training_parameters.val_every_n_steps
+            done = (
+                trainer.global_step // val_every_n_steps
+                if val_every_n_steps
+                else trainer.current_epoch + 1
+            )
+            if done % every == 0:
+                return "validation"
+        if not parameters.keep_rules.top_k:
+            return None
+        value = session.metrics.get(parameters.monitor)
+        store = session.store
+        is_best = store.ranks.on_zero(
+            lambda: (
+                value is not None and is_among_best(value, store.checkpoints, parameters.keep_rules)
+            )
+        )
+        return f"{parameters.monitor} among the best" if is_best else None
+
+    def _check_monitor(self, session: Session, result: Mapping[str, Any]) -> None:
+        """Raise if what the parameters go by is in no result; at the first chance to know."""
+        if session.knows_monitor or not self.parameters.goes_by_monitor:
+            return
+        monitor = self.parameters.monitor
+        known = sorted({*_scalars(result), *session.step_keys})
+        if monitor in known:
+            session.knows_monitor = True
+        elif session.step_keys:
+            raise CheckpointError(
+                f"monitor={monitor!r} is in no result; there are {', '.join(known) or 'none'}: set "
+                "monitor to one of these, or report it from validation_step"
+            )
+
+    # Sessions
+
+    def _new_session(self) -> Session:
+        trainer = self.trainer
+        for name, other in trainer.callbacks.items():
+            if isinstance(other, CheckpointCallback) and other is not self:
+                if other.parameters.enable and other.directory == self.directory:
+                    raise CheckpointError(
+                        f"callback {name} writes to {self.directory} too; give one of the two "
+                        "another root_dir, or leave it out"
+                    )
+        store = Store(self.directory, trainer.world, self.parameters.keep_rules)
+        return Session(store, SignalWatch(self._stop), Agreement(store.ranks))
+
+    def _close(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.signals.end()
+            session.store.close()
+
+    def _restore(self, session: Session) -> None:
+        store, parameters = session.store, self.parameters
+        if parameters.resume_mode is None:
+            store.start_afresh()
+            return
+        checkpoint = store.choose(
+            parameters.resume_mode,
+            parameters.monitor,
+            parameters.best_mode,
+            verify=parameters.verify,
+        )
+        if checkpoint is None:
+            return
+        load_into(
+            self.trainer,
+            store.disk,
+            checkpoint,
+            store.ranks,
+            strict=parameters.strict_load,
+            resume_data=parameters.resume_data,
+        )
+        self._saved_step = checkpoint.step
+        if self.trainer.world.is_global_zero:
+            logger.info("continuing from %s/%s", store.disk, checkpoint.name)
+
+    def _stop(self, signal_name: str) -> None:
+        self.trainer.stop(signal_name)
+
+    def _start_counting(self, session: Session) -> None:
+        every = self.parameters.cadence
+        counters = self.trainer.counters
+        if every is not None and (every.steps is not None or every.epochs is not None):
+            epochs_done = counters.current_epoch + (counters.epoch_stage == "end")
+            by_count = Every(steps=every.steps, epochs=every.epochs)
+            session.cadence = by_count.start(counters.global_step, epochs_done)
+        self._start_clock(session)
+
+    def _start_clock(self, session: Session) -> None:
+        every = self.parameters.cadence
+        if every is not None and every.seconds is not None:
+            session.clock = Every(seconds=every.seconds).start()
+
+
+def _scalars(result: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a result. Waits for the device where they are tensors."""
+    scalars = {}
+    for name, value in result.items():
+        if isinstance(value, (bool, int, float)):
+            with contextlib.suppress(OverflowError):
+                scalars[name] = float(value)
+        elif isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
+            scalars[name] = float(value)
+    return scalars

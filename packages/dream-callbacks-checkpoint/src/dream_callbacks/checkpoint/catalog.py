@@ -1,0 +1,173 @@
+"""What is in a checkpoint directory: one look, no file but the manifests is read."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass, field
+
+from dream_callbacks.checkpoint import layout
+from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.errors import DamagedCheckpointError
+from dream_callbacks.checkpoint.manifest import FileSum, Manifest, sealed, unsealed
+from dream_callbacks.checkpoint.tree import decode_plain, encode_plain
+
+logger = logging.getLogger(__name__)
+
+_MAX_MANIFEST_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose manifest is whole. Whether its files are is for `damage_of` to say.
+
+    Attributes:
+        name: Of its folder.
+        manifest: What it is.
+        late_metrics: Results that came after the save.
+    """
+
+    name: str
+    manifest: Manifest
+    late_metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Results of the validation of exactly these weights."""
+        return {**self.manifest.metrics, **self.late_metrics}
+
+    def metric(self, name: str) -> float | None:
+        """A result to compare by; None if there is none, or it is not a number."""
+        value = self.metrics.get(name)
+        return None if value is None or math.isnan(value) else value
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """The checkpoints of a directory.
+
+    Attributes:
+        checkpoints: Oldest first, in the order in which they were written.
+        damaged: What is wrong with the folders that look like checkpoints and aren't, by name.
+    """
+
+    checkpoints: tuple[Checkpoint, ...] = ()
+    damaged: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def next_seq(self) -> int:
+        return 1 + max((c.manifest.seq for c in self.checkpoints), default=0)
+
+    def of_step(self, step: int) -> Checkpoint | None:
+        return next((c for c in self.checkpoints if c.step == step), None)
+
+
+def read_catalog(disk: LocalDisk) -> Catalog:
+    """Look into a directory; an empty catalog if it isn't there."""
+    names = disk.entries()
+    with_metrics = {layout.step_of_metrics(name) for name in names}
+    checkpoints, damaged = [], {}
+    for name in names:
+        step = layout.step_of(name)
+        if step is None:
+            continue
+        try:
+            manifest = read_manifest(disk, name)
+        except (DamagedCheckpointError, OSError) as error:
+            damaged[name] = str(error)
+            continue
+        late = read_late_metrics(disk, manifest) if step in with_metrics else {}
+        checkpoints.append(Checkpoint(name, manifest, late))
+    checkpoints.sort(key=lambda checkpoint: (checkpoint.manifest.seq, checkpoint.step))
+    return Catalog(tuple(checkpoints), dict(sorted(damaged.items())))
+
+
+def read_manifest(disk: LocalDisk, name: str) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        DamagedCheckpointError: If it isn't there, or isn't what was written.
+    """
+    if not disk.is_folder(name):
+        raise DamagedCheckpointError("it isn't a folder")
+    data = disk.read(name, layout.MANIFEST, _MAX_MANIFEST_BYTES)
+    try:
+        manifest = Manifest.decode(data)
+    except DamagedCheckpointError as error:
+        text = str(error)
+        prefix = "" if text.startswith(layout.MANIFEST) else f"{layout.MANIFEST}: "
+        raise DamagedCheckpointError(f"{prefix}{text}") from error
+    if manifest.step != layout.step_of(name):
+        raise DamagedCheckpointError(f"it is the checkpoint of step {manifest.step}")
+    return manifest
+
+
+def late_metrics_document(manifest: Manifest, metrics: dict[str, float]) -> bytes:
+    """What the file of late results holds."""
+    return sealed({"run": manifest.run, "seq": manifest.seq, "metrics": encode_plain(metrics)})
+
+
+def read_late_metrics(disk: LocalDisk, manifest: Manifest) -> dict[str, float]:
+    """Results that came after a save; none, with a warning, if they can't be read."""
+    name = layout.metrics_name(manifest.step)
+    try:
+        document = unsealed(disk.read("", name, _MAX_MANIFEST_BYTES))
+        if (document["run"], document["seq"]) != (manifest.run, manifest.seq):
+            return {}  # of an earlier checkpoint of the same step
+        return {str(k): float(v) for k, v in decode_plain(document["metrics"]).items()}
+    except (DamagedCheckpointError, OSError, KeyError, TypeError, ValueError) as error:
+        logger.warning(
+            "%s/%s can't be used: %s; the checkpoint counts as one without metrics",
+            disk,
+            name,
+            error,
+        )
+        return {}
+
+
+def damage_of(
+    disk: LocalDisk,
+    checkpoint: Checkpoint,
+    *,
+    checksums: bool,
+    share: tuple[int, int] = (0, 1),
+) -> list[str]:
+    """What is wrong with the files of a checkpoint; nothing if they are what was written.
+
+    Args:
+        disk: Where.
+        checkpoint: Which.
+        checksums: Read the files; else look at their sizes alone.
+        share: (i, n) for the i-th of n parts of the files, for ranks that share the work.
+    """
+    wrong: list[str] = []
+    part, num_parts = share
+    files = sorted(checkpoint.manifest.files.items(), key=lambda item: (item[1].num_bytes, item[0]))
+    for name, saved in files[part::num_parts]:
+        problem = _damage_of_file(disk, checkpoint.name, name, saved, checksums=checksums)
+        if problem is not None:
+            wrong.append(f"{checkpoint.name}/{problem}")
+    return wrong
+
+
+def _damage_of_file(
+    disk: LocalDisk, folder: str, name: str, saved: FileSum, *, checksums: bool
+) -> str | None:
+    num_bytes = disk.size(folder, name)
+    if num_bytes is None:
+        return f"{name} is missing, or isn't a regular file"
+    if num_bytes != saved.num_bytes:
+        return f"{name} has {num_bytes} bytes, and {saved.num_bytes} were written"
+    if not checksums:
+        return None
+    try:
+        found = disk.sums(folder, name)
+    except DamagedCheckpointError as error:
+        return str(error)
+    except OSError as error:
+        return f"{name} can't be read: {error}"
+    return None if found == saved else f"{name}: its checksum doesn't match"

@@ -1,0 +1,104 @@
+"""How a checkpoint comes into being and goes: each moment leaves a directory that can be used."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import uuid
+
+from dream_callbacks.checkpoint import layout
+from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.lock import DirectoryLock
+from dream_callbacks.checkpoint.manifest import Manifest
+
+logger = logging.getLogger(__name__)
+
+
+def begin(disk: LocalDisk, step: int, run: str) -> str:
+    """Make the folder in which a checkpoint is written, and return its name."""
+    name = layout.temporary_name(step, run)
+    disk.delete(name)  # of an attempt that failed
+    disk.make(name)
+    return name
+
+
+def publish(disk: LocalDisk, temporary: str, manifest: Manifest, lock: DirectoryLock) -> str:
+    """Make a written folder a checkpoint, by giving it its name. All its files are on the disk.
+
+    Another checkpoint of the same step, of a run that went on from an earlier one, is replaced.
+
+    Returns:
+        The name. The disk has it when this returns.
+
+    Raises:
+        CheckpointError: If the lock was lost.
+    """
+    disk.write(temporary, layout.MANIFEST, manifest.encode())
+    disk.sync(temporary)
+    lock.check()
+    name = layout.checkpoint_name(manifest.step)
+    replaced = layout.replaced_name(manifest.step, uuid.uuid4().hex)
+    if name in disk.entries():
+        # Two renames: after a crash between them, `recover` gives the old one its name again.
+        disk.rename(name, replaced)
+        disk.rename(temporary, name)
+        discard(disk, replaced)
+    else:
+        disk.rename(temporary, name)
+    return name
+
+
+def discard(disk: LocalDisk, name: str) -> None:
+    """Delete a checkpoint: it is gone at once, or still whole."""
+    trash = layout.trash_name(uuid.uuid4().hex)
+    disk.rename(name, trash)
+    step = layout.step_of(name)
+    if step is not None:
+        disk.unlink(layout.metrics_name(step))
+    disk.delete(trash)
+
+
+def abandon(disk: LocalDisk, temporary: str) -> None:
+    """Delete what a failed save has written; what can't be deleted now is left for `recover`."""
+    with contextlib.suppress(OSError):
+        disk.delete(temporary)
+
+
+def recover(disk: LocalDisk) -> None:
+    """Finish or undo what an earlier run left unfinished. Needs the directory's lock."""
+    names = set(disk.entries())
+    for name in sorted(names):
+        replaced_step = layout.step_of_replaced(name)
+        metrics_step = layout.step_of_metrics(name)
+        if replaced_step is not None:
+            original = layout.checkpoint_name(replaced_step)
+            if original in names:
+                discard(disk, name)
+            else:
+                disk.rename(name, original)
+                names.add(original)
+        elif layout.is_leftover(name):
+            logger.info("%s/%s was left by a run that ended while it wrote; deleted", disk, name)
+            if disk.is_folder(name):
+                disk.delete(name)
+            else:
+                disk.unlink(name)
+        elif metrics_step is not None and layout.checkpoint_name(metrics_step) not in names:
+            disk.unlink(name)
+
+
+def probe(disk: LocalDisk) -> None:
+    """Make sure that files can be written, synced and renamed; leaves nothing behind.
+
+    Raises:
+        OSError: If they can't.
+    """
+    name = layout.probe_name(uuid.uuid4().hex)
+    try:
+        disk.write("", name, b"probe")
+        renamed = layout.probe_name(uuid.uuid4().hex)
+        disk.rename(name, renamed)
+        name = renamed
+    finally:
+        with contextlib.suppress(OSError):
+            disk.unlink(name)

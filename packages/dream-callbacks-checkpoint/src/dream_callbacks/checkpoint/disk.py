@@ -1,0 +1,236 @@
+"""LocalDisk: the few things that a checkpoint directory asks of a file system, done durably."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from dream_callbacks.checkpoint.errors import DamagedCheckpointError
+from dream_callbacks.checkpoint.manifest import FileSum
+
+_CHUNK_BYTES = 1 << 22
+
+
+class SummedFile:
+    """A new file that keeps its size and checksum while it is written, front to back.
+
+    Args:
+        path: Must not exist yet.
+
+    Attributes:
+        first_error: What the file system said first. Whoever writes may hide it: torch says
+            "unexpected pos" where the disk is full.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.first_error: OSError | None = None
+        self._sums = FileSum(0, 0)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._file = open(os.open(path, flags, 0o666), "wb", buffering=1 << 20)  # noqa: SIM115
+
+    @property
+    def sums(self) -> FileSum:
+        """Of what was written so far."""
+        return self._sums
+
+    def write(self, data: Any) -> int:
+        """Append bytes, or anything that holds them."""
+        view = memoryview(data).cast("B")
+        with self._noting_errors():
+            self._file.write(view)
+        self._sums = FileSum(self._sums.num_bytes + len(view), zlib.crc32(view, self._sums.crc32))
+        return len(view)
+
+    def tell(self) -> int:
+        """How many bytes were written so far."""
+        return self._sums.num_bytes
+
+    def fileno(self) -> int:
+        """The file's descriptor."""
+        return self._file.fileno()
+
+    def flush(self) -> None:
+        """Hand what was written to the operating system."""
+        with self._noting_errors():
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Wait until the disk has it."""
+        self.flush()
+        with self._noting_errors():
+            os.fsync(self.fileno())
+
+    def close(self) -> None:
+        """Close the file; a second call does nothing."""
+        with self._noting_errors():
+            self._file.close()
+
+    def __enter__(self) -> SummedFile:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _noting_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.filename is None:
+                error.filename = str(self.path)
+            self.first_error = self.first_error or error
+            raise
+
+
+class LocalDisk:
+    """A directory on a file system of this machine, or one that all machines share.
+
+    Names are single components below `root`; callers check those that come from a file.
+
+    Args:
+        root: Made when it is needed.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    # Looking
+
+    def entries(self, folder: str = "") -> list[str]:
+        """Names in a folder; none if it isn't there."""
+        try:
+            with os.scandir(self.root / folder) as found:
+                return [entry.name for entry in found]
+        except FileNotFoundError:
+            return []
+
+    def is_folder(self, name: str) -> bool:
+        """Whether there is such a folder, and it isn't a link."""
+        try:
+            return stat.S_ISDIR(os.lstat(self.root / name).st_mode)
+        except FileNotFoundError:
+            return False
+
+    def size(self, folder: str, name: str) -> int | None:
+        """Bytes in a file; None if there is none, or it isn't a regular file."""
+        try:
+            found = os.lstat(self.root / folder / name)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+    def free_bytes(self) -> int:
+        """What this user may still write."""
+        return shutil.disk_usage(self.root).free
+
+    # Reading
+
+    def open(self, folder: str, name: str) -> BinaryIO:
+        """A file to read.
+
+        Raises:
+            DamagedCheckpointError: If it isn't there, or is a link or a device.
+        """
+        path = self.root / folder / name
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            raise DamagedCheckpointError(f"{name} is missing") from None
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):
+                raise DamagedCheckpointError(f"{name} isn't a regular file") from error
+            raise
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise DamagedCheckpointError(f"{name} isn't a regular file")
+        return open(descriptor, "rb")
+
+    def read(self, folder: str, name: str, max_bytes: int | None = None) -> bytes:
+        """All of a file.
+
+        Raises:
+            DamagedCheckpointError: If it isn't there, isn't a regular file, or is larger than
+                `max_bytes`.
+        """
+        with self.open(folder, name) as file:
+            data = file.read() if max_bytes is None else file.read(max_bytes + 1)
+        if max_bytes is not None and len(data) > max_bytes:
+            raise DamagedCheckpointError(f"{name} has more than {max_bytes} bytes")
+        return data
+
+    def sums(self, folder: str, name: str) -> FileSum:
+        """Size and checksum of a file, read from front to back."""
+        num_bytes, crc32 = 0, 0
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
+        with self.open(folder, name) as file:
+            while count := file.readinto(buffer):  # type: ignore[attr-defined]  # a BufferedReader
+                num_bytes, crc32 = num_bytes + count, zlib.crc32(buffer[:count], crc32)
+        return FileSum(num_bytes, crc32)
+
+    # Writing
+
+    def make_root(self) -> None:
+        """Make the directory, and those above it."""
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    def make(self, folder: str) -> None:
+        """Make a folder that isn't there yet."""
+        (self.root / folder).mkdir()
+
+    def create(self, folder: str, name: str) -> SummedFile:
+        """A new file to write."""
+        return SummedFile(self.root / folder / name)
+
+    def write(self, folder: str, name: str, data: bytes) -> FileSum:
+        """Write a new file; the disk has it when this returns."""
+        with self.create(folder, name) as file:
+            file.write(data)
+            file.sync()
+        return file.sums
+
+    def sync(self, folder: str = "") -> None:
+        """Wait until the disk has the names in a folder."""
+        descriptor = os.open(self.root / folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a folder or file another name, at once; the disk has it when this returns."""
+        (self.root / old).rename(self.root / new)
+        self.sync()
+
+    def replace(self, name: str, data: bytes, unique: str) -> None:
+        """Write a file in the directory, or another content of it; no half of it is ever seen."""
+        temporary = f"{name}.{unique}.tmp"
+        self.unlink(temporary)
+        self.write("", temporary, data)
+        (self.root / temporary).replace(self.root / name)
+        self.sync()
+
+    def unlink(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        (self.root / name).unlink(missing_ok=True)
+
+    def delete(self, folder: str) -> None:
+        """Delete a folder with all that is in it, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.root / folder)

@@ -1,0 +1,316 @@
+"""From a checkpoint into a trainer: the same layout bit for bit, another one resharded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dream_callbacks.checkpoint import layout, reshard
+from dream_callbacks.checkpoint.catalog import Checkpoint
+from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.errors import CheckpointError
+from dream_callbacks.checkpoint.index import TensorIndex
+from dream_callbacks.checkpoint.manifest import parsed_json
+from dream_callbacks.checkpoint.ranks import Ranks
+from dream_callbacks.checkpoint.reshard import Source
+from dream_callbacks.checkpoint.tree import Split, decode, split, tensor_names
+
+if TYPE_CHECKING:
+    from dream_trainer.trainer import BaseTrainer
+
+logger = logging.getLogger(__name__)
+
+_IN_PLACE = ("models", "optimizers")
+"""Sections whose tensors are loaded into the live ones."""
+
+_SHOWN = 10
+"""How many names an error lists of each kind."""
+
+
+class SavedState:
+    """What is in a checkpoint, apart from the values of its tensors. Reading isn't collective.
+
+    Args:
+        disk: Where.
+        checkpoint: Which; its files are known to be whole.
+
+    Raises:
+        DamagedCheckpointError: If a file isn't what it should be.
+    """
+
+    def __init__(self, disk: LocalDisk, checkpoint: Checkpoint) -> None:
+        self.disk = disk
+        self.checkpoint = checkpoint
+        self.shared = parsed_json(disk.read(checkpoint.name, layout.STATE))
+        self.index = TensorIndex.decode(
+            disk.read(checkpoint.name, layout.INDEX), checkpoint.manifest.files
+        )
+
+    def local(self, rank: int) -> dict[str, Any]:
+        """JSON of the values of one rank alone, by place."""
+        return parsed_json(self.disk.read(self.checkpoint.name, layout.rank_name(rank)))
+
+    def read(self, wanted: Mapping[str, Tensor]) -> None:
+        """Fill tensors in place, by name."""
+        from dream_callbacks.checkpoint.storage import read_tensors
+
+        read_tensors(self.disk, self.checkpoint.name, self.index, wanted)
+
+    def new_tensor(self, name: str) -> Tensor:
+        """A whole tensor on the CPU, to be filled."""
+        stored = self.index[name]
+        return torch.empty(stored.shape, dtype=stored.dtype)
+
+
+def load_into(
+    trainer: BaseTrainer,
+    disk: LocalDisk,
+    checkpoint: Checkpoint,
+    ranks: Ranks,
+    *,
+    strict: bool,
+    resume_data: bool,
+) -> None:
+    """Let a trainer continue from a checkpoint whose files are known to be whole. Collective.
+
+    Nothing of the trainer changes before everything but the tensors' values has been read, and
+    names, shapes and dtypes have been compared.
+
+    Args:
+        trainer: Set up.
+        disk: Where.
+        checkpoint: Which.
+        ranks: Of the run.
+        strict: Refuse names, shapes and dtypes that don't match; else load what matches.
+        resume_data: Continue at the next batch; else begin the epoch in hand anew.
+
+    Raises:
+        CheckpointError: On all ranks, with all differences at once.
+    """
+    world = trainer.world
+    saved = ranks.each(lambda: SavedState(disk, checkpoint))
+    source = reshard.source_of(world.dp_rank, world.dp_size, checkpoint.manifest.dp_ranks)
+    local = ranks.each(lambda: saved.local(source.rank))
+    has_stepped = any(o["param_groups"] for o in saved.shared["optimizers"].values())
+    target = ranks.each(lambda: trainer.state_dict(as_target=has_stepped))
+    live = split(target, ranks.rank)
+    appearing = _appearing(saved, live)
+    wanted, differences = _matched(saved, live, appearing)
+    if differences and strict:
+        raise CheckpointError(
+            f"{checkpoint.name} doesn't fit the trainer:\n" + "\n".join(differences) + "\nUse the "
+            "model and optimizer that it was saved with; strict_load=False loads what matches"
+        )
+    if differences and ranks.is_zero:
+        logger.warning(
+            "strict_load=False, and %s doesn't fit the trainer:\n%s",
+            checkpoint.name, "\n".join(differences),
+        )  # fmt: skip
+    own = _own_tensors(saved, local, live.tensors)
+    ranks.each_slowly(lambda: saved.read({**wanted, **appearing, **own}))
+    tensors = {**live.tensors, **appearing, **own}
+    shared = saved.shared
+    if differences:
+        shared = {**shared, **{k: _overlaid(live.shared[k], shared[k]) for k in _IN_PLACE}}
+    state: dict[str, Any] = ranks.each(lambda: decode(shared, tensors, local))
+    if not source.is_same:
+        ranks.each(lambda: _reshard_data(state, saved, source, trainer, ranks))
+    elif resume_data:
+        counters = state["trainer"]["counters"]
+        ranks.each(lambda: _refuse_other_data(checkpoint.manifest, counters, trainer))
+    ranks.each(lambda: trainer.load_state_dict(state, strict=strict, resume_data=resume_data))
+
+
+def _matched(
+    saved: SavedState, live: Split, appearing: Collection[str]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Live tensors to load into, and what doesn't match."""
+    not_there_yet = set(_without_state(saved, live))
+    here = {
+        name: tensor
+        for name, tensor in live.tensors.items()
+        if name.split(".", 1)[0] in _IN_PLACE and name not in not_there_yet
+    }
+    there = {n for section in _IN_PLACE for n in tensor_names(saved.shared[section])}
+    there -= set(appearing)
+    index = saved.index
+    wrong_shape = [n for n in here if n in there and index[n].shape != here[n].shape]
+    wrong_dtype = [n for n in here if n in there and index[n].dtype != here[n].dtype]
+    differences = [
+        *_listed("in the checkpoint alone", sorted(there - set(here))),
+        *_listed("in the trainer alone", sorted(set(here) - there)),
+        *_listed(
+            "of another shape",
+            [f"{n} {list(index[n].shape)} → {list(here[n].shape)}" for n in wrong_shape],
+        ),
+        *_listed(
+            "of another dtype", [f"{n} {index[n].dtype} → {here[n].dtype}" for n in wrong_dtype]
+        ),
+    ]
+    loadable = {n: t for n, t in here.items() if n in there and n not in set(wrong_shape)}
+    return loadable, differences
+
+
+def _without_state(saved: SavedState, live: Split) -> Iterator[str]:
+    """Tensors of optimizers that torch made up for a target, for parameters that had none.
+
+    Before its first step an optimizer has no state, and a parameter that never had a gradient
+    none later either.
+    """
+    for name, optimizer in saved.shared["optimizers"].items():
+        here = live.shared["optimizers"].get(name, {"state": {}})["state"]
+        members = {fqn for group in optimizer["param_groups"] for fqn in group["params"]}
+        for fqn, state in here.items():
+            if fqn not in optimizer["state"] and (fqn in members or not members):
+                yield from tensor_names(state)
+
+
+def _appearing(saved: SavedState, live: Split) -> dict[str, Tensor]:
+    """New tensors for states of optimizers that appear only in the course of training.
+
+    One of its parameter's shape is sharded as that is; another is whole on each rank.
+    """
+    fresh: dict[str, Tensor] = {}
+    for name, optimizer in saved.shared["optimizers"].items():
+        here = live.shared["optimizers"].get(name, {"state": {}})["state"]
+        for fqn, state in optimizer["state"].items():
+            parameter = _parameter(fqn, live)
+            for key in tensor_names(state) if fqn in here and parameter is not None else ():
+                if key not in live.tensors:
+                    fits = saved.index[key].shape == parameter.shape
+                    dtype = saved.index[key].dtype
+                    fresh[key] = (
+                        torch.empty_like(parameter, dtype=dtype) if fits else saved.new_tensor(key)
+                    )
+    return fresh
+
+
+def _parameter(fqn: str, live: Split) -> Tensor | None:
+    """The live parameter that an optimizer knows by a name; with several models, theirs first."""
+    names = [f"models.{fqn}", *(f"models.{model}.{fqn}" for model in live.shared["models"])]
+    return next((live.tensors[name] for name in names if name in live.tensors), None)
+
+
+def _own_tensors(
+    saved: SavedState, local: Mapping[str, Any], live: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Fresh tensors for all that isn't a model's or an optimizer's.
+
+    A callback that has a tensor of the name already, perhaps sharded, gets one like it; another
+    gets the whole tensor.
+    """
+    sections = [part for key, part in saved.shared.items() if key not in _IN_PLACE]
+    names = {name for part in [*sections, dict(local)] for name in tensor_names(part)}
+    fresh = {}
+    for name in names:
+        like = live.get(name)
+        fits = like is not None and like.shape == saved.index[name].shape
+        fresh[name] = torch.empty_like(like) if fits else saved.new_tensor(name)  # type: ignore[arg-type]
+    return fresh
+
+
+def _overlaid(live: Any, saved: Any) -> Any:
+    """What is saved, in the form of what is there: for loading what matches."""
+    live, saved = _as_dict(live), _as_dict(saved)
+    if not isinstance(live, dict) or not isinstance(saved, dict):
+        return saved
+    if "$tensor" in live or any(key.startswith("$") for key in (*live, *saved)):
+        return live
+    if "param_groups" in live and _members(live) != _members(saved):
+        saved = {key: value for key, value in saved.items() if key != "param_groups"}
+    return {k: _overlaid(value, saved[k]) if k in saved else value for k, value in live.items()}
+
+
+def _as_dict(document: Any) -> Any:
+    if isinstance(document, dict) and "$ordered_dict" in document:
+        return dict(document["$ordered_dict"])
+    return document
+
+
+def _members(optimizer: Mapping[str, Any]) -> list[Any]:
+    return [group.get("params") for group in optimizer["param_groups"]]
+
+
+def _reshard_data(
+    state: dict[str, Any],
+    saved: SavedState,
+    source: Source,
+    trainer: BaseTrainer,
+    ranks: Ranks,
+) -> None:
+    """Change what belongs to one rank alone so that it fits another number of data ranks.
+
+    Position in the epoch: the same part of it is done. Sums of the epoch so far: on rank 0. Random
+    state: of the saved rank that read this part of the data; ranks beyond those begin with their
+    seeds. Everything else that is kept per rank: of the saved rank that this one's number, modulo
+    theirs, gives.
+    """
+    manifest = saved.checkpoint.manifest
+    counters = state["trainer"]["counters"]
+    before, num_batches = manifest.num_train_batches, trainer.num_train_batches
+    done, is_exact = counters["epoch_batches"], True
+    if before and num_batches:
+        accumulation = trainer.training_parameters.gradient_accumulation_steps
+        counters["epoch_batches"], is_exact = reshard.position(
+            done, before, num_batches, accumulation
+        )
+    state["dataloaders"] = {name: {} for name in state["dataloaders"]}  # counted from the start
+    dp_ranks = manifest.dp_ranks
+    firsts = [dp_ranks.index(dp_rank) for dp_rank in sorted(set(dp_ranks))]
+    means = [saved.local(rank).get(_EPOCH_MEANS) or {} for rank in firsts]
+    state["trainer"]["epoch_means"] = reshard.totals(
+        [decode(part, {}, {}) for part in means],
+        ranks.rank,
+        trainer.world.world_size // trainer.world.dp_size,
+    )
+    if not source.is_own:
+        state["trainer"]["random_state"] = None
+    if not ranks.is_zero:
+        return
+    size = trainer.world.dp_size
+    logger.warning(
+        "%s was saved by %d data-parallel ranks, and there are %d: weights, optimizer and sample "
+        "order are the same, random numbers drawn in the model are not",
+        saved.checkpoint.name, len(firsts), size,
+    )  # fmt: skip
+    if not is_exact:
+        logger.warning(
+            "the %d batches of the epoch that were done don't fit a whole number of the new ones: "
+            "a few samples will come again", done,
+        )  # fmt: skip
+    callbacks = sorted(p for p in saved.local(0) if p.startswith("trainer.callbacks."))
+    if callbacks:
+        logger.warning(
+            "kept per rank, and given to the ranks in turn: %s", ", ".join(callbacks[:_SHOWN])
+        )
+
+
+_EPOCH_MEANS = "trainer.epoch_means"
+
+
+def _refuse_other_data(manifest: Any, counters: Mapping[str, Any], trainer: BaseTrainer) -> None:
+    """Raise if the position in the epoch can't be one of the loader that is there."""
+    before, now = manifest.num_train_batches, trainer.num_train_batches
+    if before == now or now is None or counters["epoch_stage"] != "train":
+        return
+    if counters["epoch_batches"] > now:
+        raise CheckpointError(
+            f"{counters['epoch_batches']} batches of the epoch are done, and an epoch has {now} "
+            f"now (it had {before}); the data changed: set resume_data=False to begin the epoch "
+            "anew with it"
+        )
+    if counters["epoch_batches"]:
+        logger.warning(
+            "an epoch had %s batches and has %s now; if the data changed, set resume_data=False",
+            before, now,
+        )  # fmt: skip
+
+
+def _listed(what: str, names: list[str]) -> Iterator[str]:
+    if names:
+        more = f" … and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        yield f"  {what}: {', '.join(names[:_SHOWN])}{more}"

@@ -1,0 +1,134 @@
+"""DirectoryLock: one run at a time writes into a checkpoint directory."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dream_callbacks.checkpoint.errors import CheckpointError
+
+_MAX_BYTES = 4096
+
+
+@dataclass
+class _Held:
+    """A lock that this process holds. POSIX locks belong to processes, not to objects."""
+
+    descriptor: int
+    pid: int
+    owner: DirectoryLock
+
+
+_held: dict[Path, _Held] = {}
+
+
+class DirectoryLock:
+    """A POSIX lock on a file, with the name of its holder in it.
+
+    The kernel lets go of it when the process ends, however it ends; forked children, such as
+    workers of a loader, don't have it. Each holder gets a higher fence than the one before, so
+    that one that lost the lock (a network file system may forget it) can tell.
+
+    Args:
+        path: The lock's file.
+        run: Identifies this start of the script.
+    """
+
+    def __init__(self, path: Path, run: str) -> None:
+        self.path = path.absolute()
+        self.run = run
+        self.fence = 0
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this object holds the lock."""
+        held = _held.get(self.path)
+        return held is not None and held.owner is self and held.pid == os.getpid()
+
+    def acquire(self) -> None:
+        """Take the lock, or keep it.
+
+        Raises:
+            CheckpointError: If another run has it; it names its process, host and start.
+        """
+        if self.is_held:
+            return
+        held = _held.get(self.path)
+        if held is not None and held.pid == os.getpid():
+            raise CheckpointError(_in_use(self.path, "another trainer of this process"))
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(self.path, flags, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            raise CheckpointError(_in_use(self.path, holder)) from None
+        _held[self.path] = _Held(descriptor, os.getpid(), self)
+        self.fence = _content(descriptor).get("fence", 0) + 1
+        self._write(descriptor)
+
+    def check(self) -> None:
+        """Make sure that the lock wasn't lost.
+
+        Raises:
+            CheckpointError: If another run took the directory over.
+        """
+        found = _content(_held[self.path].descriptor) if self.is_held else {}
+        if found.get("fence") != self.fence or found.get("run") != self.run:
+            raise CheckpointError(
+                f"another run has taken over {self.path.parent}: its lock says {found}, and this "
+                f"run had fence {self.fence}; end one of the two, or give one another experiment "
+                "name"
+            )
+
+    def release(self) -> None:
+        """Let go, if this object has it."""
+        if self.is_held:
+            os.close(_held.pop(self.path).descriptor)
+
+    def _write(self, descriptor: int) -> None:
+        content = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "run": self.run,
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "fence": self.fence,
+        }
+        data = json.dumps(content).encode()
+        # Padded to one size, so that no reader sees the end of a longer one before it.
+        os.pwrite(descriptor, data.ljust(_MAX_BYTES), 0)
+        os.fsync(descriptor)
+
+
+def _content(descriptor: int) -> dict[str, Any]:
+    # Through the descriptor that has the lock: closing any other one of the file lets go of it.
+    try:
+        content = json.loads(os.pread(descriptor, _MAX_BYTES, 0) or b"{}")
+    except ValueError:
+        return {}
+    is_whole = isinstance(content, dict) and isinstance(content.get("fence", 0), int)
+    return content if is_whole else {}
+
+
+def _holder(descriptor: int) -> str:
+    content = _content(descriptor)
+    if "pid" not in content:
+        return "another process"
+    return f"process {content['pid']} on {content.get('host')} since {content.get('started')}"
+
+
+def _in_use(path: Path, holder: str) -> str:
+    return (
+        f"{path.parent} is in use by {holder}; wait for it or end it, or give this run another "
+        "experiment name"
+    )

@@ -1,0 +1,155 @@
+"""Manifest: what a checkpoint is, with size and checksum of each file; any changed bit shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from dream_callbacks.checkpoint import layout
+from dream_callbacks.checkpoint.errors import DamagedCheckpointError
+from dream_callbacks.checkpoint.tree import decode_plain, encode_plain
+
+FORMAT = 1
+"""Grows when older readers can't read what is written any more."""
+
+_SEAL = re.compile(rb'\{"sha256":"([0-9a-f]{64})",\n')
+
+
+class FileSum(NamedTuple):
+    """Size and CRC-32 of a file."""
+
+    num_bytes: int
+    crc32: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Written last, so that a folder with a manifest is complete.
+
+    Args:
+        step: Optimizer steps done.
+        epoch: Number of the epoch that ran, from 0.
+        seq: Grows with each checkpoint of a directory, also after going back to an earlier
+            step: the newest checkpoint is the one with the highest.
+        run: Which start of the training script wrote it.
+        fence: Which holder of the directory's lock wrote it.
+        created_unix: Seconds since 1970. Nothing depends on it.
+        reason: Why it was saved then.
+        world_size: Number of ranks that wrote it.
+        shape: Size of each axis of the mesh.
+        dp_ranks: Which part of the data each rank read, by rank.
+        num_train_batches: Batches in an epoch on each rank.
+        metrics: Results of the validation of exactly these weights.
+        has_nan: Whether some weight is not a number.
+        torch_version: As `torch.__version__`.
+        files: Sums of all files but the manifest, by name.
+    """
+
+    step: int
+    epoch: int
+    seq: int
+    run: str
+    fence: int
+    created_unix: float
+    reason: str
+    world_size: int
+    shape: Mapping[str, int]
+    dp_ranks: tuple[int, ...]
+    num_train_batches: int | None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    has_nan: bool = False
+    torch_version: str = ""
+    files: Mapping[str, FileSum] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the checkpoint, without the manifest."""
+        return sum(file.num_bytes for file in self.files.values())
+
+    def encode(self) -> bytes:
+        """As it is written."""
+        document = {"format": FORMAT, **_shallow_dict(self)}
+        document["dp_ranks"] = list(self.dp_ranks)
+        document["metrics"] = encode_plain(dict(self.metrics))
+        document["files"] = {name: list(sums) for name, sums in sorted(self.files.items())}
+        return sealed(document)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Manifest:
+        """The manifest that was encoded.
+
+        Raises:
+            DamagedCheckpointError: If a bit of it was changed, or it isn't one.
+        """
+        document = unsealed(data)
+        if document.get("format") != FORMAT:
+            raise DamagedCheckpointError(
+                f"{layout.MANIFEST} has format {document.get('format')!r:.40}, and this version "
+                f"of dream-callbacks-checkpoint reads format {FORMAT}; upgrade it"
+            )
+        try:
+            known = {name: document[name] for name in cls.__dataclass_fields__}
+            known["dp_ranks"] = tuple(int(dp_rank) for dp_rank in document["dp_ranks"])
+            known["metrics"] = {
+                str(name): float(value) for name, value in decode_plain(document["metrics"]).items()
+            }
+            known["shape"] = {str(axis): int(size) for axis, size in document["shape"].items()}
+            known["files"] = {
+                name: FileSum(int(num_bytes), int(crc32))
+                for name, (num_bytes, crc32) in document["files"].items()
+            }
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedCheckpointError(
+                f"{layout.MANIFEST} lacks something or holds it in another form: {error!r:.200}"
+            ) from error
+        strange = [name for name in known["files"] if not layout.is_file_name(name)]
+        if strange:
+            raise DamagedCheckpointError(
+                f"{layout.MANIFEST} lists {strange[0]!r:.200}, which isn't the name of a file in "
+                "the folder; nothing outside of it is read"
+            )
+        return cls(**known)
+
+
+def sealed(document: Mapping[str, Any]) -> bytes:
+    """A JSON object that holds the SHA-256 of the rest of itself."""
+    body = json.dumps(document, separators=(",", ":")).encode()[1:] + b"\n"
+    return b'{"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'",\n' + body
+
+
+def unsealed(data: bytes) -> dict[str, Any]:
+    """The JSON object without its seal.
+
+    Raises:
+        DamagedCheckpointError: If a bit was changed.
+    """
+    seal = _SEAL.match(data)
+    if seal is None or hashlib.sha256(data[seal.end() :]).hexdigest().encode() != seal[1]:
+        raise DamagedCheckpointError("its own checksum doesn't match")
+    document = parsed_json(data)
+    del document["sha256"]
+    return document
+
+
+def parsed_json(data: bytes) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        DamagedCheckpointError: If it isn't one.
+    """
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(f"not JSON: {error!r:.200}") from error
+    if not isinstance(document, dict):
+        raise DamagedCheckpointError("not a JSON object")
+    return document
+
+
+def _shallow_dict(manifest: Manifest) -> dict[str, Any]:
+    return {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}

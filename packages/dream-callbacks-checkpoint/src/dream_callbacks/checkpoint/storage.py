@@ -1,0 +1,251 @@
+"""Tensors to disk and back, through torch.distributed.checkpoint: sharded, and resharded."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
+
+from dream_callbacks.checkpoint import layout
+from dream_callbacks.checkpoint.disk import LocalDisk, SummedFile
+from dream_callbacks.checkpoint.errors import DamagedCheckpointError
+from dream_callbacks.checkpoint.index import TensorIndex
+from dream_callbacks.checkpoint.manifest import FileSum
+from dream_callbacks.checkpoint.ranks import Ranks
+from dream_callbacks.checkpoint.tree import Path as TreePath
+
+
+@dataclasses.dataclass
+class TensorsToWrite:
+    """What this rank is to write: its pieces of tensors, none of them twice over all ranks.
+
+    Attributes:
+        plan: This rank's pieces.
+        total_bytes: Of all ranks, roughly.
+        metadata: Of all ranks; on rank 0 alone.
+    """
+
+    plan: SavePlan
+    total_bytes: int
+    metadata: Metadata | None
+    _planner: _Planner
+
+    @classmethod
+    def planned(
+        cls, tensors: Mapping[str, Tensor], paths: Mapping[str, TreePath], ranks: Ranks
+    ) -> TensorsToWrite:
+        """Share the tensors out among the ranks. Collective.
+
+        Args:
+            tensors: By name. DTensors are saved by whoever has a shard, others by one rank.
+            paths: Places in the state, for tools that rebuild it from DCP's files.
+            ranks: Who takes part.
+        """
+        planner = _Planner()
+        planner.set_up_planner(dict(tensors), is_coordinator=ranks.is_zero)
+        plan = dataclasses.replace(planner.create_local_plan(), planner_data=dict(paths))
+        found: list[Metadata] = []
+
+        def share_out(plans: Sequence[SavePlan]) -> list[tuple[SavePlan, int]]:
+            global_plans, metadata = planner.create_global_plan(list(plans))
+            all_paths: dict[str, TreePath] = {}
+            for global_plan in reversed(global_plans):
+                all_paths.update(global_plan.planner_data)
+            found.append(dataclasses.replace(metadata, planner_data=all_paths))
+            total = sum(
+                stored.size.numel() * stored.properties.dtype.itemsize
+                for stored in metadata.state_dict_metadata.values()
+                if isinstance(stored, TensorStorageMetadata)
+            )
+            writer = FileSystemWriter("")
+            return [
+                (dataclasses.replace(part, planner_data=None), total)
+                for part in writer.prepare_global_plan(global_plans)
+            ]
+
+        final, total_bytes = ranks.via_zero(plan, share_out)
+        final = planner.finish_plan(final)
+        return cls(final, total_bytes, found[0] if found else None, planner)
+
+    def stage(self, buffers: dict[MetadataIndex, Tensor]) -> None:
+        """Copy this rank's pieces to host memory, so that training may go on.
+
+        Args:
+            buffers: Copies of the last time, used again where they fit; filled with these.
+        """
+        staged: dict[MetadataIndex, Tensor] = {}
+        for item in self.plan.items:
+            live = cast("Tensor", self._planner.lookup_object(item.index)).detach()
+            buffer = buffers.get(item.index)
+            if buffer is None or buffer.shape != live.shape or buffer.dtype != live.dtype:
+                buffer = torch.empty(
+                    live.shape, dtype=live.dtype, pin_memory=live.device.type == "cuda"
+                )
+            buffer.copy_(live, non_blocking=True)
+            staged[item.index] = buffer
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        buffers.clear()
+        buffers.update(staged)
+        self._planner.staged = staged
+        self._planner.state_dict = {}
+
+    def has_nan(self, prefix: str) -> bool:
+        """Whether a tensor whose name begins so holds something that is not a number.
+
+        Looks at this rank's pieces alone; waits for the device.
+        """
+        largest = []  # NaN if something is: one pass, and nothing as large as the tensor is made
+        for item in self.plan.items:
+            if item.index.fqn.startswith(prefix):
+                piece = cast("Tensor", self._planner.lookup_object(item.index)).detach()
+                if piece.is_floating_point() and piece.numel() and piece.itemsize > 1:
+                    largest.append(piece.max().float().cpu())
+        return bool(largest) and bool(torch.stack(largest).isnan().any())
+
+    def write(self, disk: LocalDisk, folder: str) -> tuple[list[WriteResult], dict[str, FileSum]]:
+        """Write this rank's pieces; the disk has them when this returns.
+
+        Returns:
+            Where each piece is, and the sums of the files.
+        """
+        files = _Files(disk, folder)
+        writer = _writer(disk, folder, files)
+        with files.first_error_raised():
+            results = writer.write_data(self.plan, self._planner).value()
+            if len(results) != len(self.plan.items):
+                # DCP loses the errors of its writing threads.
+                raise RuntimeError(
+                    f"{len(results)} of {len(self.plan.items)} pieces of tensors were written"
+                )
+        return results, files.sums
+
+    def finish(
+        self, disk: LocalDisk, folder: str, results: Sequence[list[WriteResult]]
+    ) -> dict[str, FileSum]:
+        """Write where everything is. On rank 0, with the results of all ranks.
+
+        Returns:
+            The sums of the files.
+        """
+        assert self.metadata is not None, "rank 0 has it"
+        files = _Files(disk, folder)
+        with files.first_error_raised():
+            _writer(disk, folder, files).finish(self.metadata, list(results))
+        index = TensorIndex.of_save(self.metadata, (r for part in results for r in part))
+        return {**files.sums, layout.INDEX: disk.write(folder, layout.INDEX, index.encode())}
+
+
+def read_tensors(
+    disk: LocalDisk, folder: str, index: TensorIndex, wanted: Mapping[str, Tensor]
+) -> None:
+    """Fill tensors from a checkpoint, each rank its own shards. Not collective.
+
+    Args:
+        disk: Where.
+        folder: Of the checkpoint.
+        index: The checkpoint's.
+        wanted: Tensors to fill in place, by name; all of them are in the index, in their shape.
+            Another dtype is cast.
+
+    Raises:
+        DamagedCheckpointError: If a piece can't be read.
+    """
+    if not wanted:
+        return
+    metadata = index.as_metadata(wanted)
+    reader = FileSystemReader(disk.root / folder)
+    reader.fs = _Files(disk, folder)
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    planner = _TensorsOnly(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(dict(wanted), metadata, is_coordinator=True)
+    plan = planner.finish_plan(planner.create_local_plan())
+    try:
+        reader.read_data(plan, planner).wait()
+    except OSError:
+        raise
+    except Exception as error:  # what torch raises on bytes that aren't a tensor is of any kind
+        if isinstance(error, DamagedCheckpointError):
+            raise
+        text = str(error).splitlines()[0] if str(error) else ""
+        raise DamagedCheckpointError(
+            f"a tensor can't be read: {type(error).__name__}: {text:.300}"
+        ) from error
+
+
+class _Planner(DefaultSavePlanner):
+    """Gives pieces of staged copies, once there are some."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.staged: Mapping[MetadataIndex, Tensor] | None = None
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return super().lookup_object(index) if self.staged is None else self.staged[index]
+
+
+class _TensorsOnly(DefaultLoadPlanner):
+    """Refuses to load anything but tensors: DCP would unpickle it."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise DamagedCheckpointError(f"{read_item.dest_index.fqn!r} isn't a tensor")
+
+
+def _writer(disk: LocalDisk, folder: str, files: _Files) -> FileSystemWriter:
+    writer = FileSystemWriter(disk.root / folder, overwrite=False)
+    writer.fs = files
+    writer.set_up_storage_writer(is_coordinator=True)
+    return writer
+
+
+class _Files(FileSystem):
+    """DCP's view of a folder: new files that keep their sums, regular files to read."""
+
+    def __init__(self, disk: LocalDisk, folder: str) -> None:
+        self._disk = disk
+        self._folder = folder
+        self._written: list[SummedFile] = []
+        self.sums: dict[str, FileSum] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        name = Path(path).name
+        if mode == "rb":
+            with self._disk.open(self._folder, name) as saved:
+                yield saved
+            return
+        with self._disk.create(self._folder, name) as file:
+            self._written.append(file)
+            yield file
+        self.sums[name] = file.sums
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        super().rename(path, new_path)
+        self.sums[Path(new_path).name] = self.sums.pop(Path(path).name)
+
+    @contextlib.contextmanager
+    def first_error_raised(self) -> Iterator[None]:
+        """Raise the error of the file system, whatever torch made of it."""
+        try:
+            yield
+        except Exception as error:
+            causes = [file.first_error for file in self._written if file.first_error is not None]
+            if causes and causes[0] is not error:
+                raise causes[0] from error
+            raise

@@ -1,0 +1,401 @@
+"""Store: a checkpoint directory of a run: opened, written to, tidied, chosen from. No policy."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+
+from dream_callbacks.checkpoint import commit, layout
+from dream_callbacks.checkpoint.catalog import (
+    Catalog,
+    Checkpoint,
+    damage_of,
+    late_metrics_document,
+    read_catalog,
+)
+from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.errors import CheckpointError
+from dream_callbacks.checkpoint.lock import DirectoryLock
+from dream_callbacks.checkpoint.manifest import FileSum, Manifest
+from dream_callbacks.checkpoint.ranks import Ranks, described
+from dream_callbacks.checkpoint.resume import ResumeMode, candidates
+from dream_callbacks.checkpoint.retention import KeepRules, to_delete
+from dream_callbacks.checkpoint.tree import Split, split
+from dream_trainer.world import World
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+    from torch.distributed.checkpoint.storage import WriteResult
+
+    from dream_callbacks.checkpoint.storage import TensorsToWrite
+
+logger = logging.getLogger(__name__)
+
+_SPARE_BYTES = 1 << 20
+"""Room for what isn't a tensor."""
+
+_VISIBLE_WITHIN_S = 60.0
+"""How long a shared file system may take to show a folder on another machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a save knows about the run, for the manifest."""
+
+    step: int
+    epoch: int
+    reason: str
+    num_train_batches: int | None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Save:
+    """A save on its way.
+
+    Attributes:
+        facts: About it.
+        parts: The state, taken apart.
+        tensors: This rank's share of the tensors.
+        folder: Where it is written.
+    """
+
+    facts: Facts
+    parts: Split
+    tensors: TensorsToWrite
+    folder: str
+
+    def stage(self, buffers: dict[MetadataIndex, Tensor]) -> None:
+        """Copy what the training will change, so that writing may go on beside it."""
+        self.tensors.stage(buffers)
+        self.parts.tensors.clear()
+
+
+class Store:
+    """A checkpoint directory, for the ranks of one run. Methods are collective unless they say so.
+
+    Args:
+        root: The directory.
+        world: Launched.
+        rules: What to keep.
+    """
+
+    def __init__(self, root: Path, world: World, rules: KeepRules) -> None:
+        self.disk = LocalDisk(root)
+        self.world = world
+        self.rules = rules
+        self.ranks = Ranks(world, "checkpoint")
+        self.run = self.ranks.broadcast(uuid.uuid4().hex)
+        self.lock = DirectoryLock(root / layout.LOCK, self.run)
+        self._dp_ranks = tuple(self.ranks.all_gather(world.dp_rank))
+        self._catalog = Catalog()
+        self._was_opened = False
+        self._changing = threading.Lock()  # a save may run beside the training
+        self._known_whole: set[tuple[str, int]] = set()
+
+    # Life
+
+    def open(self) -> None:
+        """Make the directory, lock it, and tidy up what an earlier run left.
+
+        Opened again, it makes sure that nobody else has written to it since.
+
+        Raises:
+            CheckpointError: If another run has the lock, or nothing can be written there.
+        """
+
+        def prepare() -> None:
+            self.disk.make_root()
+            self.lock.acquire()
+            commit.probe(self.disk)
+            commit.recover(self.disk)
+            catalog = read_catalog(self.disk)
+            if self._was_opened and catalog.next_seq != self._catalog.next_seq:
+                raise CheckpointError(
+                    "another run has saved there since this trainer was set up; set up a new "
+                    "trainer, which continues from what is there now"
+                )
+            self._catalog, self._was_opened = catalog, True
+
+        try:
+            self.ranks.on_zero(prepare)
+        except (CheckpointError, OSError) as error:
+            self.lock.release()
+            raise CheckpointError(
+                f"checkpoints can't be written to {self.disk}: {described(error)}. If it isn't a "
+                "matter of another run, give root_dir a directory that this user may write to"
+            ) from error
+
+    def start_afresh(self) -> None:
+        """Move the checkpoints that are there aside, if there are any."""
+
+        def move_aside() -> None:
+            present = [n for n in self.disk.entries() if layout.step_of(n) is not None]
+            if not present:
+                return
+            taken = self.disk.entries()
+            aside = next(
+                f"before-{n}" for n in range(1, len(taken) + 2) if f"before-{n}" not in taken
+            )
+            self.disk.make(aside)
+            for name in self.disk.entries():
+                if layout.step_of(name) is not None or layout.step_of_metrics(name) is not None:
+                    self.disk.rename(name, f"{aside}/{name}")
+            self._catalog = read_catalog(self.disk)
+            logger.warning(
+                "resume_mode=None: the run begins from scratch; %d checkpoints that were in %s "
+                "are in %s now",
+                len(present), self.disk, aside,
+            )  # fmt: skip
+
+        self.ranks.on_zero(move_aside)
+
+    def close(self) -> None:
+        """Let go of the lock. Not collective."""
+        self.lock.release()
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """What is there, oldest first. On rank 0 alone."""
+        return self._catalog.checkpoints
+
+    # Writing
+
+    def prepare(self, take_state: Callable[[], Mapping[str, Any]], facts: Facts) -> Save:
+        """Share out a state among the ranks and make room for it.
+
+        Args:
+            take_state: Gives the state.
+            facts: About the save.
+
+        Raises:
+            CheckpointError: If the state holds what can't be saved, or there is no room.
+        """
+        from dream_callbacks.checkpoint.storage import TensorsToWrite
+
+        parts = self.ranks.each(lambda: split(take_state(), self.ranks.rank))
+        tensors = TensorsToWrite.planned(parts.tensors, parts.paths, self.ranks)
+        folder = self.ranks.on_zero(lambda: self._begin(facts.step, tensors.total_bytes))
+        return Save(facts, parts, tensors, folder)
+
+    def write(self, save: Save, ranks: Ranks | None = None) -> None:
+        """Write a prepared save and commit it: when this returns, it lasts.
+
+        Args:
+            save: Prepared.
+            ranks: The group to use, if this runs beside the training.
+
+        Raises:
+            CheckpointError: If some rank couldn't write; nothing of it is left then.
+        """
+        ranks = ranks or self.ranks
+        try:
+            mine = ranks.each_slowly(lambda: self._write_own_part(save))
+
+            def commit_all(parts: Sequence[_Part]) -> list[None]:
+                self._commit(save, parts)
+                return [None] * ranks.size
+
+            ranks.via_zero(mine, commit_all)
+        except BaseException:
+            if ranks.is_zero:
+                commit.abandon(self.disk, save.folder)
+            raise
+
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Note results of a validation that came after the save of a step. On rank 0 alone."""
+        with self._changing:
+            checkpoint = self._catalog.of_step(step)
+            if checkpoint is None or checkpoint.manifest.run != self.run:
+                return
+            news = {k: v for k, v in metrics.items() if k not in checkpoint.metrics}
+            if not news:
+                return
+            late = {**checkpoint.late_metrics, **news}
+            document = late_metrics_document(checkpoint.manifest, late)
+            try:
+                self.disk.replace(layout.metrics_name(step), document, uuid.uuid4().hex)
+            except OSError as error:
+                logger.warning("the results of step %d can't be noted: %s", step, error)
+            self._take_in(dataclasses.replace(checkpoint, late_metrics=late))
+
+    def finish(self, facts: Facts, late_metrics: Mapping[str, float], took_s: float) -> None:
+        """Say that a step is saved, and delete what needn't be kept. On rank 0, after `write`.
+
+        Args:
+            facts: About the save.
+            late_metrics: Results that came while it was written.
+            took_s: Seconds from the first copy to the commit.
+        """
+        logger.info("saved step %d (%s) in %.2f s", facts.step, facts.reason, took_s)
+        self.add_metrics(facts.step, late_metrics)
+        try:
+            self._tidy()
+        except OSError as error:
+            logger.warning("an old checkpoint in %s can't be deleted: %s", self.disk, error)
+
+    def _tidy(self) -> None:
+        """Delete what the rules don't keep."""
+        with self._changing:
+            whole = [c for c in self._catalog.checkpoints if self._is_whole(c)]
+            for checkpoint in to_delete(whole, self.rules):
+                commit.discard(self.disk, checkpoint.name)
+                remaining = (c for c in self._catalog.checkpoints if c.name != checkpoint.name)
+                self._catalog = dataclasses.replace(self._catalog, checkpoints=tuple(remaining))
+
+    # Choosing
+
+    def choose(
+        self,
+        resume_mode: ResumeMode,
+        monitor: str,
+        mode: Literal["min", "max"],
+        *,
+        verify: bool,
+    ) -> Checkpoint | None:
+        """The checkpoint to load: the first candidate whose files are what was written.
+
+        Args:
+            resume_mode: Which to prefer.
+            monitor: The metric of "best", "min" and "max".
+            mode: What "best" means.
+            verify: Compare checksums; else sizes alone.
+
+        Returns:
+            The checkpoint; None if there is none at all.
+
+        Raises:
+            CheckpointError: If there are some, and none is whole.
+        """
+        chosen = self.ranks.on_zero(lambda: candidates(self._catalog, resume_mode, monitor, mode))
+        if self.ranks.is_zero:
+            for text in chosen.passed_over:
+                logger.warning("%s/%s; not resumed from", self.disk, text)
+        problems: list[str] = []
+        for checkpoint in chosen.checkpoints:
+            damage = self.damage(checkpoint, checksums=verify)
+            if not damage:
+                return checkpoint
+            problems.append("; ".join(damage[:3]))
+            if self.ranks.is_zero:
+                logger.warning(
+                    "%s is damaged: %s; trying the one before it", checkpoint.name, problems[-1]
+                )
+        if not chosen.checkpoints:
+            return None
+        raise CheckpointError(
+            f"none of the checkpoints in {self.disk} that resume_mode={resume_mode!r} allows is "
+            f"whole ({'; '.join(problems[:3])}); restore one from a copy, choose another step, or "
+            "move them away to begin from scratch"
+        )
+
+    def damage(self, checkpoint: Checkpoint, *, checksums: bool) -> list[str]:
+        """What is wrong with a checkpoint's files; each rank looks at some of them."""
+        share = (self.ranks.rank, self.ranks.size)
+        found = self.ranks.gather(
+            lambda: damage_of(self.disk, checkpoint, checksums=checksums, share=share)
+        )
+        return [problem for part in found for problem in part]
+
+    # Inside
+
+    def _begin(self, step: int, num_bytes: int) -> str:
+        free = self.disk.free_bytes()
+        if free < num_bytes + _SPARE_BYTES:
+            raise OSError(
+                f"no space left for it: it needs {spelled_bytes(num_bytes + _SPARE_BYTES)}, and "
+                f"{spelled_bytes(free)} are free"
+            )
+        return commit.begin(self.disk, step, self.run)
+
+    def _write_own_part(self, save: Save) -> _Part:
+        self._wait_until_visible(save.folder)
+        results, sums = save.tensors.write(self.disk, save.folder)
+        name = layout.rank_name(self.ranks.rank)
+        sums[name] = self.disk.write(save.folder, name, _json(save.parts.local))
+        return _Part(results, sums, save.tensors.has_nan("models."))
+
+    def _commit(self, save: Save, parts: Sequence[_Part]) -> None:
+        sums: dict[str, FileSum] = {}
+        for part in parts:
+            sums.update(part.sums)
+        sums.update(save.tensors.finish(self.disk, save.folder, [part.results for part in parts]))
+        sums[layout.STATE] = self.disk.write(save.folder, layout.STATE, _json(save.parts.shared))
+        facts = save.facts
+        manifest = Manifest(
+            step=facts.step,
+            epoch=facts.epoch,
+            seq=self._catalog.next_seq,
+            run=self.run,
+            fence=self.lock.fence,
+            created_unix=time.time(),
+            reason=facts.reason,
+            world_size=self.ranks.size,
+            shape=dataclasses.asdict(self.world.shape),
+            dp_ranks=self._dp_ranks,
+            num_train_batches=facts.num_train_batches,
+            metrics=dict(facts.metrics),
+            has_nan=any(part.has_nan for part in parts),
+            torch_version=torch.__version__,
+            files=sums,
+        )
+        name = commit.publish(self.disk, save.folder, manifest, self.lock)
+        with self._changing:
+            self._take_in(Checkpoint(name, manifest))
+
+    def _wait_until_visible(self, folder: str) -> None:
+        deadline = time.monotonic() + _VISIBLE_WITHIN_S
+        while not self.disk.is_folder(folder):
+            if time.monotonic() > deadline:
+                raise FileNotFoundError(
+                    f"rank 0 made {self.disk}/{folder}, and this rank can't see it; all ranks must "
+                    "share the file system that root_dir is on"
+                )
+            time.sleep(0.05)
+
+    def _take_in(self, checkpoint: Checkpoint) -> None:
+        others = (c for c in self._catalog.checkpoints if c.name != checkpoint.name)
+        ordered = sorted([*others, checkpoint], key=lambda c: (c.manifest.seq, c.step))
+        damaged = {n: w for n, w in self._catalog.damaged.items() if n != checkpoint.name}
+        self._catalog = Catalog(tuple(ordered), damaged)
+
+    def _is_whole(self, checkpoint: Checkpoint) -> bool:
+        """Whether the files have their sizes; looked up once."""
+        key = (checkpoint.name, checkpoint.manifest.seq)
+        if key not in self._known_whole:
+            if damage_of(self.disk, checkpoint, checksums=False):
+                return False
+            self._known_whole.add(key)
+        return True
+
+
+class _Part(NamedTuple):
+    """What a rank wrote."""
+
+    results: list[WriteResult]
+    sums: dict[str, FileSum]
+    has_nan: bool
+
+
+def _json(document: Any) -> bytes:
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+def spelled_bytes(num_bytes: float) -> str:
+    """A size for people: "1.9 GiB"."""
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
+    power = 0
+    while num_bytes >= 1024 and power + 1 < len(units):
+        num_bytes, power = num_bytes / 1024, power + 1
+    return f"{num_bytes:.{1 if power else 0}f} {units[power]}"

@@ -1,0 +1,230 @@
+"""AsyncCheckpointCallback: training goes on while a save is written, and nothing else differs."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_callback import saved, steps, tiny
+from test_errors import Limit, full_disk
+from test_signals import SendSignal
+from training import CrashAt, Filled, PlannedError, different, directory, make, moments, weights
+
+from dream_callbacks.checkpoint import CheckpointError
+from dream_trainer.callbacks import Callback, Every
+from dream_trainer.testing import TinyTrainer, run_on_ranks
+
+
+class Watch(Callback[Any]):
+    """What is going on after each step."""
+
+    def __init__(self) -> None:
+        self.unfinished: list[int] = []
+        self.threads: list[int] = []
+
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        found = list(directory(self.trainer.run_dir).glob(".tmp-*"))
+        self.unfinished.append(len(found))
+        names = [thread.name for thread in threading.enumerate()]
+        self.threads.append(names.count("checkpoint"))
+
+
+class Wide(TinyTrainer):
+    """Large enough that writing it takes longer than a step: 4 MB, and 8 MB of moments."""
+
+    def configure_models(self) -> None:
+        super().configure_models()
+        self.model.register_parameter("wide", torch.nn.Parameter(torch.zeros(1 << 20)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        self.model.wide.data.add_(1.0)  # type: ignore[union-attr,operator]
+        return super().training_step(batch, batch_idx)
+
+
+def test_training_goes_on_while_a_save_is_written(tmp_path: Path) -> None:
+    watch = Watch()
+
+    tiny(tmp_path, watch, kind=Wide, callback="async", every=Every(steps=8)).fit()
+
+    assert sum(watch.unfinished) >= 1
+    assert steps(tmp_path) == [8, 16]
+
+
+def test_never_are_two_saves_in_flight(tmp_path: Path) -> None:
+    watch = Watch()
+
+    tiny(tmp_path, watch, kind=Wide, callback="async", every=Every(steps=1)).fit()
+
+    assert max(watch.unfinished) <= 1
+    assert max(watch.threads) == 1
+    assert steps(tmp_path) == list(range(1, 17))
+
+
+@pytest.mark.parametrize("kind", [Filled, Wide])
+def test_what_is_saved_is_the_moment_of_the_save(tmp_path: Path, kind: Any) -> None:
+    fields: dict[str, Any] = {"kind": kind, "every": Every(steps=1)}
+    tiny(tmp_path / "sync", **fields).fit()
+    tiny(tmp_path / "async", callback="async", **fields).fit()
+
+    for step in range(1, 17):
+        first, second = (
+            tiny(tmp_path / name, resume_mode=step, **fields) for name in ("sync", "async")
+        )
+        first.setup()
+        second.setup()
+        assert not different(weights(first), weights(second))
+        assert not different(moments(first), moments(second))
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_it_saves_the_same_as_the_other_on_two_ranks(tmp_path: Path, layout: str) -> None:
+    run_on_ranks(trained, 2, tmp_path / "sync", "sync", layout)
+    run_on_ranks(trained, 2, tmp_path / "async", "async", layout)
+
+    for step in (4, 8, 12, 16):
+        first, second = (
+            tiny(tmp_path / name, resume_mode=step, every=Every(steps=4))
+            for name in ("sync", "async")
+        )
+        first.setup()
+        second.setup()
+        assert not different(weights(first), weights(second))
+        assert not different(moments(first), moments(second))
+
+
+def trained(root: Path, callback: str, layout: str) -> None:
+    tiny(root, callback=callback, layout=layout, every=Every(steps=4)).fit()
+
+
+def test_the_end_waits_for_the_save_in_flight(tmp_path: Path) -> None:
+    trainer = tiny(tmp_path, kind=Wide, callback="async", every=Every(steps=100))
+
+    trainer.fit()
+
+    assert steps(tmp_path) == [16]
+    assert "checkpoint" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_an_error_waits_for_the_save_in_flight(tmp_path: Path) -> None:
+    with pytest.raises(PlannedError):
+        tiny(tmp_path, CrashAt(9), kind=Wide, callback="async", every=Every(steps=8)).fit()
+
+    assert steps(tmp_path) == [8]
+
+
+def test_ctrl_c_waits_for_the_save_in_flight(tmp_path: Path) -> None:
+    import signal
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny(
+            tmp_path, SendSignal(signal.SIGINT), kind=Wide, callback="async", every=Every(steps=2)
+        ).fit()
+
+    assert steps(tmp_path) == [2, 3]
+
+
+def test_results_that_come_while_it_is_written_belong_to_it(tmp_path: Path) -> None:
+    training = {"val_every_n_steps": 4}
+
+    tiny(tmp_path, kind=Wide, callback="async", every=Every(steps=4), training=training).fit()
+
+    assert steps(tmp_path) == [4, 8, 12, 16]
+    assert all("val_loss" in c.metrics for c in saved(tmp_path))
+
+
+def test_the_best_stay_here_too(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"keep_last": 1, "keep_top_k": 2, "every": Every(steps=1000)}
+
+    tiny(tmp_path, callback="async", n_epochs=6, **fields).fit()
+
+    values = [c.metrics["val_loss"] for c in saved(tmp_path)]
+    assert len(values) in (2, 3)
+
+
+def test_a_failed_save_doesnt_stop_training_and_loses_nothing(tmp_path: Path) -> None:
+    (messages,) = run_on_ranks(full_disk_beside, 1, tmp_path)
+
+    assert steps(tmp_path) == [2, 4, 10, 12, 14, 16]
+    assert [text.split(" couldn't")[0] for text in messages] == [
+        "the checkpoint of step 6",
+        "the checkpoint of step 8",
+    ]
+    assert all("File too large" in text for text in messages)
+
+
+def full_disk_beside(root: Path) -> list[str]:
+    return full_disk(root, callback="async")
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_failed_save_ends_the_run_on_all_ranks_if_asked(tmp_path: Path, num_ranks: int) -> None:
+    results = run_on_ranks(fails_beside, num_ranks, tmp_path, "fsdp" if num_ranks > 1 else "single")
+
+    for step, message in results:
+        assert "the checkpoint of step 6 couldn't be saved" in message
+        assert 6 <= step <= 8, "before the next save, at the latest"
+    assert len({step for step, _ in results}) == 1
+    assert steps(tmp_path) == [2, 4]
+
+
+def fails_beside(root: Path, layout: str) -> tuple[int, str]:
+    trainer = tiny(
+        root,
+        Limit(5, 5_000),
+        callback="async",
+        layout=layout,
+        every=Every(steps=2),
+        on_save_error="raise",
+    )
+    with pytest.raises(CheckpointError) as caught:
+        trainer.fit()
+    return trainer.global_step, str(caught.value)
+
+
+def test_a_failed_last_save_is_reported_at_the_end(tmp_path: Path) -> None:
+    ((message,),) = run_on_ranks(last_one_fails, 1, tmp_path)
+
+    assert "the checkpoint of step 16 couldn't be saved" in message
+    assert steps(tmp_path) == [4, 8, 12]
+
+
+def last_one_fails(root: Path) -> list[str]:
+    # Full from step 14 on: what step 16 begins can't be finished.
+    return full_disk(root, Limit(14, 5_000), callback="async", every=Every(steps=4))
+
+
+def test_memory_is_one_copy_however_many_saves(tmp_path: Path) -> None:
+    def copies() -> int:
+        gc.collect()
+        tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+        return len({t.untyped_storage().data_ptr() for t in tensors if t.numel() == 1 << 20})
+
+    class Count(Callback[Any]):
+        def __init__(self) -> None:
+            self.most = 0
+
+        def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+            self.most = max(self.most, copies())
+
+    without, count = Count(), Count()
+    tiny(tmp_path / "without", without, kind=Wide, every=Every(steps=100), n_epochs=1).fit()
+    tiny(
+        tmp_path / "with", count, kind=Wide, callback="async", every=Every(steps=1), n_epochs=1
+    ).fit()
+
+    assert count.most <= 2 * without.most
+
+
+def test_a_copy_of_the_callback_is_one_of_its_own(tmp_path: Path) -> None:
+    import copy
+
+    trainer = make(tmp_path, kind=TinyTrainer, callback="async", every=Every(steps=4))
+    trainer.fit()
+
+    twin = copy.deepcopy(trainer.callbacks["AsyncCheckpointCallback"])
+
+    assert twin.parameters == trainer.callbacks["AsyncCheckpointCallback"].parameters

@@ -1,0 +1,593 @@
+"""CheckpointCallback: when it saves, what it keeps, what it continues from."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from training import (
+    CrashAt,
+    History,
+    PlannedError,
+    checkpoints,
+    different,
+    directory,
+    make,
+    weights,
+)
+
+from dream_callbacks.checkpoint import CheckpointCallback, CheckpointError, CheckpointParameters
+from dream_callbacks.checkpoint.catalog import Checkpoint, read_catalog
+from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_trainer.callbacks import Callback, Every, RankLocal
+from dream_trainer.testing import TinyTrainer
+
+STEPS_PER_EPOCH = 8
+
+
+def tiny(root: Path, *callbacks: Callback[Any], n_epochs: int = 2, **fields: Any) -> TinyTrainer:
+    """A trainer of 8 steps an epoch; `fields` are of CheckpointParameters or `training`."""
+    training = {"n_epochs": n_epochs, **fields.pop("training", {})}
+    kind = fields.pop("kind", TinyTrainer)
+    fields = {"keep_last": None, **fields}
+    trainer: TinyTrainer = make(root, *callbacks, kind=kind, training=training, **fields)
+    return trainer
+
+
+def saved(root: Path) -> list[Checkpoint]:
+    catalog = read_catalog(LocalDisk(directory(root)))
+    assert not catalog.damaged
+    return list(catalog.checkpoints)
+
+
+def steps(root: Path) -> list[int]:
+    return [checkpoint.step for checkpoint in saved(root)]
+
+
+# When
+
+
+@pytest.mark.parametrize(
+    ("cadence", "expected"),
+    [
+        ({"every": Every(steps=3)}, [3, 6, 9, 12, 15, 16]),
+        ({"every": Every(steps=100)}, [16]),
+        ({"every": Every(epochs=1)}, [8, 16]),
+        ({"every": Every(epochs=2)}, [16]),
+        ({"every": Every(steps=5, epochs=1)}, [5, 8, 10, 15, 16]),
+        ({"every": Every(seconds=1e-9)}, list(range(1, 17))),
+        ({"every": Every(seconds=1e9)}, [16]),
+        ({"checkpoint_every_n_train_epochs": 1}, [8, 16]),
+        ({"checkpoint_every_n_val_epochs": 1}, [8, 16]),
+        ({"checkpoint_every_n_val_epochs": 2}, [16]),
+        ({}, [8, 16]),
+    ],
+    ids=str,
+)
+def test_saves_come_when_they_were_asked_for(
+    tmp_path: Path, cadence: dict[str, Any], expected: list[int]
+) -> None:
+    tiny(tmp_path, **cadence).fit()
+
+    assert steps(tmp_path) == expected
+
+
+def test_validation_runs_of_their_own_count(tmp_path: Path) -> None:
+    training = {"val_every_n_steps": 3}
+
+    tiny(tmp_path, checkpoint_every_n_val_epochs=2, training=training).fit()
+
+    assert steps(tmp_path) == [6, 12, 16]
+
+
+def test_a_save_comes_only_between_two_steps(tmp_path: Path) -> None:
+    training = {"gradient_accumulation_steps": 3}
+
+    tiny(tmp_path, every=Every(seconds=1e-9), training=training, n_epochs=1).fit()
+
+    counters = [state(c, tmp_path)["trainer"]["counters"] for c in saved(tmp_path)]
+    assert [(c["global_step"], c["epoch_batches"]) for c in counters] == [(1, 3), (2, 6), (3, 8)]
+
+
+def state(checkpoint: Checkpoint, root: Path) -> Any:
+    import json
+
+    return json.loads((directory(root) / checkpoint.name / "state.json").read_text())
+
+
+def test_the_manifest_tells_why_it_was_saved(tmp_path: Path) -> None:
+    tiny(tmp_path, every=Every(steps=5, epochs=1)).fit()
+
+    reasons = [checkpoint.manifest.reason for checkpoint in saved(tmp_path)]
+    assert reasons == ["every 5 steps", "epoch", "every 5 steps", "every 5 steps", "epoch"]
+
+
+def test_before_validation_and_after_it_are_different_cadences(tmp_path: Path) -> None:
+    tiny(tmp_path / "before", checkpoint_every_n_train_epochs=1, n_epochs=1).fit()
+    tiny(tmp_path / "after", checkpoint_every_n_val_epochs=1, n_epochs=1).fit()
+
+    stages = [
+        state(saved(root)[0], root)["trainer"]["counters"]["epoch_stage"]
+        for root in (tmp_path / "before", tmp_path / "after")
+    ]
+    assert stages == ["validate", "end"]
+
+
+def test_nothing_is_saved_before_the_first_step(tmp_path: Path) -> None:
+    class StopAtOnce(Callback[Any]):
+        def pre_fit(self) -> None:
+            self.trainer.stop("at once")
+
+    tiny(tmp_path, StopAtOnce()).fit()
+
+    assert steps(tmp_path) == []
+
+
+def test_a_stop_saves_where_it_stopped(tmp_path: Path) -> None:
+    class StopAt(Callback[Any]):
+        def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+            if self.trainer.global_step == 3:
+                self.trainer.stop("enough")
+
+    tiny(tmp_path, StopAt()).fit()
+
+    assert [(c.step, c.manifest.reason) for c in saved(tmp_path)] == [(3, "enough")]
+
+
+def test_a_finished_run_that_is_started_again_saves_nothing_new(tmp_path: Path) -> None:
+    tiny(tmp_path).fit()
+    before = saved(tmp_path)
+
+    tiny(tmp_path).fit()
+
+    assert saved(tmp_path) == before
+
+
+def test_enable_false_does_nothing(tmp_path: Path) -> None:
+    tiny(tmp_path, enable=False).fit()
+
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_root_dir_is_the_root_of_another_run_directory(tmp_path: Path) -> None:
+    trainer = tiny(tmp_path / "runs", root_dir=tmp_path / "elsewhere")
+
+    trainer.fit()
+
+    config = trainer.config
+    run = tmp_path / "elsewhere" / config.project / config.group / config.experiment
+    assert (run / "checkpoints" / "step-0000000016").is_dir()
+    assert not (tmp_path / "runs").exists()
+
+
+# What stays
+
+
+def test_the_newest_three_stay_by_default(tmp_path: Path) -> None:
+    tiny(tmp_path, every=Every(steps=2), keep_last=3).fit()
+
+    assert steps(tmp_path) == [12, 14, 16]
+
+
+def test_the_best_are_saved_and_stay_whatever_the_cadence(tmp_path: Path) -> None:
+    values = {2: 5.0, 4: 1.0, 6: 4.0, 8: 2.0, 10: 9.0, 12: 8.0, 14: 7.0, 16: 3.0}
+
+    tiny(tmp_path, kind=scored(values), keep_top_k=2, keep_last=1, **SCORED).fit()
+
+    assert steps(tmp_path) == [4, 8, 16]
+    assert [c.metrics["val_loss"] for c in saved(tmp_path)] == [1.0, 2.0, 3.0]
+
+
+SCORED: dict[str, Any] = {"every": Every(steps=1000), "training": {"val_every_n_steps": 2}}
+
+
+def scored(values: dict[int, float]) -> type[TinyTrainer]:
+    """A trainer whose validation gives what was planned for the step."""
+
+    class Scored(TinyTrainer):
+        def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            return {"val_loss": torch.tensor(values[self.global_step])}
+
+    return Scored
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0], ids=str)
+def test_any_result_can_be_saved_and_found_again(tmp_path: Path, value: float) -> None:
+    values = {4: 2.0, 8: value, 12: 3.0, 16: 4.0}
+    fields: dict[str, Any] = {"every": Every(steps=4), "training": {"val_every_n_steps": 4}}
+
+    tiny(tmp_path, kind=scored(values), **fields).fit()
+
+    assert steps(tmp_path) == [4, 8, 12, 16]
+    assert saved(tmp_path)[1].metrics["val_loss"] == pytest.approx(value, nan_ok=True)
+    trainer = tiny(tmp_path, kind=scored(values), resume_mode="best", **fields)
+    trainer.setup()
+    assert trainer.global_step == (8 if value < 2 else 4)
+
+
+def test_a_validation_after_the_save_belongs_to_it(tmp_path: Path) -> None:
+    values = {2: 1.0, 4: 5.0}
+    fields: dict[str, Any] = {"every": Every(steps=2), "training": SCORED["training"]}
+
+    tiny(tmp_path, kind=scored(values | dict.fromkeys(range(6, 17, 2), 9.0)), **fields).fit()
+
+    assert saved(tmp_path)[0].metrics == {"val_loss": 1.0}
+    assert saved(tmp_path)[1].metrics == {"val_loss": 5.0}
+    assert saved(tmp_path)[0].manifest.metrics == {}, "the folder never changes"
+
+
+def test_an_unknown_monitor_is_an_error_that_lists_what_there_is(tmp_path: Path) -> None:
+    trainer = tiny(tmp_path, monitor="accuracy", keep_top_k=1)
+
+    with pytest.raises(CheckpointError, match=r"monitor='accuracy'.*there are loss, val_loss"):
+        trainer.fit()
+
+    assert trainer.global_step == STEPS_PER_EPOCH
+
+
+def test_a_monitor_that_nothing_depends_on_doesnt_matter(tmp_path: Path) -> None:
+    tiny(tmp_path, monitor="accuracy").fit()
+
+    assert steps(tmp_path) == [8, 16]
+
+
+def test_a_training_result_can_be_monitored(tmp_path: Path) -> None:
+    tiny(tmp_path, monitor="loss", keep_top_k=1, keep_last=1, n_epochs=4).fit()
+
+    best = min(saved(tmp_path), key=lambda checkpoint: checkpoint.metrics["loss"])
+    assert "loss" in best.metrics
+    assert len(steps(tmp_path)) <= 2
+
+
+def test_a_try_of_validation_before_training_isnt_a_result(tmp_path: Path) -> None:
+    trainer = tiny(tmp_path, keep_top_k=1, training={"num_sanity_val_steps": 1})
+
+    trainer.fit()
+
+    assert steps(tmp_path) == [8, 16]
+
+
+def test_weights_with_nan_are_marked_and_the_run_goes_back_to_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Spoil(Callback[Any]):
+        def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+            if self.trainer.global_step == 12:
+                with torch.no_grad():
+                    self.trainer.model.head.weight.fill_(math.nan)
+
+    fields: dict[str, Any] = {"every": Every(steps=4), "keep_last": 1}
+    tiny(tmp_path, Spoil(), **fields).fit()
+
+    assert [(c.step, c.manifest.has_nan) for c in saved(tmp_path)] == [(8, False), (16, True)]
+    trainer = tiny(tmp_path, **fields)
+    trainer.setup()
+    assert trainer.global_step == 8
+    assert "step-0000000016 has NaN in its weights" in caplog.text
+
+
+# What is resumed
+
+
+def test_best_goes_back_and_last_then_means_the_new_branch(tmp_path: Path) -> None:
+    values = {4: 1.0, 8: 5.0, 12: 6.0, 16: 7.0}
+    fields: dict[str, Any] = {
+        "kind": scored(values),
+        "every": Every(steps=4),
+        "training": {"val_every_n_steps": 4},
+    }
+    tiny(tmp_path, **fields).fit()
+
+    fields["training"] = {"val_every_n_steps": 4, "max_steps": 6}
+    fields["kind"] = scored(values | {6: 0.0})
+    tiny(tmp_path, resume_mode="best", **fields).fit()
+
+    assert steps(tmp_path) == [4, 8, 12, 16, 6], "in the order in which they were written"
+    trainer = tiny(tmp_path, **fields)
+    trainer.setup()
+    assert trainer.global_step == 6
+
+
+def test_a_step_that_comes_again_replaces_the_one_of_the_old_branch(tmp_path: Path) -> None:
+    tiny(tmp_path, every=Every(steps=4)).fit()
+    old = {c.step: c.manifest.run for c in saved(tmp_path)}
+
+    tiny(tmp_path, every=Every(steps=4), resume_mode=4).fit()
+
+    new = {c.step: c.manifest.run for c in saved(tmp_path)}
+    assert list(new) == [4, 8, 12, 16]
+    assert new[4] == old[4]
+    assert all(new[step] != old[step] for step in (8, 12, 16))
+
+
+def test_resume_none_begins_from_scratch_and_loses_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny(tmp_path, n_epochs=1).fit()
+    first = directory(tmp_path) / "step-0000000008"
+    content = {path.name: path.read_bytes() for path in first.iterdir()}
+
+    trainer = tiny(tmp_path, n_epochs=1, resume_mode=None)
+    trainer.setup()
+
+    assert trainer.global_step == 0
+    assert "1 checkpoints that were in" in caplog.text
+    moved = directory(tmp_path) / "before-1" / "step-0000000008"
+    assert {path.name: path.read_bytes() for path in moved.iterdir()} == content
+    trainer.fit()
+    tiny(tmp_path, n_epochs=1, resume_mode=None).setup()
+    assert (directory(tmp_path) / "before-2" / "step-0000000008").is_dir()
+
+
+def test_another_model_is_refused_with_all_differences_at_once(tmp_path: Path) -> None:
+    class Other(TinyTrainer):
+        def configure_models(self) -> None:
+            super().configure_models()
+            self.model.head = nn.Linear(8, 2)
+            self.model.extra = nn.Linear(1, 1)
+            self.model.embed = nn.Linear(4, 8, dtype=torch.float64)  # type: ignore[assignment]
+            del self.model.blocks[1]
+
+    tiny(tmp_path).fit()
+    trainer = tiny(tmp_path, kind=Other)
+
+    with pytest.raises(CheckpointError) as caught:
+        trainer.setup()
+
+    lines = str(caught.value).splitlines()
+    assert len(lines) <= 15
+    text = str(caught.value)
+    assert "in the checkpoint alone: models.model.blocks.1.bias" in text
+    assert "in the trainer alone: models.model.extra.bias" in text
+    assert "models.model.head.weight [1, 8] → [2, 8]" in text
+    assert "models.model.embed.weight torch.float32 → torch.float64" in text
+    assert "strict_load=False" in text
+
+
+def test_strict_load_false_loads_what_matches(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Other(TinyTrainer):
+        def configure_models(self) -> None:
+            super().configure_models()
+            self.model.head = nn.Linear(8, 2)
+
+    first = tiny(tmp_path)
+    first.fit()
+    fresh = tiny(tmp_path / "fresh", kind=Other)
+    fresh.setup()
+
+    trainer = tiny(tmp_path, kind=Other, strict_load=False)
+    trainer.setup()
+
+    found, before, loaded = weights(trainer), weights(first), weights(fresh)
+    heads = ["model.head.bias", "model.head.weight"]
+    assert different(found, before) == heads
+    assert all(torch.equal(found[name], loaded[name]) for name in heads)
+    assert trainer.global_step == 16
+    assert "of another shape: models.model.head.weight" in caplog.text
+
+
+def test_resume_data_false_begins_the_epoch_anew(tmp_path: Path) -> None:
+    history = History()
+    with pytest.raises(PlannedError):
+        tiny(tmp_path, history, CrashAt(11), every=Every(steps=2)).fit()
+
+    trainer = tiny(tmp_path, history, every=Every(steps=2), resume_data=False)
+    trainer.setup()
+
+    assert (trainer.global_step, trainer.current_epoch) == (10, 1)
+    assert trainer.counters.epoch_batches == 0
+    trainer.fit()
+    assert trainer.global_step == 18
+
+
+def test_other_data_is_refused_where_the_position_cant_be_one_of_it(tmp_path: Path) -> None:
+    with pytest.raises(PlannedError):
+        tiny(tmp_path, CrashAt(7), every=Every(steps=2)).fit()
+    trainer = tiny(tmp_path, training={"train_steps_per_epoch": 4})
+
+    with pytest.raises(CheckpointError, match=r"6 batches of the epoch are done, and .* has 4 now"):
+        trainer.setup()
+
+
+# Among other callbacks
+
+
+class Average(Callback[Any]):
+    """A moving average of the weights, made after each step, and sharded as they are."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def post_setup(self) -> None:
+        self.average = {n: p.detach().clone() for n, p in self.trainer.model.named_parameters()}
+
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        self.steps += 1
+        for name, parameter in self.trainer.model.named_parameters():
+            self.average[name].lerp_(parameter.detach(), 0.1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self.average, "steps": RankLocal(self.steps)}
+
+    def load_state_dict(self, state_dict: dict[str, Any], trainer: Any) -> None:
+        self.steps = state_dict["steps"]
+        for name, tensor in state_dict["average"].items():
+            self.average[name].copy_(tensor)
+
+
+@pytest.mark.parametrize("is_listed_after", [False, True], ids=["before", "after"])
+def test_weights_and_average_are_saved_each_under_its_name(
+    tmp_path: Path, is_listed_after: bool
+) -> None:
+    def averaged(n_epochs: int, root: Path) -> tuple[TinyTrainer, Average]:
+        average = Average()
+        trainer = tiny(root, n_epochs=n_epochs, every=Every(steps=3))
+        if is_listed_after:
+            trainer.callbacks.append(average)
+        else:
+            callback = trainer.callbacks.pop("CheckpointCallback")
+            trainer.callbacks.append(average)
+            trainer.callbacks.append(callback)
+        return trainer, average
+
+    whole, expected = averaged(2, tmp_path / "whole")
+    whole.fit()
+    stopped, _ = averaged(1, tmp_path / "stopped")
+    stopped.fit()
+
+    trainer, found = averaged(2, tmp_path / "stopped")
+    trainer.setup()
+    assert found.steps == 8
+    assert different(weights(trainer), {f"model.{n}": t for n, t in found.average.items()})
+    trainer.fit()
+
+    assert found.steps == 16
+    assert not different(found.average, expected.average)
+    assert not different(weights(trainer), weights(whole))
+
+
+def test_it_runs_after_everyone_else(tmp_path: Path) -> None:
+    trainer = tiny(tmp_path, Average(), History())
+
+    plan = trainer.callbacks.plan()
+
+    assert plan.hooks["post_train_step"] == ("Average", "History", "CheckpointCallback")
+    assert plan.hooks["post_setup"] == ("Average", "CheckpointCallback")
+
+
+def test_a_state_that_couldnt_be_loaded_isnt_saved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Careless(Callback[Any]):
+        def state_dict(self) -> dict[str, Any]:
+            return {"path": Path("x")}
+
+    tiny(tmp_path, Careless()).fit()
+
+    assert steps(tmp_path) == []
+    assert "the state of callback Careless holds" in caplog.text
+    assert "state_dict()['path']" in caplog.text
+
+
+def test_two_of_them_in_one_directory_are_refused(tmp_path: Path) -> None:
+    trainer = tiny(tmp_path, CheckpointCallback(CheckpointParameters(every=Every(steps=5))))
+
+    with pytest.raises(CheckpointError, match=r"CheckpointCallback_2 writes to .* too"):
+        trainer.setup()
+
+
+def test_two_of_them_in_two_directories_are_fine(tmp_path: Path) -> None:
+    second = CheckpointParameters(root_dir=tmp_path / "second", every=Every(steps=4))
+
+    tiny(tmp_path / "first", CheckpointCallback(second)).fit()
+
+    assert steps(tmp_path / "first") == [8, 16]
+    assert checkpoints(tmp_path / "second") == [
+        "step-0000000008",
+        "step-0000000012",
+        "step-0000000016",
+    ]
+
+
+# Life
+
+
+def test_fit_can_be_called_again(tmp_path: Path) -> None:
+    trainer = tiny(tmp_path, n_epochs=1)
+    trainer.fit()
+    trainer.training_parameters.n_epochs = 3
+
+    trainer.fit()
+
+    assert steps(tmp_path) == [8, 16, 24]
+
+
+def test_a_copy_is_a_callback_of_its_own(tmp_path: Path) -> None:
+    callback = CheckpointCallback(CheckpointParameters(every=Every(steps=4)))
+    trainer = tiny(tmp_path / "first", n_epochs=1, enable=False)
+    trainer.callbacks["CheckpointCallback"] = callback
+    trainer.fit()
+
+    for twin in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
+        other = tiny(tmp_path / "other", n_epochs=1, enable=False)
+        other.callbacks["CheckpointCallback"] = twin
+        other.fit()
+
+        assert twin.parameters == callback.parameters
+        assert steps(tmp_path / "other") == [4, 8]
+
+
+def test_an_error_before_training_leaves_the_directory_to_others(tmp_path: Path) -> None:
+    class Fails(Callback[Any]):
+        after = {CheckpointCallback}
+
+        def pre_fit(self) -> None:
+            raise PlannedError
+
+    with pytest.raises(PlannedError):
+        tiny(tmp_path, Fails()).fit()
+
+    tiny(tmp_path).fit()
+    assert steps(tmp_path) == [8, 16]
+
+
+def test_a_second_trainer_in_the_same_directory_is_refused(tmp_path: Path) -> None:
+    class StartsAnother(Callback[Any]):
+        def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+            with pytest.raises(CheckpointError, match="in use by another trainer of this process"):
+                tiny(tmp_path).fit()
+
+    tiny(tmp_path, StartsAnother(), training={"max_steps": 1}).fit()
+
+
+def test_a_run_that_was_overtaken_since_it_was_set_up_is_refused(tmp_path: Path) -> None:
+    trainer = tiny(tmp_path)
+    trainer.setup()
+    tiny(tmp_path).fit()
+
+    with pytest.raises(CheckpointError, match="another run has saved there since"):
+        trainer.fit()
+
+
+def test_save_on_exception_saves_between_two_steps(tmp_path: Path) -> None:
+    class FailsBetween(Callback[Any]):
+        def pre_epoch(self) -> None:
+            if self.trainer.current_epoch == 1:
+                raise PlannedError
+
+    with pytest.raises(PlannedError):
+        tiny(tmp_path, FailsBetween(), every=Every(steps=100), save_on_exception=True).fit()
+
+    assert [(c.step, c.manifest.reason) for c in saved(tmp_path)] == [(8, "PlannedError")]
+
+
+def test_save_on_exception_saves_nothing_that_isnt_exact(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class FailsInside(TinyTrainer):
+        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            result = super().training_step(batch, batch_idx)
+            if self.global_step == 3:
+                raise PlannedError
+            return result
+
+    with pytest.raises(PlannedError):
+        tiny(tmp_path, kind=FailsInside, every=Every(steps=2), save_on_exception=True).fit()
+
+    assert steps(tmp_path) == [2]
+    assert "the error came inside a step; the newest checkpoint is that of step 2" in caplog.text
+
+
+def test_without_save_on_exception_nothing_is_saved(tmp_path: Path) -> None:
+    with pytest.raises(PlannedError):
+        tiny(tmp_path, CrashAt(11)).fit()
+
+    assert steps(tmp_path) == [8]

@@ -1,0 +1,348 @@
+"""Whatever happens to a file of a checkpoint is seen before a tensor of the model is touched."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import different, directory, make, weights
+
+from dream_callbacks.checkpoint import CheckpointError, DamagedCheckpointError
+from dream_callbacks.checkpoint.catalog import damage_of, read_catalog
+from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.manifest import sealed, unsealed
+from dream_trainer.callbacks import Every
+from dream_trainer.testing import TinyTrainer
+
+OLDER, NEWER = "step-0000000004", "step-0000000008"
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with two checkpoints."""
+    root = tmp_path_factory.mktemp("pristine")
+    tiny(root, n_epochs=1).fit()
+    assert sorted(path.name for path in directory(root).glob("step-*")) == [OLDER, NEWER]
+    return root
+
+
+@pytest.fixture
+def root(pristine: Path, tmp_path: Path) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(pristine, tmp_path / "root"))
+
+
+def tiny(root: Path, *, n_epochs: int = 2, **checkpoint: Any) -> TinyTrainer:
+    trainer: TinyTrainer = make(
+        root,
+        kind=TinyTrainer,
+        every=Every(steps=4),
+        training={"n_epochs": n_epochs},
+        **checkpoint,
+    )
+    return trainer
+
+
+def problems(folder: Path) -> list[str]:
+    """What is found to be wrong with a checkpoint."""
+    disk = LocalDisk(folder.parent)
+    catalog = read_catalog(disk)
+    if folder.name in catalog.damaged:
+        return [catalog.damaged[folder.name]]
+    (checkpoint,) = [c for c in catalog.checkpoints if c.name == folder.name]
+    return damage_of(disk, checkpoint, checksums=True)
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir())
+
+
+def test_an_untouched_checkpoint_is_whole(root: Path) -> None:
+    assert problems(directory(root) / NEWER) == []
+
+
+def test_any_flipped_bit_is_seen(root: Path) -> None:
+    draw = random.Random(0)
+    folder = directory(root) / NEWER
+    for file in files_of(folder):
+        whole = file.read_bytes()
+        assert whole
+        for _ in range(100):
+            bit = draw.randrange(len(whole) * 8)
+            flipped = bytearray(whole)
+            flipped[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(flipped)
+
+            assert problems(folder), f"bit {bit} of {file.name}"
+        file.write_bytes(whole)
+    assert problems(folder) == []
+
+
+def test_every_bit_of_a_manifest_counts(root: Path) -> None:
+    manifest = directory(root) / NEWER / "MANIFEST.json"
+    whole = manifest.read_bytes()
+    for bit in range(len(whole) * 8):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(DamagedCheckpointError):
+            unsealed(bytes(flipped))
+
+
+def test_any_truncation_is_seen(root: Path) -> None:
+    draw = random.Random(1)
+    folder = directory(root) / NEWER
+    for file in files_of(folder):
+        whole = file.read_bytes()
+        for length in {0, 1, len(whole) - 1, *(draw.randrange(len(whole)) for _ in range(20))}:
+            file.write_bytes(whole[:length])
+
+            assert problems(folder), f"{length} bytes of {file.name}"
+        file.write_bytes(whole)
+
+
+def test_a_missing_file_is_seen(root: Path) -> None:
+    folder = directory(root) / NEWER
+    for file in files_of(folder):
+        whole = file.read_bytes()
+        file.unlink()
+
+        assert problems(folder), file.name
+        file.write_bytes(whole)
+
+
+def test_a_link_in_place_of_a_file_is_refused(root: Path, tmp_path: Path) -> None:
+    folder = directory(root) / NEWER
+    for file in files_of(folder):
+        moved = file.rename(tmp_path / f"moved-{file.name}")
+        file.symlink_to(moved)
+
+        assert "regular file" in problems(folder)[0]
+        file.unlink()
+        moved.rename(file)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "state.json", "rank-00000.json", "index.json"])
+def test_a_run_goes_on_from_the_newest_that_is_whole(
+    root: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(directory(root) / NEWER / name)
+
+    trainer = tiny(root)
+    trainer.setup()
+
+    assert trainer.global_step == 4
+    assert f"{NEWER} is damaged: {NEWER}/{name}: its checksum doesn't match" in caplog.text
+
+
+def test_a_damaged_manifest_is_passed_over_with_a_word(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(directory(root) / NEWER / "MANIFEST.json")
+
+    trainer = tiny(root)
+    trainer.setup()
+
+    assert trainer.global_step == 4
+    assert f"{NEWER}: MANIFEST.json: its own checksum doesn't match" in caplog.text
+
+
+def test_a_damaged_checkpoint_gives_way_when_its_step_comes_again(root: Path) -> None:
+    damage(directory(root) / NEWER / "__0_0.distcp")
+
+    tiny(root).fit()
+
+    assert problems(directory(root) / NEWER) == []
+
+
+def test_a_run_never_begins_from_scratch_because_everything_is_damaged(root: Path) -> None:
+    damage(directory(root) / NEWER / "index.json")
+    damage(directory(root) / OLDER / "index.json")
+    trainer = tiny(root)
+
+    with pytest.raises(CheckpointError, match=r"is whole .*restore one from a copy"):
+        trainer.setup()
+
+
+def test_without_a_single_manifest_a_run_is_refused(root: Path) -> None:
+    for folder in directory(root).glob("step-*"):
+        damage(folder / "MANIFEST.json")
+
+    with pytest.raises(CheckpointError, match="there are checkpoints, and none is whole"):
+        tiny(root).setup()
+
+
+def test_a_step_that_was_asked_for_has_no_substitute(root: Path) -> None:
+    damage(directory(root) / NEWER / "__0_0.distcp")
+    trainer = tiny(root, resume_mode=8)
+
+    with pytest.raises(CheckpointError, match=r"__0_0.distcp: its checksum"):
+        trainer.setup()
+
+
+def test_the_model_is_untouched_when_a_checkpoint_is_refused(root: Path) -> None:
+    damage(directory(root) / NEWER / "__0_0.distcp")
+    fresh = tiny(root.parent / "elsewhere")
+    fresh.setup()
+    trainer = tiny(root, resume_mode=8)
+
+    with pytest.raises(CheckpointError):
+        trainer.setup()
+
+    assert not different(weights(fresh), weights(trainer))
+    assert not trainer.optimizer.state
+
+
+def damage(file: Path) -> None:
+    """Flip a bit in the middle."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+# From here on someone means harm, and makes the checksums fit.
+
+
+class Attack:
+    """Leaves a trace when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+def reseal(folder: Path) -> None:
+    """Make the manifest fit the files."""
+    path = folder / "MANIFEST.json"
+    document = unsealed(path.read_bytes())
+    document["files"] = {
+        file.name: [file.stat().st_size, zlib.crc32(file.read_bytes())]
+        for file in files_of(folder)
+        if file.name != "MANIFEST.json"
+    }
+    path.write_bytes(sealed(document))
+
+
+def pickled(attack: Attack) -> bytes:
+    return pickle.dumps(attack)
+
+
+def torch_saved(attack: Attack) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(attack, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", [pickled, torch_saved])
+def test_a_planted_pickle_is_never_executed(root: Path, kind: Any, tmp_path: Path) -> None:
+    trace = tmp_path / "executed"
+    folder = directory(root) / NEWER
+    assert pickle.loads(pickled(Attack(trace))) is None
+    assert trace.exists(), "the attack works where it is unpickled"
+    trace.rmdir()
+    for file in files_of(folder):
+        whole = file.read_bytes()
+        file.write_bytes(kind(Attack(trace)))
+        if file.name != "MANIFEST.json":
+            reseal(folder)
+
+        trainer = tiny(root, resume_mode=8)
+        if file.name == ".metadata":  # nobody reads it
+            trainer.setup()
+            assert trainer.global_step == 8
+        else:
+            with pytest.raises(CheckpointError):
+                trainer.setup()
+
+        assert not trace.exists(), file.name
+        file.write_bytes(whole)
+        reseal(folder)
+
+
+def test_a_pickle_in_the_place_of_one_tensor_is_never_executed(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Set by some: it must not matter.
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    trace = tmp_path / "executed"
+    folder = directory(root) / NEWER
+    attack = torch_saved(Attack(trace))
+    (folder / "__9_0.distcp").write_bytes(attack)
+    index = json.loads((folder / "index.json").read_bytes())
+    index["files"].append("__9_0.distcp")
+    chunk = index["tensors"]["models.model.head.weight"][2][0]
+    chunk[2:] = [index["files"].index("__9_0.distcp"), 0, len(attack)]
+    (folder / "index.json").write_text(json.dumps(index))
+    reseal(folder)
+
+    with pytest.raises(CheckpointError, match="a tensor can't be read: UnpicklingError"):
+        tiny(root, resume_mode=8).setup()
+
+    assert not trace.exists()
+
+
+def change_index(folder: Path, change: Any) -> None:
+    index = json.loads((folder / "index.json").read_bytes())
+    change(index)
+    (folder / "index.json").write_text(json.dumps(index))
+    reseal(folder)
+
+
+def test_nothing_outside_of_the_folder_is_read(root: Path) -> None:
+    folder = directory(root) / NEWER
+    change_index(folder, lambda index: index["files"].__setitem__(0, f"../{OLDER}/__0_0.distcp"))
+
+    with pytest.raises(CheckpointError, match="is no file of the checkpoint"):
+        tiny(root, resume_mode=8).setup()
+
+
+def test_a_manifest_that_names_a_file_outside_is_refused(root: Path) -> None:
+    path = directory(root) / NEWER / "MANIFEST.json"
+    document = unsealed(path.read_bytes())
+    document["files"][f"../{OLDER}/index.json"] = [1, 1]
+    path.write_bytes(sealed(document))
+
+    with pytest.raises(CheckpointError, match="nothing outside of it is read"):
+        tiny(root, resume_mode=8).setup()
+
+
+def shrink(index: Any) -> None:
+    index["tensors"]["models.model.blocks.0.weight"][2][0][1] = [4, 8]
+
+
+def shift(index: Any) -> None:
+    index["tensors"]["models.model.blocks.0.weight"][2][0][0] = [1, 0]
+
+
+def double(index: Any) -> None:
+    index["tensors"]["models.model.blocks.0.weight"][2] = [
+        [[0, 0], [4, 8], 0, 0, 10],
+        [[2, 0], [4, 8], 0, 0, 10],
+    ]
+
+
+@pytest.mark.parametrize("change", [shrink, shift, double])
+def test_a_tensor_that_isnt_filled_exactly_is_refused(root: Path, change: Any) -> None:
+    change_index(directory(root) / NEWER, change)
+
+    with pytest.raises(CheckpointError, match=r"blocks.0.weight.*(don't fill|outside)"):
+        tiny(root, resume_mode=8).setup()
+
+
+def test_a_state_nested_without_end_is_refused(root: Path) -> None:
+    folder = directory(root) / NEWER
+    (folder / "state.json").write_text('{"a":' * 200_000 + "1" + "}" * 200_000)
+    reseal(folder)
+
+    with pytest.raises(CheckpointError, match="not JSON"):
+        tiny(root, resume_mode=8).setup()

@@ -1,0 +1,201 @@
+"""Full disks, directories that can't be written to, leftovers: the run's data survives."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_callback import saved, steps, tiny
+from training import directory
+
+from dream_callbacks.checkpoint import CheckpointError
+from dream_trainer.callbacks import Callback, Every
+from dream_trainer.testing import run_on_ranks
+
+
+class Limit(Callback[Any]):
+    """No file may grow beyond a size, from a step on: as on a full disk."""
+
+    def __init__(self, step: int, num_bytes: int, until: int = 10**9) -> None:
+        self.step = step
+        self.num_bytes = num_bytes
+        self.until = until
+
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if self.trainer.global_step in (self.step, self.until):
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":
+                    thread.join()
+        if self.trainer.global_step == self.step:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.num_bytes, most))
+        if self.trainer.global_step == self.until:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+
+def full_disk(root: Path, limit: Limit | None = None, **fields: Any) -> list[str]:
+    """Messages of a run for which the disk is full from step 5 to 9. In a process of its own."""
+    limit = limit or Limit(5, 20_000, until=9)
+    fields = {"every": Every(steps=2), **fields}
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("dream_callbacks.checkpoint").addHandler(handler)
+    tiny(root, limit, **fields).fit()
+    return messages
+
+
+def test_a_failed_save_doesnt_stop_training_and_loses_nothing(tmp_path: Path) -> None:
+    ((*messages,),) = run_on_ranks(full_disk, 1, tmp_path)
+
+    assert steps(tmp_path) == [2, 4, 10, 12, 14, 16]
+    assert len(messages) == 2
+    assert "the checkpoint of step 6 couldn't be saved in" in messages[0]
+    assert "File too large" in messages[0]
+    assert "__0_0.distcp" in messages[0]
+    assert "the newest one is step-0000000004" in messages[0]
+    assert "Make sure that there is room" in messages[0]
+    assert not [p for p in directory(tmp_path).iterdir() if p.name.startswith(".")]
+
+
+def test_a_failed_save_on_one_rank_fails_on_all(tmp_path: Path) -> None:
+    first, second = run_on_ranks(full_disk_on_one, 2, tmp_path)
+
+    assert steps(tmp_path) == [2, 4, 10, 12, 14, 16]
+    assert "rank 1: OSError: [Errno 27] File too large" in first[0]
+    assert second == [], "one rank says it"
+
+
+def full_disk_on_one(root: Path) -> list[str]:
+    limit = Limit(5, 20_000, until=9) if os.environ["RANK"] == "1" else Limit(10**9, 0)
+    return full_disk(root, limit, layout="fsdp")
+
+
+def test_on_save_error_raise_ends_the_run(tmp_path: Path) -> None:
+    (message,) = run_on_ranks(full_disk_raises, 1, tmp_path)
+
+    assert "the checkpoint of step 6 couldn't be saved" in message
+    assert "training goes on" not in message
+    assert steps(tmp_path) == [2, 4]
+
+
+def full_disk_raises(root: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        full_disk(root, on_save_error="raise")
+    return str(caught.value)
+
+
+def test_room_is_looked_for_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+
+    tiny(tmp_path).fit()
+
+    assert steps(tmp_path) == []
+    assert "no space left for it: it needs 1.0 MiB, and 1000 bytes are free" in caplog.text
+
+
+def as_nobody(function: Callable[[], object]) -> int:
+    """Exit status of a process without rights that calls a function."""
+    process = os.fork()
+    if process == 0:
+        try:
+            if os.getuid() == 0:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+            function()
+        except CheckpointError as error:
+            os._exit(3 if "may write to" in str(error) else 4)
+        except BaseException:  # noqa: BLE001  # the parent sees the status
+            os._exit(5)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def test_a_directory_that_cant_be_written_to_is_refused_before_the_first_step(
+    tmp_path: Path,
+) -> None:
+    (status,) = run_on_ranks(unwritable, 1, tmp_path)
+
+    assert status == 3
+
+
+def unwritable(root: Path) -> int:
+    for path in (root, *root.parents):
+        if path.stat().st_uid == os.getuid() and path != Path("/") and path != Path("/tmp"):
+            path.chmod(0o755)
+    root.chmod(0o555)
+    # Imports what is imported on the way, which nobody may not be able to read.
+    trainer = tiny(root / "x", n_epochs=1, training={"max_steps": 1})
+    return as_nobody(trainer.setup)
+
+
+def test_a_file_where_the_directory_should_be_is_refused(tmp_path: Path) -> None:
+    trainer = tiny(tmp_path)
+    trainer.run_dir.parent.mkdir(parents=True)
+    trainer.run_dir.write_text("a file")
+
+    with pytest.raises(CheckpointError, match="can't be written to"):
+        trainer.setup()
+
+
+# Leftovers
+
+
+def test_what_an_earlier_run_left_unfinished_is_removed(tmp_path: Path) -> None:
+    tiny(tmp_path, n_epochs=1).fit()
+    root = directory(tmp_path)
+    unique = "0123456789abcdef" * 2
+    for name in (f".tmp-step-0000000009-{unique}", f".trash-{unique}"):
+        (root / name).mkdir()
+        (root / name / "__0_0.distcp").write_bytes(b"half")
+    (root / f".probe-{unique}").write_bytes(b"")
+    (root / "metrics-0000000003.json").write_bytes(b"")
+    (root / f"metrics-0000000008.json.{unique}.tmp").write_bytes(b"")
+    (root / "notes.txt").write_text("mine")
+    (root / ".tmp-mine").mkdir()
+
+    tiny(tmp_path, n_epochs=1).fit()
+
+    names = {path.name for path in root.iterdir()}
+    assert names == {"step-0000000008", "run.lock", "notes.txt", ".tmp-mine"}
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["between_the_renames", "after_them"])
+def test_a_replacement_that_was_cut_off_is_undone_or_finished(tmp_path: Path, both: bool) -> None:
+    tiny(tmp_path, n_epochs=1).fit()
+    root = directory(tmp_path)
+    old = root / (".old-step-0000000008-" + "ab" * 16)
+    if both:
+        shutil.copytree(root / "step-0000000008", old)
+    else:
+        (root / "step-0000000008").rename(old)
+
+    trainer = tiny(tmp_path)
+    trainer.setup()
+
+    assert trainer.global_step == 8
+    assert {path.name for path in root.iterdir()} == {"step-0000000008", "run.lock"}
+
+
+def test_a_torn_folder_neither_counts_nor_is_deleted(tmp_path: Path) -> None:
+    tiny(tmp_path, n_epochs=1, every=Every(steps=2)).fit()
+    torn = directory(tmp_path) / "step-0000000006" / "__0_0.distcp"
+    torn.write_bytes(torn.read_bytes()[:-1])
+
+    tiny(tmp_path, n_epochs=2, every=Every(steps=4), keep_last=2).fit()
+
+    assert steps(tmp_path) == [6, 12, 16]
+    assert [c.step for c in saved(tmp_path)] == [6, 12, 16]

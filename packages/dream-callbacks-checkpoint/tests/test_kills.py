@@ -1,0 +1,93 @@
+"""kill -9 at random moments of saves: no checkpoint is lost, mixed up or refused."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import training
+from training import Filled, make, train_until_killed
+
+from dream_trainer.callbacks import Every
+from dream_trainer.testing import run_on_ranks
+
+
+@pytest.mark.parametrize("callback", training.CALLBACKS)
+@pytest.mark.parametrize("num_ranks", [1, 2], ids=["1_rank", "2_ranks"])
+def test_a_kill_at_any_moment_loses_nothing_that_was_called_saved(
+    tmp_path: Path, callback: str, num_ranks: int
+) -> None:
+    num_kills = 25 if num_ranks == 1 else 8
+
+    (steps,) = run_on_ranks(
+        kill_repeatedly, 1, tmp_path, num_kills, num_ranks, callback, timeout_s=100
+    )
+
+    assert len(steps) == num_kills
+    assert steps == sorted(set(steps)), "each run went on from the last"
+    names = [path.name for path in training.directory(tmp_path).iterdir()]
+    assert not [name for name in names if name.startswith(".")], "leftovers are removed"
+
+
+def kill_repeatedly(root: Path, num_kills: int, num_ranks: int, callback: str) -> list[int]:
+    """Body of a process that forks runs, kills them, and looks at what they leave."""
+    draw = random.Random(num_ranks)
+    steps = []
+    for _ in range(num_kills):
+        before = last_acknowledged(root)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        processes = [
+            forked(train_until_killed, root, callback, rank=rank, num_ranks=num_ranks, port=port)
+            for rank in range(num_ranks)
+        ]
+        deadline = time.monotonic() + 30
+        while last_acknowledged(root) == before and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.1))
+        for process in processes:
+            os.kill(process, signal.SIGKILL)
+        for process in processes:
+            os.waitpid(process, 0)
+        acknowledged, found = last_acknowledged(root), resumed_step(root)
+        assert acknowledged > before, "it trained"
+        # A kill may come between the commit and its announcement.
+        assert acknowledged <= found <= acknowledged + 1
+        steps.append(found)
+    return steps
+
+
+def forked(function: Callable[..., Any], *args: Any, rank: int, num_ranks: int, port: int) -> int:
+    """Process that calls a function as a rank of its own world."""
+    process = os.fork()
+    if process:
+        return process
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    with contextlib.suppress(BaseException):
+        function(*args)
+    os._exit(1)
+
+
+def last_acknowledged(root: Path) -> int:
+    path = root / "acknowledged"
+    return int(path.read_text().split("\n")[-2]) if path.exists() else 0
+
+
+def resumed_step(root: Path) -> int:
+    """The step that a new trainer continues from, all of whose numbers must be that step."""
+    trainer = make(root, kind=Filled, every=Every(steps=1))
+    trainer.setup()
+    step = int(trainer.global_step)
+    tensors = [*training.weights(trainer).values(), *training.moments(trainer).values()]
+    assert {value for tensor in tensors for value in tensor.flatten().tolist()} == {float(step)}
+    return step

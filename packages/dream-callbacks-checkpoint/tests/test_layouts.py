@@ -1,0 +1,97 @@
+"""From one number of ranks and layout to another: the same weights, optimizer and samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import Everything, History, different, make, moments, weights
+
+from dream_trainer.callbacks import Callback, Every
+from dream_trainer.testing import run_on_ranks
+
+
+class StopAt(Callback[Any]):
+    """Ends a run as a preemption does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        if self.trainer.global_step == self.step:
+            self.trainer.stop("preempted")
+
+
+class Plain(Everything):
+    """Without noise: samples and losses don't depend on the number of ranks."""
+
+    noise = 0.0
+    dropout = 0.0
+
+
+def part(root: Path, layout: str, until: int | None) -> dict[str, Any]:
+    """Continue a run in a layout, to a step or to its end."""
+    history = History()
+    stop = [] if until is None else [StopAt(until)]
+    trainer = make(root, history, *stop, kind=Plain, layout=layout, every=Every(steps=100))
+    trainer.setup()
+    loaded = weights(trainer), moments(trainer) if trainer.global_step else {}
+    trainer.fit()
+    seen = {}
+    for batch, (loss, inputs) in history.batches.items():
+        reduced = trainer.world.all_reduce(
+            {"loss": loss / trainer.world.dp_size, "in": inputs}, "sum"
+        )
+        seen[batch] = (reduced["loss"], reduced["in"])
+    return {
+        "loaded": loaded,
+        "final": (weights(trainer), moments(trainer)),
+        "seen": seen,
+        "epochs": history.epochs,
+    }
+
+
+WAYS = [
+    [("fsdp", 2, 3), ("single", 1, None)],
+    [("single", 1, 3), ("fsdp", 2, None)],
+    [("ddp", 2, 8), ("fsdp", 2, None)],
+    [("fsdp", 2, 4), ("ddp", 2, 7), ("single", 1, None)],
+]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(f"{x}{n}" for x, n, _ in way))
+def test_a_run_goes_on_in_another_layout(
+    tmp_path: Path, way: list[tuple[str, int, int | None]]
+) -> None:
+    (whole,) = run_on_ranks(part, 1, tmp_path / "whole", "single", None)
+    seen: dict[int, Any] = {}
+    before = None
+    for layout, num_ranks, until in way:
+        results = run_on_ranks(part, num_ranks, tmp_path / "moved", layout, until)
+        if before is not None:
+            assert not different(results[0]["loaded"][0], before[0]), "weights, bit for bit"
+            assert not different(results[0]["loaded"][1], before[1]), "moments, bit for bit"
+        before = results[0]["final"]
+        seen |= results[0]["seen"]
+
+    assert seen.keys() == whole["seen"].keys()
+    for batch, (loss, inputs) in whole["seen"].items():
+        assert seen[batch][1] == pytest.approx(inputs, abs=1e-5), "the same samples"
+        assert seen[batch][0] == pytest.approx(loss, rel=1e-4), "losses, to rounding"
+    assert results[0]["epochs"][1] == pytest.approx(whole["epochs"][1], rel=1e-4)
+    for name, tensor in whole["final"][0].items():
+        torch.testing.assert_close(before[0][name], tensor, rtol=1e-3, atol=1e-5)  # type: ignore[index]
+
+
+def test_what_changes_with_the_number_of_ranks_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_on_ranks(part, 2, tmp_path, "fsdp", 3)
+
+    trainer = make(tmp_path, kind=Plain)
+    trainer.setup()
+
+    assert "was saved by 2 data-parallel ranks, and there are 1" in caplog.text
+    assert trainer.counters.epoch_batches == 3

@@ -1,0 +1,95 @@
+"""The manifest: it comes back as it was, or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from dream_callbacks.checkpoint import DamagedCheckpointError
+from dream_callbacks.checkpoint.manifest import FileSum, Manifest, sealed, unsealed
+
+
+def manifest(**changes: Any) -> Manifest:
+    fields: dict[str, Any] = {
+        "step": 200,
+        "epoch": 1,
+        "seq": 7,
+        "run": "ab" * 16,
+        "fence": 2,
+        "created_unix": 1e9,
+        "reason": "epoch",
+        "world_size": 2,
+        "shape": {"dp_shard": 2, "tp": 1},
+        "dp_ranks": (0, 1),
+        "num_train_batches": None,
+        "metrics": {"val_loss": 0.5, "worst": -math.inf},
+        "has_nan": False,
+        "torch_version": "2.13.0",
+        "files": {"state.json": FileSum(10, 20), "__0_0.distcp": FileSum(30, 40)},
+    }
+    return Manifest(**{**fields, **changes})
+
+
+def test_a_manifest_comes_back_as_it_was() -> None:
+    assert Manifest.decode(manifest().encode()) == manifest()
+    assert manifest().num_bytes == 40
+
+
+def test_a_metric_may_be_not_a_number() -> None:
+    found = Manifest.decode(manifest(metrics={"val_loss": math.nan}).encode())
+
+    assert math.isnan(found.metrics["val_loss"])
+
+
+def test_a_manifest_is_json_for_other_tools() -> None:
+    document = json.loads(manifest(metrics={"val_loss": math.nan}).encode(), parse_constant=refuse)
+
+    assert document["step"] == 200
+
+
+def refuse(name: str) -> None:
+    raise AssertionError(f"{name} isn't JSON")
+
+
+def test_a_later_format_is_refused_with_a_hint() -> None:
+    document = unsealed(manifest().encode())
+    document["format"] = 2
+
+    with pytest.raises(DamagedCheckpointError, match=r"format 2.*reads format 1; upgrade"):
+        Manifest.decode(sealed(document))
+
+
+def test_fields_that_a_later_version_adds_dont_matter() -> None:
+    document = unsealed(manifest().encode())
+    document["later"] = {"a": 1}
+
+    assert Manifest.decode(sealed(document)) == manifest()
+
+
+@pytest.mark.parametrize("name", sorted(unsealed(manifest().encode())))
+def test_a_missing_field_is_named(name: str) -> None:
+    document = unsealed(manifest().encode())
+    del document[name]
+
+    with pytest.raises(DamagedCheckpointError, match=name if name != "format" else "None"):
+        Manifest.decode(sealed(document))
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "/etc/passwd", "..", ""])
+def test_a_file_outside_of_the_folder_is_refused(name: str) -> None:
+    with pytest.raises(DamagedCheckpointError, match="nothing outside of it is read"):
+        Manifest.decode(manifest(files={name: FileSum(1, 1)}).encode())
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"null", b"\x80\x04}.", b'{"sha256":"', b"\0"])
+def test_anything_else_is_refused(data: bytes) -> None:
+    with pytest.raises(DamagedCheckpointError):
+        Manifest.decode(data)
+
+
+def test_a_sealed_list_is_refused() -> None:
+    with pytest.raises(DamagedCheckpointError):
+        unsealed(sealed({"a": 1}).replace(b'"a":1', b'"a":2'))

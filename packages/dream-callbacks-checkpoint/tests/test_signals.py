@@ -1,0 +1,155 @@
+"""SIGTERM, SIGINT and SIGUSR1: saved between two steps, on all ranks, then delivered."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from test_callback import saved, steps, tiny
+
+from dream_callbacks.checkpoint.signals import SignalWatch
+from dream_trainer.callbacks import Callback, Every
+from dream_trainer.testing import run_on_ranks
+
+
+class SendSignal(Callback[Any]):
+    """Sends this process a signal inside a step, on one rank."""
+
+    def __init__(self, number: int, step: int = 3, rank: int = 0) -> None:
+        self.number = number
+        self.step = step
+        self.rank = rank
+
+    def pre_train_step(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.global_step == self.step - 1 and self.trainer.world.rank == self.rank:
+            os.kill(os.getpid(), self.number)
+
+
+def run_and_die(root: Path, number: int) -> int:
+    """Exit status of a process whose run gets a signal."""
+    process = os.fork()
+    if process == 0:
+        tiny(root, SendSignal(number), every=Every(steps=100)).fit()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def test_sigterm_saves_and_then_ends_the_process(tmp_path: Path) -> None:
+    (status,) = run_on_ranks(run_and_die, 1, tmp_path, int(signal.SIGTERM))
+
+    assert status == -signal.SIGTERM
+    assert [(c.step, c.manifest.reason) for c in saved(tmp_path)] == [(3, "SIGTERM")]
+
+
+def test_the_run_goes_on_by_the_same_command(tmp_path: Path) -> None:
+    run_on_ranks(run_and_die, 1, tmp_path, int(signal.SIGTERM))
+
+    tiny(tmp_path, every=Every(steps=100)).fit()
+
+    assert steps(tmp_path) == [3, 16]
+
+
+def test_ctrl_c_saves_and_then_interrupts(tmp_path: Path) -> None:
+    closed = []
+
+    class Closes(Callback[Any]):
+        def post_fit(self) -> None:
+            closed.append(self.trainer.stop_reason)
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny(tmp_path, SendSignal(signal.SIGINT), Closes(), every=Every(steps=100)).fit()
+
+    assert [(c.step, c.manifest.reason) for c in saved(tmp_path)] == [(3, "SIGINT")]
+    assert closed == ["SIGINT"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path) -> None:
+    class TwiceInOneStep(SendSignal):
+        def pre_train_step(self, batch: Any, batch_idx: int) -> None:
+            super().pre_train_step(batch, batch_idx)
+            super().pre_train_step(batch, batch_idx)
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny(tmp_path, TwiceInOneStep(signal.SIGINT), every=Every(steps=100)).fit()
+
+    assert steps(tmp_path) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_sigusr1_saves_and_training_goes_on(tmp_path: Path) -> None:
+    tiny(tmp_path, SendSignal(signal.SIGUSR1), every=Every(steps=100)).fit()
+
+    assert [(c.step, c.manifest.reason) for c in saved(tmp_path)] == [(3, "SIGUSR1"), (16, "end")]
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
+def test_handlers_of_others_get_the_signal_afterwards(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        seen.append(len(steps(tmp_path)))
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        tiny(tmp_path, SendSignal(signal.SIGTERM), every=Every(steps=100)).fit()
+        assert signal.getsignal(signal.SIGTERM) is handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    assert seen == [1], "once, with the checkpoint there"
+
+
+def test_save_on_signal_false_leaves_signals_alone(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        tiny(tmp_path, SendSignal(signal.SIGINT), save_on_signal=False).fit()
+
+    assert steps(tmp_path) == []
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    stopped: list[str] = []
+    try:
+        watch = SignalWatch(stopped.append)
+        watch.begin()
+        signal.raise_signal(signal.SIGTERM)
+        watch.end()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    assert stopped == []
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path, layout: str) -> None:
+    results = run_on_ranks(signalled, 2, tmp_path, int(signal.SIGTERM), layout)
+
+    assert [step for step, _ in results] == [3, 3]
+    assert [count for _, count in results] == [0, 1], "delivered to whom it was sent"
+    assert [(c.step, c.manifest.reason) for c in saved(tmp_path)] == [(3, "SIGTERM")]
+
+
+def test_sigusr1_to_one_rank_saves_on_all(tmp_path: Path) -> None:
+    results = run_on_ranks(signalled, 2, tmp_path, int(signal.SIGUSR1), "fsdp")
+
+    assert [step for step, _ in results] == [64, 64]
+    first, last = saved(tmp_path)
+    assert first.manifest.reason == "SIGUSR1"
+    assert 3 <= first.step < 64
+    assert last.step == 64
+
+
+def signalled(root: Path, number: int, layout: str) -> tuple[int, int]:
+    """Steps done, and how often the signal came through."""
+    seen: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    trainer = tiny(
+        root, SendSignal(number, rank=1), layout=layout, every=Every(steps=100), n_epochs=8
+    )
+    trainer.fit()
+    return trainer.global_step, len(seen)

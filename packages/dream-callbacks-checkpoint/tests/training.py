@@ -1,0 +1,232 @@
+"""Runs for the tests: a trainer with everything that makes exactness hard, on any layout."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from dream_callbacks.checkpoint import (
+    AsyncCheckpointCallback,
+    CheckpointCallback,
+    CheckpointParameters,
+)
+from dream_trainer.callbacks import Callback, CallbackCollection, Every
+from dream_trainer.configs import DeviceParameters
+from dream_trainer.testing import TinyTrainer, tiny_config
+
+CALLBACKS: dict[str, type[CheckpointCallback]] = {
+    "sync": CheckpointCallback,
+    "async": AsyncCheckpointCallback,
+}
+LAYOUTS: dict[str, Callable[[], DeviceParameters]] = {
+    "single": lambda: DeviceParameters.SINGLE_DEVICE(device="cpu"),
+    "ddp": lambda: DeviceParameters.DDP(device="cpu"),
+    "fsdp": lambda: DeviceParameters.FSDP(device="cpu"),
+}
+
+
+class Augmented(Dataset[Any]):
+    """Vectors that tell their index, with noise from Python's and torch's generators."""
+
+    def __init__(self, num_samples: int, noise: float) -> None:
+        self.num_samples = num_samples
+        self.noise = noise
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> Tensor:
+        noise = random.random() + torch.rand(()).item()
+        return torch.full((4,), float(index) / self.num_samples) + self.noise * noise
+
+
+class Everything(TinyTrainer):
+    """Shuffling, augmentation, dropout, a scheduler, accumulation."""
+
+    num_workers = 0
+    noise = 0.1
+    dropout = 0.2
+
+    def configure_schedulers(self) -> None:
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=20)
+
+    def configure_dataloaders(self) -> Any:
+        return self._augmented(24, shuffle=True), self._augmented(8, shuffle=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        loss = nn.functional.dropout(self.model(batch), self.dropout).square().mean()
+        self.backward(loss)
+        if not self.is_accumulating_gradients:
+            self.step(self.optimizer)
+        return {"loss": loss, "seen": batch.sum()}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        return {"val_loss": self.model(batch).square().mean()}
+
+    def _augmented(self, num_samples: int, *, shuffle: bool) -> Iterable[Any]:
+        dataset = Augmented(num_samples, self.noise)
+        sampler: Any = DistributedSampler(
+            dataset, num_replicas=self.world.dp_size, rank=self.world.dp_rank, shuffle=shuffle
+        )
+        return DataLoader(
+            dataset,
+            batch_size=4 // self.world.dp_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+        )
+
+
+class History(Callback[Any]):
+    """What each batch gave, by its number in the run; batches done again replace those before."""
+
+    def __init__(self) -> None:
+        self.batches: dict[int, tuple[float, float]] = {}
+        self.epochs: dict[int, float] = {}
+        self.validations: dict[int, float] = {}
+
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        values = (result["loss"].item(), result.get("seen", torch.zeros(())).item())
+        self.batches[self.trainer.local_batches] = values
+
+    def post_train_epoch(self, result: dict[str, Any]) -> None:
+        self.epochs[self.trainer.current_epoch] = result["loss"]
+
+    def post_validation_epoch(self, result: dict[str, Any]) -> None:
+        self.validations[self.trainer.global_step] = result["val_loss"]
+
+
+class PlannedError(Exception):
+    """Ends a run as a crash would: nothing is saved any more."""
+
+
+class CrashAt(Callback[Any]):
+    """Raises after a number of batches, or in a validation."""
+
+    def __init__(self, batch: int, *, in_validation: bool = False) -> None:
+        self.batch = batch
+        self.in_validation = in_validation
+
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        if not self.in_validation and self.trainer.local_batches == self.batch:
+            raise PlannedError
+
+    def post_validation_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        is_training = self.trainer.local_batches >= self.batch
+        if self.in_validation and is_training and batch_idx == 1:
+            raise PlannedError
+
+
+def make(
+    root: Path,
+    *callbacks: Callback[Any],
+    kind: type[TinyTrainer] = Everything,
+    layout: str = "single",
+    parameters: CheckpointParameters | None = None,
+    every: Every | None = None,
+    callback: str = "sync",
+    training: dict[str, Any] | None = None,
+    **checkpoint: Any,
+) -> Any:
+    """A trainer with a CheckpointCallback; `checkpoint` are fields of its parameters."""
+    parameters = parameters or CheckpointParameters(every=every, **checkpoint)
+    collection = CallbackCollection([CALLBACKS[callback](parameters), *callbacks])
+    return kind(
+        tiny_config(root, collection, device=LAYOUTS[layout](), **(training or {"n_epochs": 2}))
+    )
+
+
+class Filled(TinyTrainer):
+    """Every number of the model and its optimizer is the step: a mixture of two steps shows."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        result = super().training_step(batch, batch_idx)
+        if not self.is_accumulating_gradients:
+            step = float(self.global_step + 1)
+            with torch.no_grad():
+                for tensor in (*self.model.parameters(), *_optimizer_tensors(self.optimizer)):
+                    tensor.fill_(step)
+        return result
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [t for state in optimizer.state.values() for t in state.values()]
+
+
+class Acknowledged(logging.Handler):
+    """Writes down each step that is called saved, so that it outlives the process."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(logging.INFO)
+        self.path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.msg.startswith("saved step"):
+            with self.path.open("a") as file:
+                file.write(f"{record.args[0]}\n")  # type: ignore[index]  # a tuple
+
+
+def train_until_killed(root: Path, callback: str) -> None:
+    """Body of a process: saves each step, and says which are saved."""
+    layout = "fsdp" if os.environ["WORLD_SIZE"] != "1" else "single"
+    logger = logging.getLogger("dream_callbacks.checkpoint")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(Acknowledged(root / "acknowledged"))
+    make(
+        root,
+        kind=Filled,
+        layout=layout,
+        callback=callback,
+        every=Every(steps=1),
+        save_on_signal=False,
+        training={"n_epochs": 100_000, "num_sanity_val_steps": 0},
+    ).fit()
+
+
+def weights(trainer: Any) -> dict[str, Tensor]:
+    """Whole weights of all models. Collective where they are sharded."""
+    found = {}
+    for name, model in trainer.named_models().items():
+        for key, tensor in model.state_dict().items():
+            full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            found[f"{name}.{key}"] = full.detach().clone()
+    return found
+
+
+def moments(trainer: Any) -> dict[str, Tensor]:
+    """Whole tensors of all optimizers. Collective where they are sharded."""
+    found = {}
+    for name, optimizer in trainer.state_dict()["optimizers"].items():
+        for parameter, state in optimizer["state"].items():
+            for key, tensor in state.items():
+                full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+                found[f"{name}.{parameter}.{key}"] = full.detach().clone()
+    return found
+
+
+def different(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
+    """Names whose tensors aren't equal bit for bit."""
+    names = sorted({*first, *second})
+    return [
+        n
+        for n in names
+        if n not in first or n not in second or not torch.equal(first[n], second[n])
+    ]
+
+
+def checkpoints(root: Path) -> list[str]:
+    """Names of the checkpoints below a root, in order."""
+    return sorted(path.name for path in root.rglob("step-*") if path.is_dir())
+
+
+def directory(root: Path) -> Path:
+    """The one checkpoint directory below a root."""
+    (found,) = [path for path in root.rglob("checkpoints") if path.is_dir()]
+    return found

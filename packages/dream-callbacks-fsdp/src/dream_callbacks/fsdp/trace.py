@@ -1,0 +1,207 @@
+"""The order in which FSDP2 modules really run, forward and backward, in one training batch.
+
+FSDP2 tells its logger when a module begins; for one batch a filter on that logger listens. No
+hook is added to any module: it would run again when activations are recomputed, and torch.compile
+would have to trace it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from dream_callbacks.fsdp.prefetch import Event
+
+_LOGGER = "torch.distributed.fsdp.fully_shard"
+
+_MESSAGE = re.compile(
+    r"FSDP::pre_(?P<pass>forward|backward)"
+    r"(?: \((?P<name>[^)]*)\))?"  # none for a root
+    r"(?: \[pg=.*\])?"  # one of several parameter groups
+)
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+"""What torch calls the module inside of one that it wrapped round it."""
+
+_MAX_FRAMES = 20
+"""How far out the caller of the logger is looked for; it is at the fifth or so."""
+
+
+@dataclass(frozen=True)
+class Root:
+    """An outermost FSDP module, with the FSDP modules below it.
+
+    Attributes:
+        name: "model", or "model.encoder" if the model itself isn't sharded.
+        modules: By their name below the root; the root itself is "".
+    """
+
+    name: str
+    modules: Mapping[str, FSDPModule]
+
+    def full_name(self, name: str) -> str:
+        """Name of one of the modules below the trainer, as a person would write it."""
+        parts = f"{self.name}.{name}".split(".")
+        return ".".join(part for part in parts if part and part not in _WRAPPERS)
+
+
+def find_roots(models: Mapping[str, nn.Module]) -> list[Root]:
+    """All outermost FSDP modules of some models."""
+    roots: list[Root] = []
+    for model_name, model in models.items():
+        below: set[int] = set()
+        for path, module in model.named_modules(prefix=model_name):
+            if id(module) in below:
+                continue
+            inside = dict(module.named_modules())
+            if isinstance(module, FSDPModule):
+                modules = {n: inner for n, inner in inside.items() if isinstance(inner, FSDPModule)}
+                below.update(map(id, inside.values()))
+                roots.append(Root(path, modules))
+    return roots
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What happened below one root in a batch.
+
+    Attributes:
+        root: Which.
+        events: Names of modules below the root, in order.
+        kept: Names of the modules that still had their full parameters when backward began.
+        unused: Names of the modules with parameters of their own that didn't run.
+    """
+
+    root: Root
+    events: Sequence[Event[str]]
+    kept: frozenset[str]
+    unused: Sequence[str]
+
+
+class Tracer(logging.Filter):
+    """Listens from `start` to `stop`.
+
+    Args:
+        roots: Whose modules to listen for.
+    """
+
+    def __init__(self, roots: Sequence[Root]) -> None:
+        super().__init__()
+        self._roots = roots
+        self._events: list[list[Event[str]]] = [[] for _ in roots]
+        self._kept: list[frozenset[str] | None] = [None for _ in roots]
+        self._seen: list[set[str]] = [set() for _ in roots]
+        self._sharded = [
+            {name: _parameter_of(module) for name, module in root.modules.items()} for root in roots
+        ]
+        self._logger = logging.getLogger(_LOGGER)
+        self._level_before: int | None = None
+
+    def start(self) -> None:
+        """Listen from now on."""
+        self._level_before = self._logger.level
+        self._level_of_others = self._logger.getEffectiveLevel()
+        self._logger.addFilter(self)
+        self._logger.setLevel(logging.DEBUG)
+
+    def stop(self) -> list[Trace]:
+        """Listen no more.
+
+        Returns:
+            For each root what happened; a second call returns the same.
+        """
+        if self._level_before is not None:
+            self._logger.setLevel(self._level_before)
+            self._logger.removeFilter(self)
+            self._level_before = None
+        return [self._trace(place) for place in range(len(self._roots))]
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Take note of a message; let through what would have been logged without us."""
+        match = _MESSAGE.match(record.getMessage())
+        if match is not None:
+            # Modules that were sharded as one have their names joined; the first stands for all.
+            names = (match["name"] or "").split(", ")
+            place = self._root_of(names[0])
+            if place is not None:
+                self._seen[place].update(names)
+                self._note(place, match["pass"], names[0])
+        return record.levelno >= self._level_of_others
+
+    def _note(self, place: int, began: str, name: str) -> None:
+        events = self._events[place]
+        if began == "backward":
+            event = Event[str]("backward", name)
+            if self._kept[place] is None:
+                self._kept[place] = self._unsharded(place)
+        else:
+            event = Event[str]("recompute" if _is_in_backward() else "forward", name)
+        # Each of several parameter groups, or of modules that share one, says so.
+        if not events or events[-1] != event:
+            events.append(event)
+
+    def _trace(self, place: int) -> Trace:
+        return Trace(
+            root=self._roots[place],
+            events=self._events[place],
+            kept=self._kept[place] or frozenset(),
+            unused=[
+                name
+                for name, parameter in self._sharded[place].items()
+                if parameter is not None and name not in self._seen[place]
+            ],
+        )
+
+    def _root_of(self, name: str) -> int | None:
+        places = [place for place, root in enumerate(self._roots) if name in root.modules]
+        if len(places) > 1:
+            # Two roots have a module of this name; the one that logs is on the stack.
+            found = _logging_module([self._roots[place].modules[name] for place in places])
+            return None if found is None else places[found]
+        return places[0] if places else None
+
+    def _unsharded(self, place: int) -> frozenset[str]:
+        return frozenset(
+            name
+            for name, module in self._roots[place].modules.items()
+            if _parameter_of(module) is not self._sharded[place][name]
+        )
+
+
+def _parameter_of(module: FSDPModule) -> nn.Parameter | None:
+    """One of the parameters that a module shards itself: another object while it is unsharded."""
+    assert isinstance(module, nn.Module)
+    pending: list[nn.Module] = [module]
+    while pending:
+        current = pending.pop()
+        for parameter in current.parameters(recurse=False):
+            return parameter
+        pending += [child for child in current.children() if not isinstance(child, FSDPModule)]
+    return None
+
+
+def _is_in_backward() -> bool:
+    from torch._C import _current_graph_task_id  # there is no public one
+
+    return _current_graph_task_id() != -1
+
+
+def _logging_module(candidates: Sequence[FSDPModule]) -> int | None:
+    """Which of the modules FSDP is at work for, further out on the stack."""
+    frame = inspect.currentframe()
+    for _ in range(_MAX_FRAMES):
+        frame = frame and frame.f_back  # our own has the candidates
+        if frame is None:
+            break
+        for value in frame.f_locals.values():
+            modules = getattr(value, "modules", None)  # of FSDP's parameter group, a tuple
+            for index, candidate in enumerate(candidates):
+                if value is candidate or (isinstance(modules, tuple) and candidate in modules):
+                    return index
+    return None

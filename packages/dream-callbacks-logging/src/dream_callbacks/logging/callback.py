@@ -1,0 +1,190 @@
+"""LoggerCallback: opens the sinks, and sends them what training and validation report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from dream_callbacks.logging.names import named_under
+from dream_callbacks.logging.plain import plain
+from dream_callbacks.logging.rate import StepRate, Stopwatch
+from dream_callbacks.logging.scalars import (
+    RankMeans,
+    Scalars,
+    mean_over_batches,
+    read,
+    scalars_of,
+)
+from dream_callbacks.logging.session import AnySink, SinkSession, checked_sinks, planned_sinks
+from dream_callbacks.logging.sinks.base import DeferredSink
+from dream_trainer.callbacks import Callback, Every
+from dream_trainer.trainer.mixins import LoggerMixin
+
+
+class LoggerCallback(Callback[LoggerMixin]):
+    """Logs the scalars that the steps return, over `global_step`.
+
+    - `train/<key>`, `epoch` and `steps_per_s`, with the optimizer step in which the n-th batch
+      falls. While gradients accumulate: the mean over the batches of that step, which is what one
+      batch of the whole size would have reported.
+    - `epoch/<key>` and `epoch/seconds` after each epoch: means over its samples.
+    - `val/<key>` after each validation run; a key that says "val" itself, as "val_loss", as it is.
+    - `val_batch/<key>` and `val_batch/index` for single validation batches, if asked for.
+
+    On a step that logs it costs an all-reduce of one vector and a copy of it to the host; on all
+    others it reads nothing. The sinks are opened in `pre_fit` and closed in `post_fit`, on global
+    rank 0: put it before callbacks that log there.
+
+    Args:
+        log_every_n_train_batches: None leaves batches out.
+        log_every_n_val_batches: None leaves batches out.
+        code_dir: Source files below it are logged too.
+        sinks: Where to. Sinks that are open already are left open. Default: JSON lines in the
+            run's directory; also Weights & Biases, if the config or the trainer asks for it. JSON
+            lines are written in any case beside sinks that may lose what they were given.
+        reduce: "mean" over ranks, or None for what rank 0 reports.
+
+    Raises:
+        ValueError: If a number is below 1, or `reduce` is unknown.
+        TypeError: If something isn't a sink.
+    """
+
+    def __init__(
+        self,
+        log_every_n_train_batches: int | None = 1,
+        log_every_n_val_batches: int | None = None,
+        code_dir: str | os.PathLike[str] | None = None,
+        sinks: Sequence[AnySink] | None = None,
+        reduce: Literal["mean"] | None = "mean",
+    ) -> None:
+        if reduce not in ("mean", None):
+            raise ValueError(f'reduce={reduce!r}: "mean" or None is required')
+        check_cadence("log_every_n_train_batches", log_every_n_train_batches)
+        check_cadence("log_every_n_val_batches", log_every_n_val_batches)
+        self.log_every_n_train_batches = log_every_n_train_batches
+        self.log_every_n_val_batches = log_every_n_val_batches
+        self.code_dir = None if code_dir is None else Path(code_dir)
+        self.sinks = None if sinks is None else checked_sinks(sinks)
+        self.reduce = reduce
+        self._session: SinkSession | None = None
+        self._begin(0, 0)
+
+    def _begin(self, step: int, num_batches: int) -> None:
+        """Be as before the first batch of a session."""
+        every = self.log_every_n_train_batches
+        self._cadence = None if every is None else Every(steps=every).start(num_batches)
+        self._earlier: list[Scalars] = []
+        self._watch = Stopwatch()
+        self._rate = StepRate(step, self._watch)
+        self._epoch_began_s = 0.0
+        self._was_training = False
+        self._num_val_batches = 0
+        self._train_means = RankMeans("training_step")
+        self._val_means = RankMeans("validation_step")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_session": None}
+
+    # Sinks
+
+    def pre_launch(self) -> None:
+        for sink in planned_sinks(self.sinks, self.trainer):
+            if isinstance(sink, DeferredSink):
+                sink.check()
+
+    def pre_fit(self) -> None:
+        trainer = self.trainer
+        self._begin(trainer.global_step, trainer.local_batches)
+        self._session = SinkSession.start(self.sinks, trainer)
+        if trainer.sinks:
+            trainer.log_config(plain(trainer.config))
+            if self.code_dir is not None:
+                trainer.log_code(self.code_dir)
+
+    def post_fit(self) -> None:
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    # Training
+
+    def pre_train_epoch(self) -> None:
+        self._watch.run()
+        self._epoch_began_s = self._watch.seconds
+
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        if self._cadence is None:
+            return
+        trainer = self.trainer
+        if trainer.is_accumulating_gradients:
+            self._earlier.append(scalars_of(result))
+            return
+        if self._cadence.due(trainer.local_batches):
+            means = self._read([*self._earlier, scalars_of(result)], self._train_means)
+            if trainer.sinks:
+                values = {named_under("train", key): value for key, value in means.items()}
+                values["epoch"] = trainer.current_epoch + (batch_idx + 1) / (
+                    trainer.num_train_batches or 1
+                )
+                values["steps_per_s"] = self._rate.read(trainer.global_step)
+                trainer.log_dict(values)
+        if self._earlier:
+            self._earlier = []
+
+    def post_train_epoch(self, result: dict[str, Any]) -> None:
+        self._watch.pause()
+        if self.trainer.sinks:
+            values = {f"epoch/{key}": value for key, value in self._numbers(result).items()}
+            values["epoch/seconds"] = self._watch.seconds - self._epoch_began_s
+            self.trainer.log_dict(values)
+
+    # Validation
+
+    def pre_validation_epoch(self) -> None:
+        self._was_training = self._watch.is_running
+        self._watch.pause()
+
+    def post_validation_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        every, trainer = self.log_every_n_val_batches, self.trainer
+        if every is None or trainer.local_batches == 0:  # a sanity run
+            return
+        self._num_val_batches += 1
+        if (batch_idx + 1) % every == 0:
+            means = self._read([scalars_of(result)], self._val_means)
+            if trainer.sinks:
+                values = {f"val_batch/{key}": value for key, value in means.items()}
+                trainer.log_dict({**values, "val_batch/index": self._num_val_batches})
+
+    def post_validation_epoch(self, result: dict[str, Any]) -> None:
+        if self._was_training:
+            self._watch.run()
+        if self.trainer.sinks and self.trainer.local_batches > 0:
+            values = self._numbers(result)
+            if values:
+                self.trainer.log_dict({named_under("val", k): v for k, v in values.items()})
+
+    # Reading
+
+    def _read(self, batches: list[Scalars], means: RankMeans) -> dict[str, float]:
+        """What the ranks report, on average over them and over the batches. Collective."""
+        world = self.trainer.world
+        if self.reduce == "mean":
+            return mean_over_batches(means.read(batches, world))
+        return mean_over_batches(read(batches, world.device)) if world.is_global_zero else {}
+
+    def _numbers(self, result: dict[str, Any]) -> dict[str, float]:
+        """The scalars of an epoch's result, which is reduced already."""
+        return read([scalars_of(result)], self.trainer.world.device)[0]
+
+
+def check_cadence(name: str, value: int | None) -> None:
+    """See that a number of batches is one.
+
+    Raises:
+        ValueError: If it is neither None nor a whole number of at least 1.
+    """
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if value is not None and not is_count:
+        raise ValueError(f"{name}={value!r}: a whole number of at least 1 is required, or None")

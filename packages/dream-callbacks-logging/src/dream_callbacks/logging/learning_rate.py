@@ -1,0 +1,78 @@
+"""LRLoggerCallback: the learning rate that each step was made with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dream_callbacks.logging.callback import LoggerCallback, check_cadence
+from dream_trainer.callbacks import Cadence, Every, RankZeroCallback
+from dream_trainer.trainer.mixins import LoggerMixin
+
+
+class LRLoggerCallback(RankZeroCallback[LoggerMixin]):
+    """Logs the learning rates: `lr`, or `lr/<optimizer>`, `lr/<group>`, `lr/<optimizer>/<group>`
+    where there are several; a group is called by its "name", or its number.
+
+    The value at step N is the one that made step N; a scheduler has changed it by then. Costs
+    nothing on steps that don't log, and on the others a host sync for each rate that is a tensor
+    on a device.
+
+    Args:
+        log_every_n_train_batches: Default: as often as the LoggerCallback beside it, or with
+            each step.
+
+    Raises:
+        ValueError: If it is below 1.
+    """
+
+    def __init__(self, log_every_n_train_batches: int | None = None) -> None:
+        check_cadence("log_every_n_train_batches", log_every_n_train_batches)
+        self.log_every_n_train_batches = log_every_n_train_batches
+        self._begin(1, 0)
+
+    def _begin(self, every: int, num_batches: int) -> None:
+        self._cadence: Cadence = Every(steps=every).start(num_batches)
+        self._asked_at = num_batches
+        self._is_due = False
+        self._rates: dict[str, float] = {}
+
+    def pre_fit(self) -> None:
+        every = self.log_every_n_train_batches or self._every_of_logger() or 1
+        self._begin(every, self.trainer.local_batches)
+
+    def pre_optimizer_step(self, model: nn.Module, optimizer: Optimizer) -> None:
+        num_batches = self.trainer.local_batches + 1  # the counters advance after the step
+        if num_batches != self._asked_at:
+            self._asked_at = num_batches
+            self._is_due = self._cadence.due(num_batches)
+        if self._is_due:
+            self._rates |= self._rates_of(optimizer)
+
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        if self._rates:
+            self.trainer.log_dict(self._rates)
+            self._rates = {}
+
+    def _rates_of(self, optimizer: Optimizer) -> dict[str, float]:
+        optimizers = self.trainer.named_optimizers()
+        names = [name for name, other in optimizers.items() if other is optimizer]
+        head = ["lr", *(names if len(optimizers) > 1 else [])]
+        groups = optimizer.param_groups
+        return {
+            "/".join([*head, *([str(group.get("name", index))] if len(groups) > 1 else [])]): float(
+                group["lr"]
+            )
+            for index, group in enumerate(groups)
+            if "lr" in group
+        }
+
+    def _every_of_logger(self) -> int | None:
+        cadences = (
+            callback.log_every_n_train_batches
+            for callback in self.trainer.callbacks
+            if isinstance(callback, LoggerCallback)
+        )
+        return next(cadences, None)

@@ -1,0 +1,144 @@
+"""MediaLoggerCallback: images and videos that validation returns."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dream_callbacks.logging.names import named_under
+from dream_trainer.callbacks import RankZeroCallback
+from dream_trainer.trainer.mixins import LoggerMixin
+
+logger = logging.getLogger(__name__)
+
+_NUM_CHANNELS = (1, 3, 4)
+
+
+class MediaLoggerCallback(RankZeroCallback[LoggerMixin]):
+    """Logs images and videos from what `validation_step` returns, as `val/<key>`.
+
+    Images are `(batch, channels, height, width)`, videos
+    `(batch, time, channels, height, width)`, on global rank 0. Copies `max_items` of them to the
+    host for each batch that is logged, and nothing for the others.
+
+    Args:
+        keys: Which entries of the result. Default: each tensor that looks like images or videos
+            of 1, 3 or 4 channels.
+        max_items: How many of a batch.
+        batches: Numbers of the validation batches to log.
+        every_n_validations: The first run is logged, and every n-th after it.
+        value_range: Values that become black and white, for floats; those beyond are cut off.
+        captions_key: Entry of the result with a text for each image.
+        fps: Frames per second of videos.
+
+    Raises:
+        ValueError: If a number is below 1, or the range is empty.
+    """
+
+    def __init__(
+        self,
+        keys: Collection[str] | str | None = None,
+        *,
+        max_items: int = 8,
+        batches: Collection[int] = (0,),
+        every_n_validations: int = 1,
+        value_range: tuple[float, float] = (0.0, 1.0),
+        captions_key: str | None = None,
+        fps: int = 8,
+    ) -> None:
+        for name, value in (
+            ("max_items", max_items),
+            ("every_n_validations", every_n_validations),
+            ("fps", fps),
+        ):
+            if value < 1:
+                raise ValueError(f"{name}={value!r}: at least 1 is required")
+        if not value_range[0] < value_range[1]:
+            raise ValueError(f"value_range={value_range!r}: (lowest, highest) is required")
+        self.keys = (keys,) if isinstance(keys, str) else keys
+        self.max_items = max_items
+        self.batches = frozenset(batches)
+        self.every_n_validations = every_n_validations
+        self.value_range = value_range
+        self.captions_key = captions_key
+        self.fps = fps
+        self._num_validations = 0
+        self._has_warned = False
+
+    def pre_fit(self) -> None:
+        self._num_validations = 0
+
+    def post_validation_epoch(self, result: dict[str, Any]) -> None:
+        if self.trainer.local_batches > 0:  # not a sanity run
+            self._num_validations += 1
+
+    def post_validation_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        trainer = self.trainer
+        if (
+            batch_idx not in self.batches
+            or not trainer.sinks
+            or trainer.local_batches == 0  # a sanity run
+            or self._num_validations % self.every_n_validations
+        ):
+            return
+        captions = None if self.captions_key is None else result.get(self.captions_key)
+        for key in self._found(result):
+            # Several batches of a run share a step, so each has a name of its own.
+            name = named_under("val", key)
+            name = name if len(self.batches) == 1 else f"{name}/batch_{batch_idx}"
+            items = self._items(result[key])
+            if _is_video(items):
+                trainer.log_videos(name, items, fps=self.fps)
+            else:
+                texts = None if captions is None else _first(captions, self.max_items)
+                trainer.log_images(name, items, captions=texts)
+
+    def _found(self, result: dict[str, Any]) -> list[str]:
+        if self.keys is None:
+            return [key for key, value in result.items() if _is_media(value)]
+        missing = [key for key in self.keys if key not in result]
+        if missing and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "validation_step returned %s, and keys asks for %s, which is left out; return it "
+                "there, or change keys",
+                ", ".join(result) or "nothing",
+                ", ".join(missing),
+            )
+        return [key for key in self.keys if key in result]
+
+    def _items(self, value: Any) -> Any:
+        items = _first(value, self.max_items)
+        if isinstance(items, Tensor) and items.is_floating_point():
+            lowest, highest = self.value_range
+            items = ((items.float() - lowest) / (highest - lowest)).clamp(0.0, 1.0)
+        return items
+
+
+def _first(value: Any, num_items: int) -> Any:
+    return value[:num_items] if isinstance(value, (Tensor, Sequence)) else value
+
+
+def _is_media(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.dim() in (4, 5)
+        and value.shape[-3] in _NUM_CHANNELS
+        and min(value.shape[-2:]) > 1
+        and (value.is_floating_point() or value.dtype in (torch.uint8, torch.bool))
+    )
+
+
+def _is_video(items: Any) -> bool:
+    if isinstance(items, Tensor):
+        return items.dim() == 5
+    return (
+        isinstance(items, Sequence)
+        and bool(items)
+        and isinstance(items[0], Tensor)
+        and (items[0].dim() == 4)
+    )

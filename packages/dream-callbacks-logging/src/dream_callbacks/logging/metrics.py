@@ -1,0 +1,84 @@
+"""MetricLoggerCallback: computed metrics, also those that are more than one number."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from dream_callbacks.logging.callback import LoggerCallback
+from dream_callbacks.logging.names import named_under
+from dream_callbacks.logging.scalars import Scalars, is_scalar, read
+from dream_trainer.callbacks import RankZeroCallback, intersection
+from dream_trainer.trainer.mixins import EvalMetricMixin, LoggerMixin
+
+logger = logging.getLogger(__name__)
+
+
+@intersection
+class MetricsAndLogger(EvalMetricMixin, LoggerMixin):
+    """What MetricLoggerCallback asks of its trainer."""
+
+
+class MetricLoggerCallback(RankZeroCallback[MetricsAndLogger]):
+    """Logs the metrics after each validation run, as `val/<metric>`.
+
+    A metric of several values, such as one for each class, becomes `val/<metric>/<index>`; a dict
+    `val/<metric>/<key>`. Beside a LoggerCallback, which logs the single numbers already, it adds
+    only these. Reads the host's copy of all values at once, after the run.
+
+    Args:
+        max_values: Metrics of more values than this are left out, which the log says once.
+
+    Raises:
+        ValueError: If `max_values` is below 1.
+    """
+
+    def __init__(self, *, max_values: int = 128) -> None:
+        if max_values < 1:
+            raise ValueError(f"max_values={max_values!r}: at least 1 is required")
+        self.max_values = max_values
+        self._reported: set[str] = set()
+        self._left_out: set[str] = set()
+
+    def pre_validation_epoch(self) -> None:
+        self._reported = set()
+
+    def post_validation_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        self._reported |= result.keys()
+
+    def post_validation_epoch(self, result: dict[str, Any]) -> None:
+        if not self.trainer.sinks or self.trainer.local_batches == 0:  # a sanity run
+            return
+        skips_scalars = any(isinstance(other, LoggerCallback) for other in self.trainer.callbacks)
+        scalars: Scalars = {}
+        for key, value in result.items():
+            # What no step reported was computed by a metric.
+            if key not in self._reported and not (skips_scalars and is_scalar(value)):
+                scalars.update(self._flat(named_under("val", key), value))
+        if scalars:
+            self.trainer.log_dict(read([scalars], self.trainer.world.device)[0])
+
+    def _flat(self, name: str, value: Any) -> Iterator[tuple[str, Tensor | float]]:
+        if is_scalar(value):
+            yield name, value
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                yield from self._flat(f"{name}/{key}", item)
+        elif isinstance(value, Tensor) and not value.is_complex() and value.dim() > 0:
+            if value.numel() <= self.max_values:
+                for index, item in enumerate(value):
+                    yield from self._flat(f"{name}/{index}", item)
+            elif name not in self._left_out:
+                self._left_out.add(name)
+                logger.warning(
+                    "metric %s has %d values, more than max_values=%d, and is left out",
+                    name,
+                    value.numel(),
+                    self.max_values,
+                )
+        elif isinstance(value, (list, tuple)) and len(value) <= self.max_values:
+            for index, item in enumerate(value):
+                yield from self._flat(f"{name}/{index}", item)

@@ -1,0 +1,139 @@
+"""Which sinks a run logs to, and opening and closing them as one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from dream_callbacks.logging.mixin import WandBLoggerMixin
+from dream_callbacks.logging.sinks.base import DeferredSink, LoggedRun, OpenedSink
+from dream_callbacks.logging.sinks.jsonl import JSONLinesSink
+from dream_callbacks.logging.sinks.wandb import WandBSink
+from dream_trainer.configs import LoggingParameters, WandbLoggingParameters
+from dream_trainer.trainer import DreamTrainerConfig
+from dream_trainer.trainer.mixins import LoggerMixin, Sink
+
+logger = logging.getLogger(__name__)
+
+AnySink = DeferredSink | Sink
+
+_METHODS = ("log_scalars", "log_images", "log_videos", "log_plot", "log_config", "log_code")
+
+
+def checked_sinks(sinks: Any) -> list[AnySink]:
+    """The sinks as a list, which is what they should have been given as.
+
+    Raises:
+        TypeError: If something is neither a DeferredSink nor has the methods of a sink.
+    """
+    if not isinstance(sinks, (list, tuple)):
+        raise TypeError(f"sinks={sinks!r}: a list of sinks is required: sinks=[{sinks!r}]")
+    for sink in sinks:
+        is_sink = isinstance(sink, DeferredSink) or all(
+            callable(getattr(sink, name, None)) for name in _METHODS
+        )
+        if isinstance(sink, type) or not is_sink:
+            hint = "; make one: write ()" if isinstance(sink, type) else ""
+            raise TypeError(
+                f"{sink!r} isn't a sink{hint}; a DeferredSink such as JSONLinesSink() is required, "
+                f"or an object with {', '.join(_METHODS)}"
+            )
+    return list(sinks)
+
+
+def planned_sinks(sinks: Sequence[AnySink] | None, trainer: LoggerMixin) -> list[AnySink]:
+    """The sinks that a run will log to.
+
+    Args:
+        sinks: As given to LoggerCallback; None for what the trainer and its config ask for.
+        trainer: Whose run it is.
+    """
+    planned: list[AnySink] = list(sinks or ())
+    if sinks is None and _wants_wandb(trainer):
+        planned.append(WandBSink())
+    deferred = [sink for sink in planned if isinstance(sink, DeferredSink)]
+    is_at_risk = any(not sink.survives_crash for sink in deferred)
+    if sinks is None or (is_at_risk and all(not sink.survives_crash for sink in deferred)):
+        planned.insert(0, JSONLinesSink())
+    return planned
+
+
+class SinkSession:
+    """Sinks that are open and added to a trainer.
+
+    Args:
+        trainer: What they are added to.
+    """
+
+    def __init__(self, trainer: LoggerMixin) -> None:
+        self._trainer = trainer
+        self._opened: list[OpenedSink] = []
+        self._added: list[Sink] = []
+
+    @classmethod
+    def start(cls, sinks: Sequence[AnySink] | None, trainer: LoggerMixin) -> SinkSession:
+        """Open the sinks on global rank 0 and add them to the trainer. Collective.
+
+        Raises:
+            OSError: On rank 0, if one can't be opened; those that were are closed again.
+            RuntimeError: On the other ranks then.
+        """
+        session = cls(trainer)
+        error: Exception | None = None
+        if trainer.world.is_global_zero:
+            try:
+                session._open(planned_sinks(sinks, trainer))
+            except Exception as caught:  # noqa: BLE001  # raised below, once the others know
+                error = caught
+        message = trainer.world.broadcast_object(None if error is None else repr(error))
+        if error is not None:
+            session.close()
+            raise error
+        if message is not None:
+            raise RuntimeError(f"rank 0 couldn't open the log: {message}")
+        return session
+
+    def close(self) -> None:
+        """Take the sinks from the trainer, and close those that were opened here."""
+        for sink in self._added:
+            if sink in self._trainer.sinks:
+                self._trainer.remove_sink(sink)
+        self._added.clear()
+        while self._opened:
+            sink = self._opened.pop()
+            try:
+                sink.close(self._trainer.exception)
+            except Exception:
+                logger.exception("%s couldn't be closed", type(sink).__name__)
+
+    def _open(self, sinks: Sequence[AnySink]) -> None:
+        trainer = self._trainer
+        run = LoggedRun(
+            project=trainer.project,
+            group=trainer.group,
+            experiment=trainer.experiment,
+            run_dir=trainer.run_dir,
+            step=trainer.global_step,
+        )
+        for sink in sinks:
+            if isinstance(sink, DeferredSink):
+                opened = sink.open(run)
+                self._opened.append(opened)
+                self._add(opened)
+            else:
+                self._add(sink)
+
+    def _add(self, sink: Sink) -> None:
+        self._trainer.add_sink(sink)
+        self._added.append(sink)
+
+
+def _wants_wandb(trainer: LoggerMixin) -> bool:
+    config = trainer.config
+    parameters = (
+        config.logging_parameters if isinstance(config, DreamTrainerConfig) else LoggingParameters()
+    )
+    return parameters.enabled and (
+        isinstance(parameters, WandbLoggingParameters) or isinstance(trainer, WandBLoggerMixin)
+    )

@@ -1,0 +1,14 @@
+"""What a run spends its time and memory on."""
+
+from dream_callbacks.profile.benchmark import BenchmarkCallback, BenchmarkResult
+from dream_callbacks.profile.callback import ProfileCallback
+from dream_callbacks.profile.graph_breaks import FindGraphBreaksCallback
+from dream_callbacks.profile.memory import MemorySnapshotCallback
+
+__all__ = [
+    "BenchmarkCallback",
+    "BenchmarkResult",
+    "FindGraphBreaksCallback",
+    "MemorySnapshotCallback",
+    "ProfileCallback",
+]

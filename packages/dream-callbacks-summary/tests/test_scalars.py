@@ -1,0 +1,91 @@
+from typing import Any
+
+import pytest
+import torch
+
+from dream_callbacks.summary.scalars import LateScalar, is_scalar, numbers_in, scalar_to_show
+from dream_trainer.testing import run_on_ranks
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [
+        ({"accuracy": 1.0, "loss": torch.tensor(2.0)}, "loss"),
+        ({"accuracy": 1.0, "G_Loss": 2.0, "d_loss": 3.0}, "G_Loss"),
+        ({"accuracy": 1.0, "norm": 2.0}, "accuracy"),
+        ({"loss": torch.zeros(3), "norm": 2.0}, "norm"),
+        ({"loss": "low", "logits": torch.zeros(3)}, None),
+        ({}, None),
+    ],
+    ids=["loss", "first with loss in its name", "first", "not a vector", "none", "empty"],
+)
+def test_the_loss_like_first_scalar_is_shown(result: dict[str, Any], expected: str | None):
+    assert scalar_to_show(result) == expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    [1, 2.5, torch.tensor(3.0), torch.ones(1, 1), torch.tensor(1.0, dtype=torch.bfloat16)],
+    ids=str,
+)
+def test_a_scalar_is_read(value: Any):
+    scalar = LateScalar()
+    scalar.read(value)
+
+    assert scalar.value == float(value)
+
+
+@pytest.mark.parametrize("value", [None, "1", torch.ones(2), torch.ones((), dtype=torch.cfloat)])
+def test_what_is_no_scalar_leaves_the_last_value(value: Any):
+    scalar = LateScalar()
+    scalar.read(1.5)
+    scalar.read(value)
+
+    assert not is_scalar(value)
+    assert scalar.value == 1.5
+
+
+def test_of_an_epochs_result_the_scalars_are_taken_as_numbers():
+    result = {"loss": 0.5, "hits": 3, "accuracy": torch.tensor(0.25), "confusion": torch.ones(2, 2)}
+
+    assert numbers_in(result) == {"loss": 0.5, "hits": 3, "accuracy": 0.25}
+
+
+def read_distributed_tensors() -> list[float | None]:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    local = torch.tensor(float(dist.get_rank()) + 1.0)
+    values: list[float | None] = []
+    if dist.get_rank() == 0:  # alone, as in a RankZeroCallback: a collective would hang
+        for placement in (Partial(), Replicate()):
+            scalar = LateScalar()
+            scalar.read(DTensor.from_local(local, mesh, (placement,), run_check=False))
+            values.append(scalar.value)
+    return values
+
+
+def test_one_rank_alone_never_waits_for_the_others_to_know_a_distributed_scalar():
+    values, _ = run_on_ranks(read_distributed_tensors, 2, timeout_s=30)
+
+    assert values == [None, 1.0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_scalar_on_a_gpu_is_known_at_a_later_reading_and_never_waited_for():
+    scalar, tensor = LateScalar(), torch.ones((), device="cuda") * 3
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        scalar.read(tensor)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    before = scalar.value
+    torch.cuda.synchronize()
+    scalar.read(None)
+
+    assert before is None
+    assert scalar.value == 3.0

@@ -1,0 +1,281 @@
+"""TrainerSummary and the facts that it prints."""
+
+import contextlib
+import copy
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+
+from dream_callbacks.summary import ProgressBar, TrainerSummary
+from dream_callbacks.summary.facts import facts_of
+from dream_trainer.callbacks import Callback
+from dream_trainer.configs import DeviceParameters
+from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
+from dream_trainer.trainer import BaseTrainer
+
+
+def facts(
+    tmp_path: Path | str,
+    trainer_class: type[TinyTrainer] = TinyTrainer,
+    callbacks: Any = (),
+    **settings: Any,
+) -> dict[str, list[str]]:
+    trainer = trainer_class(tiny_config(tmp_path, callbacks, **settings))
+    trainer.setup()
+    return facts_of(trainer)
+
+
+def printed(root_dir: str, device: DeviceParameters | None = None) -> list[str]:
+    config = tiny_config(root_dir, [TrainerSummary(), ProgressBar()], device=device)
+    config.debug = True  # a collective in a rank-zero hook is an error then
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        TinyTrainer(config).setup()
+    text = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())  # where the environment asks for colours
+    return [line.rstrip() for line in text.splitlines()]
+
+
+def test_the_facts_and_the_models_are_printed_once_the_trainer_is_set_up(tmp_path: Path):
+    lines = printed(str(tmp_path))
+    names = [line.split()[0] for line in lines if line and not line.startswith(" ")]
+
+    assert names == [
+        *("run", "directory", "seed", "device", "layout", "precision", "training", "data"),
+        *("validation", "optimizers", "callbacks", "module", "model"),
+    ]
+    assert any(line.startswith("  blocks.0-1 (2 ×)") for line in lines)
+
+
+def test_the_run_and_where_it_writes_are_told(tmp_path: Path):
+    config = tiny_config(tmp_path)
+    config.project, config.group, config.experiment = "[bold]p", "g", "e"
+    trainer = TinyTrainer(config)
+    trainer.setup()
+    found = facts_of(trainer)
+
+    assert found["run"] == ["[bold]p / g / e"]
+    assert found["directory"] == [str(tmp_path / "[bold]p" / "g" / "e")]
+    assert found["seed"] == ["42"]
+
+
+def test_a_seed_that_was_drawn_is_told(tmp_path: Path):
+    config = tiny_config(tmp_path)
+    config.seed = None
+    trainer = TinyTrainer(config)
+    trainer.setup()
+
+    assert facts_of(trainer)["seed"] == [str(trainer.seed)]
+
+
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        ({}, "1 epoch, 8 steps per epoch"),
+        ({"max_steps": 1}, "at most 1 step, 8 steps per epoch"),
+        (
+            {"n_epochs": 1200, "gradient_accumulation_steps": 3, "gradient_clip_val": 1.0},
+            "1,200 epochs, 3 steps per epoch, 3 batches per step, gradients clipped to norm 1",
+        ),
+        ({"max_time": 90.0}, "at most 90 s, 8 steps per epoch"),
+    ],
+    ids=str,
+)
+def test_how_long_it_trains_is_told(tmp_path: Path, training: dict[str, Any], expected: str):
+    assert facts(tmp_path, **training)["training"] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("training", "expected"),
+    [
+        ({}, "DataLoader, 2 batches of 4, each epoch"),
+        ({"val_every_n_steps": 5}, "DataLoader, 2 batches of 4, every 5 steps"),
+        (
+            {"val_steps_per_epoch": 1, "num_sanity_val_steps": 2},
+            "DataLoader, 1 batch of 4, each epoch, 2 batches tried out first",
+        ),
+        ({"val_every_n_steps": 0}, "never, though there is a loader"),
+        ({"val_steps_per_epoch": 0}, "never, though there is a loader"),
+    ],
+    ids=str,
+)
+def test_when_it_validates_is_told(tmp_path: Path, training: dict[str, Any], expected: str):
+    assert facts(tmp_path, **training)["validation"] == [expected]
+
+
+def test_loaders_are_told_as_far_as_they_are_known(tmp_path: Path):
+    class Endless:
+        def __iter__(self) -> Any:
+            while True:
+                yield torch.zeros(2, 4), torch.zeros(2, 1)
+
+    class OtherData(TinyTrainer):
+        def configure_dataloaders(self) -> Any:
+            return DataLoader([torch.zeros(4)] * 6, batch_size=2, num_workers=1), Endless()
+
+    found = facts(tmp_path, OtherData, gradient_accumulation_steps=2)
+
+    assert found["data"] == [
+        "DataLoader, 3 batches of 2, 1 worker; 4 samples per step (2 × 2 batches)"
+    ]
+    assert found["validation"] == ["Endless, any number of batches, each epoch"]
+
+
+def test_without_a_validation_loader_there_is_none(tmp_path: Path):
+    class NoValidation(TinyTrainer):
+        def configure_dataloaders(self) -> Any:
+            return super().configure_dataloaders()[0]
+
+    assert facts(tmp_path, NoValidation)["validation"] == ["none"]
+
+
+def test_optimizers_and_schedulers_are_told(tmp_path: Path):
+    class TwoOptimizers(TinyTrainer):
+        def configure_optimizers(self) -> None:
+            self.slow = torch.optim.SGD(
+                [
+                    {"params": self.model.embed.parameters(), "lr": 0.1},
+                    {"params": self.model.blocks.parameters()},
+                ],
+                lr=torch.tensor(0.01),
+            )
+            self.fast = torch.optim.AdamW(self.model.head.parameters(), lr=1e-4)
+
+        def configure_schedulers(self) -> None:
+            self.warmup = LambdaLR(self.fast, lambda step: 0.5)
+
+    found = facts(tmp_path, TwoOptimizers)
+
+    assert found["optimizers"] == [
+        "slow: SGD, lr 0.01 to 0.1, 184 parameters, 2 groups",
+        "fast: AdamW, lr 5e-05, 9 parameters",
+    ]
+    assert found["schedulers"] == ["warmup: LambdaLR of fast"]
+
+
+def test_callbacks_are_told_in_the_order_in_which_they_run(tmp_path: Path):
+    class Last(Callback[BaseTrainer]):
+        after = {Callback}
+
+        def post_setup(self) -> None: ...
+
+        def pre_fit(self) -> None: ...
+
+    class First(Callback[BaseTrainer]):
+        before = {"ProgressBar"}
+
+        def pre_fit(self) -> None: ...
+
+    class Idle(Callback[BaseTrainer]):
+        pass
+
+    found = facts(tmp_path, callbacks=[Last(), ProgressBar(), Idle(), First(), TrainerSummary()])
+
+    assert found["callbacks"] == [
+        "Idle: no hooks",
+        "First: pre_fit",
+        "ProgressBar: pre_fit, pre_train_epoch, post_train_step, post_train_epoch and 5 more",
+        "TrainerSummary: post_setup",
+        "Last: post_setup, pre_fit",
+    ]
+
+
+def test_a_run_that_goes_on_says_where(tmp_path: Path):
+    class Stop(Callback[BaseTrainer]):
+        def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+            if batch_idx == 3:
+                self.trainer.stop("enough")
+
+    trainer = TinyTrainer(tiny_config(tmp_path, [Stop()], gradient_accumulation_steps=2))
+    trainer.fit()
+
+    assert facts_of(trainer)["resumes"] == ["after step 2, 4 batches of epoch 1 done"]
+    assert "resumes" not in facts(tmp_path)
+
+
+def test_the_summary_comes_after_a_checkpoint_is_restored(tmp_path: Path):
+    class CheckpointCallback(Callback[BaseTrainer]):
+        after = {Callback}
+
+        def post_setup(self) -> None: ...
+
+    found = facts(tmp_path, callbacks=[TrainerSummary(), CheckpointCallback()])
+
+    assert found["callbacks"] == ["CheckpointCallback: post_setup", "TrainerSummary: post_setup"]
+
+
+@pytest.mark.parametrize(
+    ("device", "layout", "precision", "data"),
+    [
+        (
+            DeviceParameters.DDP(device="cpu", param_dtype=torch.bfloat16),
+            "ddp, 2 ranks, mesh dp_replicate 2",
+            "float32 parameters, autocast to bfloat16",
+            "DataLoader, 8 batches of 2; 4 samples per step (2 × 2 ranks)",
+        ),
+        (
+            DeviceParameters.FSDP(
+                device="cpu",
+                param_dtype=torch.bfloat16,
+                reduce_dtype=torch.float32,
+                cpu_offload=True,
+                compile_model=True,
+            ),
+            "fsdp, 2 ranks, mesh dp_shard 2, parameters offloaded to the host, compiled",
+            "float32 parameters, computed in bfloat16, gradients reduced in float32",
+            "DataLoader, 8 batches of 2; 4 samples per step (2 × 2 ranks)",
+        ),
+    ],
+    ids=["ddp", "fsdp"],
+)
+def test_layout_and_precision_are_told(
+    tmp_path: Path, device: DeviceParameters, layout: str, precision: str, data: str
+):
+    found, _ = run_on_ranks(facts_on_rank, 2, str(tmp_path), device)
+
+    assert found["layout"] == [layout]
+    assert found["precision"] == [precision]
+    assert found["data"] == [data]
+    assert found["callbacks"] == ["TrainerSummary (rank 0): post_setup"]
+    assert found["optimizers"] == ["optimizer: AdamW, lr 0.01, 193 parameters"]
+
+
+def facts_on_rank(root_dir: str, device: DeviceParameters) -> dict[str, list[str]]:
+    return facts(root_dir, callbacks=[TrainerSummary()], device=device)
+
+
+def test_of_two_ranks_only_the_first_prints(tmp_path: Path):
+    first, second = run_on_ranks(printed, 2, str(tmp_path), DeviceParameters.FSDP(device="cpu"))
+
+    assert first[0].startswith("run")
+    assert second == []
+
+
+def test_copies_print_the_same(tmp_path: Path):
+    summary = copy.deepcopy(TrainerSummary(depth=0))
+
+    assert summary.depth == 0
+    TinyTrainer(tiny_config(tmp_path, [summary])).setup()
+
+
+def test_a_depth_that_is_no_count_is_refused():
+    with pytest.raises(ValueError, match="depth=-1: a whole number of at least 0 is required"):
+        TrainerSummary(depth=-1)
+
+
+def test_a_stream_that_cannot_be_written_to_costs_the_summary_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    trainer = TinyTrainer(tiny_config(tmp_path, [TrainerSummary()]))
+    with Path("/dev/full").open("w") as full, contextlib.redirect_stdout(full):
+        trainer.setup()
+        with contextlib.suppress(OSError):  # what is left in its buffer
+            full.close()
+
+    assert trainer.num_train_batches == 8
+    assert "stdout can't be written to" in caplog.text

@@ -1,0 +1,103 @@
+"""The list of distributions: their names, imports, folders, and what their tests need."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+CORE = "dream-trainer-core"
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """One package of this repository.
+
+    Args:
+        name: Of the distribution, as pip knows it.
+        module: What one imports.
+        extras: All its extras; its tests run with them.
+        test_requirements: What its tests need besides pytest.
+    """
+
+    name: str
+    module: str
+    extras: tuple[str, ...] = ()
+    test_requirements: tuple[str, ...] = ()
+
+    @property
+    def short_name(self) -> str:
+        """`core`, `checkpoint`, …: what sessions and package sets call it."""
+        return self.name.rpartition("-")[2]
+
+    @property
+    def folder(self) -> Path:
+        """Where its pyproject.toml lies."""
+        return ROOT / "packages" / self.name
+
+    @property
+    def namespace(self) -> str:
+        """The folder below `src` that its wheel ships."""
+        return self.module.partition(".")[0]
+
+    def pyproject(self) -> dict[str, Any]:
+        """Its pyproject.toml."""
+        return tomllib.loads((self.folder / "pyproject.toml").read_text(encoding="utf-8"))
+
+    def version(self) -> str:
+        """The version in its pyproject.toml."""
+        return str(self.pyproject()["project"]["version"])
+
+    def requirement(self, source: Path | str) -> str:
+        """What to ask pip for: `source` (a wheel or a folder) with all extras."""
+        return f"{source}[{','.join(self.extras)}]" if self.extras else str(source)
+
+
+DISTRIBUTIONS: tuple[Distribution, ...] = (
+    # numpy: the state of its random numbers is saved too, where it is installed.
+    Distribution(CORE, "dream_trainer", test_requirements=("numpy",)),
+    Distribution(
+        "dream-callbacks-checkpoint",
+        "dream_callbacks.checkpoint",
+        extras=("fsspec", "safetensors"),
+        test_requirements=("torchdata",),
+    ),
+    Distribution(
+        "dream-callbacks-logging",
+        "dream_callbacks.logging",
+        extras=("wandb", "tensorboard"),
+    ),
+    Distribution("dream-callbacks-summary", "dream_callbacks.summary"),
+    Distribution("dream-callbacks-profile", "dream_callbacks.profile", extras=("view",)),
+    Distribution("dream-callbacks-fsdp", "dream_callbacks.fsdp"),
+)
+
+BY_SHORT_NAME: dict[str, Distribution] = {each.short_name: each for each in DISTRIBUTIONS}
+
+
+def source_folders() -> list[Path]:
+    """Each package's `src`, for MYPYPATH and the like."""
+    return [each.folder / "src" for each in DISTRIBUTIONS]
+
+
+def requirement_name(requirement: str) -> str:
+    """`"safetensors[torch]>=0.4.5"` -> `"safetensors"`."""
+    match = re.match(r"[A-Za-z0-9._-]+", requirement)
+    if match is None:
+        raise ValueError(f"{requirement!r} doesn't start with the name of a distribution")
+    return match[0]
+
+
+def third_party_requirements() -> list[str]:
+    """What all packages together need from others, extras included, torch left out."""
+    own = {each.name for each in DISTRIBUTIONS}
+    found = set()
+    for distribution in DISTRIBUTIONS:
+        project = distribution.pyproject()["project"]
+        extras = project.get("optional-dependencies", {}).values()
+        found |= {*project["dependencies"], *(each for extra in extras for each in extra)}
+    return sorted(r for r in found if requirement_name(r) not in own | {"torch"})
