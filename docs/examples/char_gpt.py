@@ -74,12 +74,9 @@ class CharGPT(DreamTrainer):
         self.optimizer = torch.optim.AdamW(self.model.parameters(), betas=(0.9, 0.99))
 
     def configure_schedulers(self):
+        steps = self.training_parameters.max_steps
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer,
-            max_lr=4e-3,
-            total_steps=self.training_parameters.max_steps,
-            pct_start=0.05,
-            cycle_momentum=False,
+            self.optimizer, max_lr=4e-3, total_steps=steps, pct_start=0.05, cycle_momentum=False
         )
 
     def configure_dataloaders(self):
@@ -118,10 +115,18 @@ class CharGPT(DreamTrainer):
 
 
 class LastValidation(callbacks.Callback):
-    """A callback of one's own: keeps the result of the last validation."""
+    """A callback of one's own: keeps the last validation loss, in checkpoints too."""
+
+    loss = float("nan")
 
     def post_validation_epoch(self, result):
         self.loss = float(result["val_loss"])
+
+    def state_dict(self):
+        return {"loss": self.loss}
+
+    def load_state_dict(self, state_dict):
+        self.loss = state_dict["loss"]
 
 
 @entrypoint
@@ -133,35 +138,30 @@ def main():
 
     validation = LastValidation()
     sinks = [JSONLinesSink(), TensorBoardSink(), WandBSink(mode="offline")]
-    trainer = CharGPT(
-        DreamTrainerConfig(
-            project="quickstart",
-            experiment="char-gpt-fsdp" if options.fsdp else "char-gpt",
-            device_parameters=DeviceParameters.FSDP() if options.fsdp else DeviceParameters(),
-            training_parameters=TrainingParameters(
-                max_steps=options.max_steps, gradient_clip_val=1.0
-            ),
-            callbacks=callbacks.CallbackCollection(
-                [
-                    callbacks.TrainerSummary(),
-                    callbacks.ProgressBar(metric="loss"),
-                    callbacks.LoggerCallback(log_every_n_train_batches=20, sinks=sinks),
-                    callbacks.LRLoggerCallback(),
-                    callbacks.ProfileCallback(),
-                    callbacks.OptimizeFSDP(),
-                    validation,
-                    callbacks.CheckpointCallback(
-                        CheckpointParameters(every=callbacks.Every(steps=400))
-                    ),
-                ]
-            ),
-        )
+    every_400_steps = CheckpointParameters(every=callbacks.Every(steps=400))
+    config = DreamTrainerConfig(
+        project="quickstart",
+        experiment="char-gpt-fsdp" if options.fsdp else "char-gpt",
+        device_parameters=DeviceParameters.FSDP() if options.fsdp else DeviceParameters(),
+        training_parameters=TrainingParameters(max_steps=options.max_steps, gradient_clip_val=1.0),
+        callbacks=callbacks.CallbackCollection(
+            [
+                callbacks.TrainerSummary(),
+                callbacks.ProgressBar(metric="loss"),
+                callbacks.LoggerCallback(log_every_n_train_batches=20, sinks=sinks),
+                callbacks.LRLoggerCallback(),
+                callbacks.ProfileCallback(),
+                callbacks.OptimizeFSDP(),
+                validation,
+                callbacks.CheckpointCallback(every_400_steps),
+            ]
+        ),
     )
+    trainer = CharGPT(config)
     trainer.fit()
 
-    sample = trainer.sample(
-        "The statement ", 400
-    )  # on all ranks: with FSDP each holds a part of the model
+    # On all ranks: with FSDP, each holds a part of the model.
+    sample = trainer.sample("The statement ", 400)
     if trainer.world.is_global_zero:
         bin_dir, run_dir = os.path.relpath(Path(sys.executable).parent), trainer.run_dir
         print(f"""

@@ -36,6 +36,10 @@ GOAL = 1.5
 """How many times faster two layers ahead must be than none."""
 
 
+# Renamed in torch 2.13.
+gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class LateWork(dist.distributed_c10d.Work):
     """An all-gather that nobody sees the end of before its time."""
 
@@ -64,9 +68,7 @@ class LateAllGather:
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
     ) -> Any:
         end_s = time.perf_counter() + self.delay_s
-        work = dist.all_gather_into_tensor(
-            output_tensor, input_tensor, group=group, async_op=async_op
-        )
+        work = gather(output_tensor, input_tensor, group=group, async_op=async_op)
         late = LateWork(work, end_s)
         return late if async_op else (late.wait() and None)
 

@@ -5,7 +5,8 @@
 A tiny linear model on the CPU, one thread, SGD, gradients clipped by `clip_grad_norm_` in every
 loop. With callbacks, each overrides four per-step hooks that do nothing. All loops run in this
 process in turns; a figure is the median over the turns of the difference to the raw loop of the
-same turn, in microseconds of CPU time per step (wall time says more about a busy machine). Lightning, Ignite and TorchTNT take part if installed.
+same turn, in microseconds of CPU time per step (wall time says more about a busy machine).
+Lightning, Ignite and TorchTNT take part if installed.
 """
 
 from __future__ import annotations

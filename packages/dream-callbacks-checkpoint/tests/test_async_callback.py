@@ -186,9 +186,10 @@ def fails_beside(root: Path, layout: str) -> tuple[int, str]:
 
 
 def test_a_failed_last_save_is_reported_at_the_end(tmp_path: Path) -> None:
-    ((message,),) = run_on_ranks(last_one_fails, 1, tmp_path)
+    (messages,) = run_on_ranks(last_one_fails, 1, tmp_path)
 
-    assert "the checkpoint of step 16 couldn't be saved" in message
+    assert len(messages) == 2, "it is tried once more at the end"
+    assert all("the checkpoint of step 16 couldn't be saved" in text for text in messages)
     assert steps(tmp_path) == [4, 8, 12]
 
 
@@ -208,15 +209,15 @@ def test_memory_is_one_copy_however_many_saves(tmp_path: Path) -> None:
             self.most = 0
 
         def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
-            self.most = max(self.most, copies())
+            self.most = max(self.most, copies() - before)
 
-    without, count = Count(), Count()
-    tiny(tmp_path / "without", without, kind=Wide, every=Every(steps=100), n_epochs=1).fit()
+    before, count = copies(), Count()
+    training = {"max_steps": 4}
     tiny(
-        tmp_path / "with", count, kind=Wide, callback="async", every=Every(steps=1), n_epochs=1
+        tmp_path, count, kind=Wide, callback="async", every=Every(steps=1), training=training
     ).fit()
 
-    assert count.most <= 2 * without.most
+    assert count.most == 2, "what is live, and a copy"
 
 
 def test_a_copy_of_the_callback_is_one_of_its_own(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from training import (
     different,
     directory,
     make,
+    moments,
     weights,
 )
 
@@ -26,7 +27,7 @@ from dream_callbacks.checkpoint import CheckpointCallback, CheckpointError, Chec
 from dream_callbacks.checkpoint.catalog import Checkpoint, read_catalog
 from dream_callbacks.checkpoint.disk import LocalDisk
 from dream_trainer.callbacks import Callback, Every, RankLocal
-from dream_trainer.testing import TinyTrainer
+from dream_trainer.testing import TinyTrainer, run_on_ranks
 
 STEPS_PER_EPOCH = 8
 
@@ -591,3 +592,113 @@ def test_without_save_on_exception_nothing_is_saved(tmp_path: Path) -> None:
         tiny(tmp_path, CrashAt(11)).fit()
 
     assert steps(tmp_path) == [8]
+
+
+class Unused(TinyTrainer):
+    """A parameter that gets its first gradient in step 11."""
+
+    def configure_models(self) -> None:
+        super().configure_models()
+        self.model.late = nn.Parameter(torch.ones(3))
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        if self.global_step >= 10:
+            self.backward(self.model.late.square().sum())  # type: ignore[operator,union-attr]
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_parameter_without_gradients_resumes_as_if_nothing_had_been(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"kind": Unused, "every": Every(steps=5)}
+    whole = tiny(tmp_path / "whole", **fields)
+    whole.fit()
+    with pytest.raises(PlannedError):
+        tiny(tmp_path / "stopped", CrashAt(7), **fields).fit()
+
+    trainer = tiny(tmp_path / "stopped", **fields)
+    trainer.fit()
+
+    assert not different(weights(trainer), weights(whole))
+    assert not different(moments(trainer), moments(whole))
+
+
+class Averaging(TinyTrainer):
+    """An optimizer whose state grows: it averages from step 4 on."""
+
+    def configure_optimizers(self) -> None:
+        self.optimizer = torch.optim.ASGD(self.model.parameters(), lr=0.01)
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        result = super().training_step(batch, batch_idx)
+        if self.global_step == 3:
+            for parameter in self.model.parameters():
+                self.optimizer.state[parameter]["kept"] = parameter.detach().clone()
+                self.optimizer.state[parameter]["count"] = torch.tensor([3.0, 4.0])
+        return result
+
+
+@pytest.mark.parametrize("layout", ["single", "fsdp"])
+def test_states_that_appear_in_the_course_of_training_come_back(
+    tmp_path: Path, layout: str
+) -> None:
+    if layout == "fsdp":
+        pairs = run_on_ranks(growing, 2, tmp_path, layout)
+    else:
+        pairs = [growing(tmp_path, layout)]
+
+    for whole, resumed in pairs:
+        assert not different(whole, resumed)
+        assert "optimizer.embed.weight.kept" in resumed
+
+
+def growing(root: Path, layout: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    fields: dict[str, Any] = {"kind": Averaging, "every": Every(steps=5), "layout": layout}
+    whole = tiny(root / "whole", **fields)
+    whole.fit()
+    with pytest.raises(PlannedError):
+        tiny(root / "stopped", CrashAt(7), **fields).fit()
+    trainer = tiny(root / "stopped", **fields)
+    trainer.fit()
+    return moments(whole), moments(trainer)
+
+
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+        lambda parameters: torch.optim.AdamW(parameters, lr=0.1, amsgrad=True),
+        lambda parameters: torch.optim.Adagrad(parameters),
+        lambda parameters: torch.optim.RMSprop(parameters, centered=True, momentum=0.1),
+        lambda parameters: torch.optim.NAdam(parameters),
+        lambda parameters: torch.optim.Rprop(parameters),
+        lambda parameters: torch.optim.Adamax(parameters),
+        lambda parameters: torch.optim.Adafactor(parameters),
+    ],
+    ids=[
+        "SGD",
+        "momentum",
+        "amsgrad",
+        "Adagrad",
+        "RMSprop",
+        "NAdam",
+        "Rprop",
+        "Adamax",
+        "Adafactor",
+    ],
+)
+def test_every_optimizer_of_torch_resumes_bit_for_bit(tmp_path: Path, make_optimizer: Any) -> None:
+    class Other(TinyTrainer):
+        def configure_optimizers(self) -> None:
+            self.optimizer = make_optimizer(self.model.parameters())
+
+    fields: dict[str, Any] = {"kind": Other, "every": Every(steps=5)}
+    whole = tiny(tmp_path / "whole", **fields)
+    whole.fit()
+    with pytest.raises(PlannedError):
+        tiny(tmp_path / "stopped", CrashAt(7), **fields).fit()
+
+    trainer = tiny(tmp_path / "stopped", **fields)
+    trainer.fit()
+
+    assert not different(weights(trainer), weights(whole))
+    assert not different(moments(trainer), moments(whole))

@@ -80,7 +80,8 @@ def forked(function: Callable[..., Any], *args: Any, rank: int, num_ranks: int, 
 
 def last_acknowledged(root: Path) -> int:
     path = root / "acknowledged"
-    return int(path.read_text().split("\n")[-2]) if path.exists() else 0
+    lines = path.read_text().splitlines() if path.exists() else []
+    return int(lines[-1]) if lines else 0
 
 
 def resumed_step(root: Path) -> int:

@@ -357,6 +357,38 @@ def test_after_an_error_in_anothers_pre_fit_the_terminal_is_as_before(tmp_path: 
     assert screen.text[-1] == "failed at step 0: ValueError: not ready"
 
 
+def interrupt_the_first_drawing(root_dir: str) -> bool:
+    class Interrupting:
+        """Ctrl-C while the bar is being written."""
+
+        def __init__(self, stream: Any) -> None:
+            self.stream = stream
+            self.is_pending = True
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.stream, name)
+
+        def write(self, text: str) -> int:
+            if "steps" in text and self.is_pending:
+                self.is_pending = False
+                raise KeyboardInterrupt
+            return int(self.stream.write(text))
+
+    interrupting: Any = Interrupting(sys.stdout)
+    sys.stdout = interrupting
+    with contextlib.suppress(KeyboardInterrupt):
+        run(root_dir)
+    return sys.stdout is interrupting
+
+
+def test_ctrl_c_during_the_first_drawing_leaves_the_terminal_as_before(tmp_path: Path):
+    screen, output, is_back = in_terminal(interrupt_the_first_drawing, str(tmp_path))
+
+    assert is_back
+    assert screen.is_cursor_visible
+    assert "1/8 steps" not in output
+
+
 def fit_twice(root_dir: str) -> None:
     config = tiny_config(root_dir, [ProgressBar()])
     trainer = SlowTrainer(config)

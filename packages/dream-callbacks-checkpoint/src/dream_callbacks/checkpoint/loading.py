@@ -179,12 +179,16 @@ def _appearing(saved: SavedState, live: Split) -> dict[str, Tensor]:
         here = live.shared["optimizers"].get(name, {"state": {}})["state"]
         for fqn, state in optimizer["state"].items():
             parameter = _parameter(fqn, live)
-            for key in tensor_names(state) if fqn in here and parameter is not None else ():
+            if fqn not in here or parameter is None:
+                continue
+            for key in tensor_names(state):
                 if key not in live.tensors:
-                    fits = saved.index[key].shape == parameter.shape
-                    dtype = saved.index[key].dtype
+                    stored = saved.index[key]
+                    fits = stored.shape == parameter.shape
                     fresh[key] = (
-                        torch.empty_like(parameter, dtype=dtype) if fits else saved.new_tensor(key)
+                        torch.empty_like(parameter, dtype=stored.dtype)
+                        if fits
+                        else saved.new_tensor(key)
                     )
     return fresh
 

@@ -23,13 +23,15 @@ from dream_callbacks.checkpoint.catalog import (
     late_metrics_document,
     read_catalog,
 )
+from dream_callbacks.checkpoint.choosing import choose
 from dream_callbacks.checkpoint.disk import LocalDisk
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.lock import DirectoryLock
 from dream_callbacks.checkpoint.manifest import FileSum, Manifest
 from dream_callbacks.checkpoint.ranks import Ranks, described
-from dream_callbacks.checkpoint.resume import ResumeMode, candidates
+from dream_callbacks.checkpoint.resume import ResumeMode
 from dream_callbacks.checkpoint.retention import KeepRules, to_delete
+from dream_callbacks.checkpoint.spelling import spelled_bytes
 from dream_callbacks.checkpoint.tree import Split, split
 from dream_trainer.world import World
 
@@ -266,47 +268,15 @@ class Store:
     ) -> Checkpoint | None:
         """The checkpoint to load: the first candidate whose files are what was written.
 
-        Args:
-            resume_mode: Which to prefer.
-            monitor: The metric of "best", "min" and "max".
-            mode: What "best" means.
-            verify: Compare checksums; else sizes alone.
-
         Returns:
             The checkpoint; None if there is none at all.
 
         Raises:
             CheckpointError: If there are some, and none is whole.
         """
-        chosen = self.ranks.on_zero(lambda: candidates(self._catalog, resume_mode, monitor, mode))
-        if self.ranks.is_zero:
-            for text in chosen.passed_over:
-                logger.warning("%s/%s; not resumed from", self.disk, text)
-        problems: list[str] = []
-        for checkpoint in chosen.checkpoints:
-            damage = self.damage(checkpoint, checksums=verify)
-            if not damage:
-                return checkpoint
-            problems.append("; ".join(damage[:3]))
-            if self.ranks.is_zero:
-                logger.warning(
-                    "%s is damaged: %s; trying the one before it", checkpoint.name, problems[-1]
-                )
-        if not chosen.checkpoints:
-            return None
-        raise CheckpointError(
-            f"none of the checkpoints in {self.disk} that resume_mode={resume_mode!r} allows is "
-            f"whole ({'; '.join(problems[:3])}); restore one from a copy, choose another step, or "
-            "move them away to begin from scratch"
+        return choose(
+            self.disk, self._catalog, self.ranks, resume_mode, monitor, mode, verify=verify
         )
-
-    def damage(self, checkpoint: Checkpoint, *, checksums: bool) -> list[str]:
-        """What is wrong with a checkpoint's files; each rank looks at some of them."""
-        share = (self.ranks.rank, self.ranks.size)
-        found = self.ranks.gather(
-            lambda: damage_of(self.disk, checkpoint, checksums=checksums, share=share)
-        )
-        return [problem for part in found for problem in part]
 
     # Inside
 
@@ -390,12 +360,3 @@ class _Part(NamedTuple):
 
 def _json(document: Any) -> bytes:
     return json.dumps(document, separators=(",", ":")).encode()
-
-
-def spelled_bytes(num_bytes: float) -> str:
-    """A size for people: "1.9 GiB"."""
-    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
-    power = 0
-    while num_bytes >= 1024 and power + 1 < len(units):
-        num_bytes, power = num_bytes / 1024, power + 1
-    return f"{num_bytes:.{1 if power else 0}f} {units[power]}"

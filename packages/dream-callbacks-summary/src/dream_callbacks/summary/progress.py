@@ -27,7 +27,8 @@ class ProgressBar(RankZeroCallback[BaseTrainer]):
     the time until it ends, a scalar of the last step's result, and below that the validation that
     runs or the result of the last one. Above it stays a line for each epoch and each validation,
     at most one per second in the long run; and what else is printed, logged or warned of. Where
-    stdout is no terminal there are only those lines, all of them, and one more now and then.
+    stdout is no terminal there are only those lines, all of them, and others in between if they
+    are far apart.
 
     Costs a look at the clock per batch. Five times a second at most it reads the scalar on the
     host, in the training thread, and draws; a scalar on a CUDA device is copied without waiting
@@ -39,8 +40,8 @@ class ProgressBar(RankZeroCallback[BaseTrainer]):
             left is told from the speed smoothed with a tenth of it.
         metric: Entry of the training step's result to show. Default: "loss", else the first scalar
             that has "loss" in its name, else the first.
-        line_every: How often to write a line where stdout is no terminal; looked at a few times
-            per second.
+        line_every: How often to write a line where stdout is no terminal and there has been none;
+            looked at a few times per second.
 
     Raises:
         ValueError: If `smoothing` isn't from 0 to 1.

@@ -49,7 +49,8 @@ class Session:
         self._untold: Sequence[Piece] | None = None
         self._lines_to_spend: float = _MOST_LINES_AT_ONCE
         self._told_s = self._began_s
-        self._cadence = line_every.start(trainer.global_step, trainer.current_epoch)
+        self._line_every = line_every
+        self._cadence = line_every.start(trainer.global_step)
         self._display = Display()
 
     # What happens
@@ -161,6 +162,7 @@ class Session:
         self._told_s = now_s
         if not self._display.is_live:
             self._display.keep(plain(pieces))
+            self._cadence = self._line_every.start(self._trainer.global_step)
         elif self._lines_to_spend >= 1:
             self._display.keep(fitted(pieces, self._display.width))
             self._lines_to_spend -= 1

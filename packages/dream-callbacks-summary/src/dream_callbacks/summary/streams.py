@@ -40,7 +40,7 @@ class LinesAbove:
         with self._lock:
             *lines, self._begun = (self._begun + text).split("\n")
             # What a carriage return has made invisible needn't be kept until the line ends.
-            self._begun = _visible(self._begun)
+            self._begun = self._begun[self._begun.rstrip("\r").rfind("\r") + 1 :]
             for line in lines:
                 self._write_line(self._decoder.decode_line(_visible(line)))
         return len(text)
@@ -115,4 +115,5 @@ def _stream_handlers() -> Iterator[logging.StreamHandler[Any]]:
 
 
 def _visible(line: str) -> str:
+    """What a terminal shows of a line in the end."""
     return line.rstrip("\r").rpartition("\r")[2] if "\r" in line else line

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dream_trainer.callbacks.callback import CONTEXTS, HOOKS, Callback, RankZeroCallback
+from dream_trainer.callbacks.callback_state import load_state, state_of
 from dream_trainer.callbacks.dispatch import Call, compiled
 from dream_trainer.callbacks.named import NamedCallbacks, listed
 from dream_trainer.callbacks.order import Plan, ordered
 from dream_trainer.callbacks.requirements import lacking
-from dream_trainer.callbacks.callback_state import load_state, state_of
 
 if TYPE_CHECKING:
     from torch import nn

@@ -207,8 +207,11 @@ def _nested_contexts(
     return nested
 
 
+_STEP_IN = {"train_context": "training_step", "validation_context": "validation_step"}
+
+
 class _Context(contextlib.AbstractContextManager[None]):
-    """A callback's context that says whose it is when entering or leaving it fails."""
+    """A callback's context that says whose it is when it fails, or hides that the step did."""
 
     def __init__(self, context: contextlib.AbstractContextManager[Any], call: Call) -> None:
         self._context = context
@@ -221,13 +224,16 @@ class _Context(contextlib.AbstractContextManager[None]):
             self._call.note(error)
             raise
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool | None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         try:
-            suppresses: bool | None = self._call.part(
-                self._context.__exit__, kind, error, traceback
-            )
+            suppresses = self._call.part(self._context.__exit__, kind, error, traceback)
         except BaseException as new:
             if new is not error:
                 self._call.note(new)
             raise
-        return suppresses
+        if suppresses and error is not None:
+            raise RuntimeError(
+                f"{self._call.name}.{self._call.hook} suppressed an error of "
+                f"{_STEP_IN[self._call.hook]} ({error!r}), so there is no result; let errors "
+                "through: return None from __exit__"
+            ) from error

@@ -59,8 +59,12 @@ def _asks(where: str, one: str, other: str, callbacks: Mapping[str, Callback[Any
     )
 
 
-def _is_about(wish: type | str, name: str, callbacks: Mapping[str, Callback[Any]]) -> bool:
-    """Whether a wish names this callback: by its name, or by a class, but not by Callback."""
+def _is_about(
+    wish: type | str | Callback[Any], name: str, callbacks: Mapping[str, Callback[Any]]
+) -> bool:
+    """Whether a wish is this callback, its name, or a class of it other than Callback."""
+    if isinstance(wish, Callback):
+        return wish is callbacks[name]
     bases = [cls for cls in type(callbacks[name]).__mro__ if cls not in Callback.__mro__]
     if isinstance(wish, str):
         return wish == name or wish in (cls.__name__ for cls in bases)

@@ -110,7 +110,10 @@ class BaseTrainer(AbstractTrainer):
         Args:
             loss: Scalar `()`.
         """
-        self.optimization.backward(loss)
+        group_size = self.optimization.group_size
+        if group_size != 1:
+            loss = loss / group_size
+        loss.backward()
 
     def step(self, optimizer: Optimizer) -> Tensor:
         """Clip, step, zero the gradients, step the schedulers. No host synchronization.

@@ -65,12 +65,6 @@ class Optimization:
             for set_gradient_sync in self._set_gradient_sync:
                 set_gradient_sync(self._syncs_gradients)
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of the loss's share in the mean over the group."""
-        if self.group_size != 1:
-            loss = loss / self.group_size
-        loss.backward()
-
     def step(self, optimizer: Optimizer, callbacks: CallbackCollection) -> Tensor:
         """Clip, step, zero, step the schedulers, each with its hooks.
 

@@ -118,13 +118,15 @@ def _load_models(trainer: BaseTrainer, states: Mapping[str, Any], *, strict: boo
 
 
 def _load_optimizers(trainer: BaseTrainer, states: Mapping[str, Any]) -> None:
-    from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
+    # A parameter that never had a gradient has no state, and with plain SGD none has.
+    options = StateDictOptions(strict=False)
     for name, optimizer in trainer.named_optimizers().items():
         saved = states.get(name)
         if saved and saved["param_groups"]:
             models = _all_in_one(trainer.models_of(optimizer))
-            set_optimizer_state_dict(models, optimizer, saved)
+            set_optimizer_state_dict(models, optimizer, saved, options=options)
 
 
 def _all_in_one(models: Mapping[str, nn.Module]) -> nn.Module:

@@ -1,0 +1,282 @@
+"""`python -m dream_callbacks.checkpoint`: look at checkpoints, verify, prune and export them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dream_callbacks.checkpoint import commit, layout
+from dream_callbacks.checkpoint.catalog import Catalog, Checkpoint, damage_of, read_catalog
+from dream_callbacks.checkpoint.choosing import directory_at
+from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
+from dream_callbacks.checkpoint.export import SUFFIXES, export_checkpoint
+from dream_callbacks.checkpoint.loading import SavedState
+from dream_callbacks.checkpoint.lock import DirectoryLock
+from dream_callbacks.checkpoint.resume import candidates
+from dream_callbacks.checkpoint.retention import KeepRules, to_delete
+from dream_callbacks.checkpoint.spelling import json_value, spelled_bytes, table
+from dream_callbacks.checkpoint.tree import decode_plain
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        The exit status: 0 if all is well, 1 if something is damaged or can't be done.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except (CheckpointError, DamagedCheckpointError, OSError, ImportError, ValueError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dream_callbacks.checkpoint",
+        description="Look at the checkpoints of a run, verify, prune and export them. No model is "
+        "built, nothing is unpickled.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        found = commands.add_parser(name, help=text, description=text)
+        found.set_defaults(run=run)
+        found.add_argument(
+            "directory",
+            metavar="DIR",
+            help="a run directory, the folder checkpoints in it, or one checkpoint",
+        )
+        return found
+
+    ls = command("ls", _ls, "List the checkpoints.")
+    ls.add_argument("--monitor", default=None, help="the result to show; default: all of them")
+    verify = command("verify", _verify, "Compare every file with its checksum.")
+    show = command("show", _show, "Show what is in a checkpoint: by default the newest.")
+    prune = command("prune", _prune, "Delete checkpoints that no rule keeps.")
+    prune.add_argument("--keep-last", type=_count, required=True, metavar="N")
+    prune.add_argument("--keep-top-k", type=_count, default=0, metavar="K")
+    prune.add_argument("--keep-every", type=_count, default=None, metavar="STEPS")
+    prune.add_argument("--monitor", default="val_loss")
+    prune.add_argument("--mode", choices=("min", "max"), default="min")
+    prune.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    export = command("export", _export, "Write the weights of a checkpoint to files.")
+    export.add_argument("output", type=Path, help="a file, or a folder for a file per model")
+    export.add_argument("--format", choices=tuple(SUFFIXES), default=None)
+    for each in (verify, show, export):
+        each.add_argument("--step", type=int, default=None, help="which; default: see above")
+    for each in (ls, verify, show, prune):
+        each.add_argument("--json", action="store_true", help="for machines")
+    return parser
+
+
+# Commands
+
+
+def _ls(options: argparse.Namespace) -> int:
+    disk, catalog, step = _opened(options)
+    checkpoints = [c for c in catalog.checkpoints if step in (None, c.step)]
+    if options.json:
+        documents = [_document(disk, c) for c in checkpoints]
+        print(_json({"checkpoints": documents, "damaged": catalog.damaged}))
+        return 0
+    names = sorted({n for c in checkpoints for n in c.metrics})
+    shown = names if options.monitor is None else [options.monitor]
+    rows = [
+        [
+            str(c.step),
+            str(c.manifest.epoch),
+            time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(c.manifest.created_unix)),
+            spelled_bytes(c.manifest.num_bytes),
+            str(c.manifest.world_size),
+            *(f"{c.metrics[n]:.5g}" if n in c.metrics else "" for n in shown),
+            c.manifest.reason,
+            "NaN in weights" if c.manifest.has_nan else "",
+        ]
+        for c in checkpoints
+    ]
+    head = ["step", "epoch", "saved", "size", "ranks", *shown, "why", ""]
+    print(disk)
+    print(table(head, rows) if rows else "no checkpoints")
+    for name, what in catalog.damaged.items():
+        print(f"{name} is damaged: {what}")
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    disk, catalog, step = _opened(options)
+    checkpoints = [c for c in catalog.checkpoints if step in (None, c.step)]
+    found = {
+        name: [what]
+        for name, what in catalog.damaged.items()
+        if step in (None, layout.step_of(name))
+    }
+    if not checkpoints and not found:
+        raise CheckpointError(f"there is nothing to verify in {disk}; look with ls")
+    for checkpoint in checkpoints:
+        damage = damage_of(disk, checkpoint, checksums=True)
+        if not damage:
+            try:
+                SavedState(disk, checkpoint)
+            except DamagedCheckpointError as error:
+                damage = [str(error)]
+        found[checkpoint.name] = damage
+        if not options.json:
+            size = spelled_bytes(checkpoint.manifest.num_bytes)
+            print(f"{checkpoint.name}  {'damaged' if damage else 'whole'}  {size}", flush=True)
+            for problem in damage:
+                print(f"  {problem}")
+    if options.json:
+        print(_json({"damage": found}))
+    else:
+        for name, what in catalog.damaged.items():
+            if name in found:
+                print(f"{name}  damaged\n  {what}")
+    return 1 if any(found.values()) else 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    disk, catalog, step = _opened(options)
+    checkpoint = _one(disk, catalog, step)
+    saved = SavedState(disk, checkpoint)
+    counters = decode_plain(saved.shared["trainer"]["counters"])
+    callbacks = sorted(saved.shared["trainer"]["callbacks"])
+    if options.json:
+        tensors = {n: [str(t.dtype), list(t.shape)] for n, t in saved.index.items()}
+        extra = {"counters": counters, "callbacks": callbacks, "tensors": tensors}
+        print(_json({**_document(disk, checkpoint), **extra}))
+        return 0
+    manifest = checkpoint.manifest
+    axes = ", ".join(f"{axis} {size}" for axis, size in manifest.shape.items() if size > 1)
+    saved_at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.created_unix))
+    facts = {
+        "checkpoint": f"{disk}/{checkpoint.name}",
+        "saved": f"{saved_at}, {manifest.reason}",
+        "size": f"{spelled_bytes(manifest.num_bytes)} in {len(manifest.files)} files",
+        "ranks": f"{manifest.world_size}{f' ({axes})' if axes else ''}",
+        "torch": manifest.torch_version,
+        "weights": "with NaN" if manifest.has_nan else "finite or infinite, no NaN",
+        **{f"result {name}": f"{value:.6g}" for name, value in checkpoint.metrics.items()},
+        **{name: str(value) for name, value in counters.items()},
+        "callbacks": ", ".join(callbacks) or "none with a state",
+    }
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")
+    rows = [
+        [name, str(t.dtype).removeprefix("torch."), "×".join(map(str, t.shape)) or "scalar"]
+        for name, t in saved.index.items()
+        if name.startswith("models.")
+    ]
+    print()
+    print(table(["tensor", "dtype", "shape"], rows))
+    others = len(saved.index) - len(rows)
+    print(f"and {others} tensors of optimizers, callbacks and random states")
+    return 0
+
+
+def _prune(options: argparse.Namespace) -> int:
+    rules = KeepRules(
+        last=options.keep_last,
+        top_k=options.keep_top_k,
+        every=options.keep_every,
+        monitor=options.monitor,
+        mode=options.mode,
+    )
+    disk, _, step = _opened(options)
+    if step is not None:
+        raise CheckpointError(f"prune takes a directory of checkpoints: give {disk}")
+    lock = DirectoryLock(disk.root / layout.LOCK, uuid.uuid4().hex)
+    if not options.dry_run:
+        lock.acquire()
+    try:
+        catalog = read_catalog(disk)
+        whole = [c for c in catalog.checkpoints if not damage_of(disk, c, checksums=False)]
+        doomed = to_delete(whole, rules)
+        if not options.dry_run:
+            commit.recover(disk)
+            for checkpoint in doomed:
+                commit.discard(disk, checkpoint.name)
+    finally:
+        lock.release()
+    num_bytes = sum(c.manifest.num_bytes for c in doomed)
+    if options.json:
+        print(_json({"deleted": [c.name for c in doomed], "bytes": num_bytes}))
+        return 0
+    verb = "would delete" if options.dry_run else "deleted"
+    for checkpoint in doomed:
+        print(f"{verb} {checkpoint.name}  {spelled_bytes(checkpoint.manifest.num_bytes)}")
+    print(f"{verb} {len(doomed)} of {len(whole)}, {spelled_bytes(num_bytes)}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    disk, catalog, step = _opened(options)
+    checkpoint = _one(disk, catalog, step)
+    kind = options.format or ("torch" if options.output.suffix == ".pt" else "safetensors")
+    for path in export_checkpoint(disk, checkpoint, options.output, kind):
+        print(f"{path}  {spelled_bytes(path.stat().st_size)}  from {checkpoint.name}")
+    return 0
+
+
+# Parts
+
+
+def _opened(options: argparse.Namespace) -> tuple[LocalDisk, Catalog, int | None]:
+    root, step = directory_at(options.directory)
+    step = getattr(options, "step", None) if step is None else step
+    disk = LocalDisk(root)
+    return disk, read_catalog(disk), step
+
+
+def _one(disk: LocalDisk, catalog: Catalog, step: int | None) -> Checkpoint:
+    """The checkpoint of a step, or the newest one, with its files verified."""
+    chosen = candidates(catalog, "last" if step is None else step, "", "min").checkpoints
+    if not chosen:
+        raise CheckpointError(f"there are no checkpoints in {disk}")
+    damage = damage_of(disk, chosen[0], checksums=True)
+    if damage:
+        raise CheckpointError(f"{damage[0]}; give the --step of another one")
+    return chosen[0]
+
+
+def _document(disk: LocalDisk, checkpoint: Checkpoint) -> dict[str, Any]:
+    manifest = checkpoint.manifest
+    return {
+        "path": f"{disk}/{checkpoint.name}",
+        "step": manifest.step,
+        "epoch": manifest.epoch,
+        "seq": manifest.seq,
+        "reason": manifest.reason,
+        "created_unix": manifest.created_unix,
+        "bytes": manifest.num_bytes,
+        "world_size": manifest.world_size,
+        "shape": dict(manifest.shape),
+        "metrics": checkpoint.metrics,
+        "has_nan": manifest.has_nan,
+        "torch": manifest.torch_version,
+    }
+
+
+def _json(document: Any) -> str:
+    return json.dumps(json_value(document), indent=2, allow_nan=False)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("a whole number of at least 0 is required")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""The checkpoint to read: rank 0 decides, all ranks verify it, and damage leads to the next."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+from dream_callbacks.checkpoint import layout
+from dream_callbacks.checkpoint.catalog import Catalog, Checkpoint, damage_of
+from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.errors import CheckpointError
+from dream_callbacks.checkpoint.ranks import Ranks
+from dream_callbacks.checkpoint.resume import ResumeMode, candidates
+
+logger = logging.getLogger(__name__)
+
+
+def choose(
+    disk: LocalDisk,
+    catalog: Catalog,
+    ranks: Ranks,
+    resume_mode: ResumeMode,
+    monitor: str,
+    mode: Literal["min", "max"],
+    *,
+    verify: bool,
+) -> Checkpoint | None:
+    """The first candidate whose files are what was written. Collective.
+
+    Args:
+        disk: Where.
+        catalog: What is there; rank 0's counts.
+        ranks: Who decides and verifies.
+        resume_mode: Which to prefer.
+        monitor: The metric of "best", "min" and "max".
+        mode: What "best" means.
+        verify: Compare checksums; else sizes alone.
+
+    Returns:
+        The checkpoint; None if there is none at all.
+
+    Raises:
+        CheckpointError: If there are some, and none is whole.
+    """
+    chosen = ranks.on_zero(lambda: candidates(catalog, resume_mode, monitor, mode))
+    if ranks.is_zero:
+        for text in chosen.passed_over:
+            logger.warning("%s/%s; not resumed from", disk, text)
+    problems: list[str] = []
+    for checkpoint in chosen.checkpoints:
+        damage = damage_seen(disk, checkpoint, ranks, checksums=verify)
+        if not damage:
+            return checkpoint
+        problems.append("; ".join(damage[:3]))
+        if ranks.is_zero:
+            logger.warning(
+                "%s is damaged: %s; trying the one before it", checkpoint.name, problems[-1]
+            )
+    if not chosen.checkpoints:
+        return None
+    raise CheckpointError(
+        f"none of the checkpoints in {disk} that resume_mode={resume_mode!r} allows is whole "
+        f"({'; '.join(problems[:3])}); restore one from a copy, choose another step, or move them "
+        "away to begin from scratch"
+    )
+
+
+def damage_seen(
+    disk: LocalDisk, checkpoint: Checkpoint, ranks: Ranks, *, checksums: bool
+) -> list[str]:
+    """What is wrong with a checkpoint's files; each rank looks at some of them. Collective."""
+    share = (ranks.rank, ranks.size)
+    found = ranks.gather(lambda: damage_of(disk, checkpoint, checksums=checksums, share=share))
+    return [problem for part in found for problem in part]
+
+
+def directory_at(path: str | Path) -> tuple[Path, int | None]:
+    """The checkpoint directory that a user means, and the step if it is one checkpoint.
+
+    Args:
+        path: A checkpoint directory, the run directory that it is in, or a checkpoint in it.
+
+    Raises:
+        CheckpointError: If it is none of them; it says what is there.
+    """
+    path = Path(path).expanduser()
+    step = layout.step_of(path.name)
+    if step is not None and path.is_dir():
+        return path.parent, step
+    for directory in (path, path / "checkpoints"):
+        if directory.is_dir() and (
+            (directory / layout.LOCK).exists()
+            or any(layout.step_of(entry.name) is not None for entry in directory.iterdir())
+        ):
+            return directory, None
+    if not path.is_dir():
+        raise CheckpointError(f"{path} isn't a directory; give one that checkpoints are in")
+    below = sorted(lock.parent for lock in path.glob(f"*/*/*/checkpoints/{layout.LOCK}"))
+    hint = f"; there are checkpoints in {', '.join(map(str, below[:5]))}" if below else ""
+    raise CheckpointError(
+        f"there are no checkpoints in {path}{hint}; give a run directory, or the folder "
+        f"checkpoints in it"
+    )

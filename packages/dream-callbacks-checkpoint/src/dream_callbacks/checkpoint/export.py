@@ -1,0 +1,168 @@
+"""Weights for others: whole, in one file per model, with a checksum beside it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from dream_callbacks.checkpoint.catalog import Checkpoint
+from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.errors import CheckpointError
+from dream_callbacks.checkpoint.ranks import Ranks
+from dream_trainer.callbacks import Callback
+from dream_trainer.trainer.mixins import ModelSetupMixin
+
+logger = logging.getLogger(__name__)
+
+Format: TypeAlias = Literal["safetensors", "torch"]
+
+SUFFIXES: Mapping[Format, str] = {"safetensors": ".safetensors", "torch": ".pt"}
+
+
+class ExportCallback(Callback[ModelSetupMixin]):
+    """Writes the models' weights at the end of the run, as a plain `nn.Module` takes them.
+
+    Sharded weights are put together; rank 0 writes. Collective; rank 0 needs host memory for a
+    whole model. Nothing is written after an error. Beside each file lies `<file>.sha256`, for
+    `sha256sum --check`.
+
+    Args:
+        path: A file, or, for several models, a folder that gets a file for each. Relative to the
+            run directory.
+        format: "safetensors", or "torch" for `torch.save`, which `torch.load(weights_only=True)`
+            reads.
+
+    Raises:
+        ValueError: If the format is unknown.
+    """
+
+    # That one ends the process, if a signal asked for it.
+    before: ClassVar = {"CheckpointCallback"}
+
+    def __init__(self, path: str | Path, format: Format = "safetensors") -> None:  # noqa: A002  # the contract's name
+        if format not in SUFFIXES:
+            raise ValueError(f'format={format!r}: "safetensors" or "torch" is required')
+        self.path = path
+        self.format: Format = format
+
+    def post_setup(self) -> None:
+        if self.format == "safetensors":
+            _safetensors()
+        self._files()
+
+    def post_fit(self) -> None:
+        if self.trainer.exception is not None:
+            return
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        ranks = Ranks(self.trainer.world, "checkpoint")
+        for name, path in self._files().items():
+            model = self.trainer.named_models()[name]
+            tensors: dict[str, Any] = get_model_state_dict(model, options=options)
+            ranks.on_zero(functools.partial(write_weights, path, tensors, self.format))
+            if ranks.is_zero:
+                logger.info("exported %s", path)
+
+    def _files(self) -> dict[str, Path]:
+        return files_of(
+            self.trainer.run_dir / self.path, tuple(self.trainer.named_models()), self.format
+        )
+
+
+def files_of(path: Path, models: tuple[str, ...], kind: Format) -> dict[str, Path]:
+    """The file of each model.
+
+    Raises:
+        ValueError: If several models would get one file.
+    """
+    if not path.suffix:
+        return {name: path / f"{name}{SUFFIXES[kind]}" for name in models}
+    if len(models) != 1:
+        raise ValueError(
+            f"path={str(path)!r} is one file, and there are {len(models)} models "
+            f"({', '.join(models)}); give a folder, that is, a path without an ending"
+        )
+    return {models[0]: path}
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], kind: Format) -> None:
+    """Write tensors to a file that is there whole or not at all, and its checksum beside it.
+
+    Raises:
+        ImportError: If safetensors is wanted and not installed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        # Tensors that share memory, as tied weights do, are written under each name.
+        if own.untyped_storage().data_ptr() in memory:
+            own = own.clone()
+        memory.add(own.untyped_storage().data_ptr())
+        whole[name] = own
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if kind == "safetensors":
+            _safetensors().save_file(whole, temporary, metadata={"format": "pt"})
+        else:
+            torch.save(whole, temporary)
+        with temporary.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    path.with_name(f"{path.name}.sha256").write_text(f"{digest}  {path.name}\n")
+    LocalDisk(path.parent).sync()
+
+
+def export_checkpoint(
+    disk: LocalDisk,
+    checkpoint: Checkpoint,
+    path: Path,
+    kind: Format,
+) -> list[Path]:
+    """Write the weights of a checkpoint whose files are known to be whole; no model is needed.
+
+    Returns:
+        The files.
+
+    Raises:
+        CheckpointError: If there are no weights in it.
+    """
+    from dream_callbacks.checkpoint.loading import SavedState
+
+    saved = SavedState(disk, checkpoint)
+    models = tuple(saved.shared["models"])
+    if not models:
+        raise CheckpointError(f"{checkpoint.name} holds no model; choose another checkpoint")
+    files = files_of(path, models, kind)
+    for name, file in files.items():
+        prefix = f"models.{name}."
+        tensors = {key: saved.new_tensor(key) for key in saved.index if key.startswith(prefix)}
+        saved.read(tensors)
+        write_weights(file, {k.removeprefix(prefix): t for k, t in tensors.items()}, kind)
+    return list(files.values())
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        if error.name != "safetensors":
+            raise
+        raise ImportError(
+            "exporting as safetensors needs safetensors: "
+            "pip install 'dream-callbacks-checkpoint[safetensors]'"
+        ) from None
+    return safetensors.torch

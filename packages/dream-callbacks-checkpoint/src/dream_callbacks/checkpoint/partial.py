@@ -1,0 +1,170 @@
+"""LoadPartialCheckpointCallback: begin with the weights of another run."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from dream_callbacks.checkpoint.catalog import read_catalog
+from dream_callbacks.checkpoint.choosing import choose, directory_at
+from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.errors import CheckpointError
+from dream_callbacks.checkpoint.loading import SavedState
+from dream_callbacks.checkpoint.ranks import Ranks
+from dream_callbacks.checkpoint.resume import ResumeMode
+from dream_callbacks.checkpoint.tree import split
+from dream_trainer.callbacks import Callback
+from dream_trainer.trainer.mixins import ModelSetupMixin
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PartialLoad:
+    """What came of a partial load; names as "model.blocks.0.weight".
+
+    Attributes:
+        checkpoint: Where the weights came from.
+        loaded: Tensors that were loaded.
+        missing: Tensors of the trainer that the checkpoint doesn't have.
+        unused: Tensors of the checkpoint that the trainer doesn't have.
+        mismatched: Tensors of another shape: saved shape and live shape, by name.
+    """
+
+    checkpoint: Path
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+    mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.loaded)} tensors were loaded from {self.checkpoint}",
+            *_named("not in it, left as they were", self.missing),
+            *_named("not in the trainer, not used", self.unused),
+            *_named(
+                "of another shape, left as they were",
+                [f"{n} {list(was)} → {list(now)}" for n, (was, now) in self.mismatched.items()],
+            ),
+        ]
+        return "\n".join(lines)
+
+
+class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
+    """Loads the weights of a checkpoint that match by name and shape, and nothing else.
+
+    No counters, optimizer, scheduler or position in the data: the run begins anew with these
+    weights, in any layout. Acts in `post_setup`, before other callbacks; where a
+    CheckpointCallback then continues the run from a checkpoint of its own, that one counts. The
+    source is only read, and verified before. `report` says what was loaded and what wasn't.
+
+    Args:
+        path: A checkpoint, a directory of checkpoints, or a run directory.
+        resume_mode: Which of several: "last", "best", "min", "max" or a step.
+        monitor: The result that "best", "min" and "max" go by.
+        mode: Whether "best" means low or high.
+        verify: Compare checksums before loading; else only sizes.
+    """
+
+    before: ClassVar = {Callback}
+
+    report: PartialLoad | None = None
+
+    def __init__(
+        self,
+        path: str | Path,
+        resume_mode: ResumeMode = "last",
+        *,
+        monitor: str = "val_loss",
+        mode: Literal["min", "max"] = "min",
+        verify: bool = True,
+    ) -> None:
+        self.path = path
+        self.resume_mode = resume_mode
+        self.monitor = monitor
+        self.mode: Literal["min", "max"] = mode
+        self.verify = verify
+
+    def post_setup(self) -> None:
+        ranks = Ranks(self.trainer.world, "checkpoint")
+        root, step = ranks.on_zero(lambda: directory_at(self.path))
+        disk = LocalDisk(root)
+        checkpoint = choose(
+            disk,
+            ranks.on_zero(lambda: read_catalog(disk)),
+            ranks,
+            self.resume_mode if step is None else step,
+            self.monitor,
+            self.mode,
+            verify=self.verify,
+        )
+        if checkpoint is None:
+            raise CheckpointError(f"there is no checkpoint in {disk}; give another path")
+        saved = ranks.each(lambda: SavedState(disk, checkpoint))
+        models = self.trainer.named_models()
+        live = split({"models": ranks.each(self.trainer.model_state_dict)}, ranks.rank).tensors
+        names = _matching_names(saved, set(models))
+        fits = {
+            name: tensor
+            for name, tensor in live.items()
+            if name in names and saved.index[names[name]].shape == tensor.shape
+        }
+        self.report = PartialLoad(
+            disk.root / checkpoint.name,
+            tuple(sorted(map(_short, fits))),
+            tuple(sorted(_short(name) for name in live if name not in names)),
+            tuple(sorted(_short(there) for here, there in names.items() if here not in live)),
+            {
+                _short(name): (tuple(saved.index[names[name]].shape), tuple(tensor.shape))
+                for name, tensor in sorted(live.items())
+                if name in names and name not in fits
+            },
+        )
+        if not fits:
+            raise CheckpointError(
+                f"nothing of {disk}/{checkpoint.name} fits the trainer; give a checkpoint of a "
+                f"model like this one.\n{self.report}"
+            )
+        ranks.each_slowly(lambda: saved.read({names[name]: t for name, t in fits.items()}))
+        ranks.each(lambda: self._give(fits))
+        if ranks.is_zero:
+            logger.info("%s", self.report)
+
+    def _give(self, tensors: dict[str, Tensor]) -> None:
+        """Put tensors into the models, which needn't have given us their own."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        for name, model in self.trainer.named_models().items():
+            prefix = f"models.{name}."
+            own: dict[str, Any] = {
+                key.removeprefix(prefix): tensor
+                for key, tensor in tensors.items()
+                if key.startswith(prefix)
+            }
+            if own:
+                set_model_state_dict(model, own, options=StateDictOptions(strict=False))
+
+
+def _matching_names(saved: SavedState, models: set[str]) -> dict[str, str]:
+    """Names of saved weights, by the names that they would have in the trainer.
+
+    A single model may have been called differently.
+    """
+    names = [name for name in saved.index if name.startswith("models.")]
+    there = set(saved.shared["models"])
+    if len(models) == len(there) == 1:
+        (now,), (then,) = models, there
+        return {f"models.{now}.{name.removeprefix(f'models.{then}.')}": name for name in names}
+    return {name: name for name in names}
+
+
+def _short(name: str) -> str:
+    return name.removeprefix("models.")
+
+
+def _named(what: str, names: Any) -> list[str]:
+    return [f"  {what}: {', '.join(names)}"] if names else []

@@ -1,0 +1,449 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dream_callbacks.logging import (
+    DeferredSink,
+    JSONLinesSink,
+    LoggedRun,
+    LoggerCallback,
+    LRLoggerCallback,
+    MediaLoggerCallback,
+    MetricLoggerCallback,
+    ModelWatchCallback,
+    OpenedSink,
+    read_jsonl,
+    series,
+)
+from dream_trainer.callbacks import Callback
+from dream_trainer.configs import WandbLoggingParameters
+from dream_trainer.testing import RankError, TinyTrainer, run_on_ranks, tiny_config
+
+
+class Recorder(Callback[Any]):
+    """Keeps the losses that training_step returned."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        self.losses.append(result["loss"].item())
+
+
+class MemorySink(OpenedSink):
+    """Is open already; keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.scalars: list[tuple[dict[str, float], int]] = []
+        self.num_closed = 0
+
+    def log_scalars(self, values: Mapping[str, float], step: int) -> None:
+        self.scalars.append((dict(values), step))
+
+    def close(self, error: BaseException | None = None) -> None:
+        self.num_closed += 1
+
+
+class FailingSink(DeferredSink):
+    def open(self, run: LoggedRun) -> OpenedSink:
+        raise PermissionError("not here")
+
+
+def fitted(tmp_path, *callbacks: Callback[Any], **training: Any) -> TinyTrainer:
+    trainer = TinyTrainer(tiny_config(tmp_path, callbacks, **training))
+    trainer.fit()
+    return trainer
+
+
+def test_by_default_a_run_leaves_json_lines_in_its_directory(tmp_path):
+    recorder = Recorder()
+    trainer = fitted(tmp_path, recorder, LoggerCallback(), n_epochs=2)
+
+    rows = read_jsonl(trainer.run_dir)
+    assert series(rows, "train/loss") == (list(range(1, 17)), recorder.losses)
+    assert series(rows, "epoch") == (list(range(1, 17)), [n / 8 for n in range(1, 17)])
+    assert series(rows, "epoch/loss")[0] == series(rows, "val_loss")[0] == [8, 16]
+    assert series(rows, "epoch/loss")[1][0] == pytest.approx(sum(recorder.losses[:8]) / 8)
+    assert all(rate > 0 for rate in series(rows, "steps_per_s")[1])
+    assert [path.name for path in trainer.run_dir.iterdir()] == ["log.jsonl"]
+
+
+def test_every_nth_batch_is_logged_over_epochs(tmp_path):
+    trainer = fitted(tmp_path, LoggerCallback(5), n_epochs=2)
+
+    assert series(read_jsonl(trainer.run_dir), "train/loss")[0] == [5, 10, 15]
+
+
+def test_none_leaves_batches_out(tmp_path):
+    trainer = fitted(tmp_path, LoggerCallback(None))
+
+    rows = read_jsonl(trainer.run_dir)
+    assert series(rows, "train/loss") == ([], [])
+    assert series(rows, "epoch/loss")[0] == [8]
+
+
+def test_while_gradients_accumulate_a_step_is_the_mean_of_its_batches(tmp_path):
+    recorder = Recorder()
+    trainer = fitted(tmp_path, recorder, LoggerCallback(), gradient_accumulation_steps=3)
+
+    steps, losses = series(read_jsonl(trainer.run_dir), "train/loss")
+    parts = [recorder.losses[0:3], recorder.losses[3:6], recorder.losses[6:8]]
+    assert steps == [1, 2, 3]
+    assert losses == pytest.approx([sum(part) / len(part) for part in parts], rel=1e-12)
+
+
+def test_a_step_that_holds_an_nth_batch_is_logged_once(tmp_path):
+    trainer = fitted(tmp_path, LoggerCallback(4), gradient_accumulation_steps=3)
+
+    # Batches 4 and 8 are in steps 2 and 3.
+    assert series(read_jsonl(trainer.run_dir), "train/loss")[0] == [2, 3]
+
+
+class LastBatchNorm(TinyTrainer):
+    """Reports a norm with the last batch of a step alone."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        loss = torch.nn.functional.mse_loss(self.model(batch[0]), batch[1])
+        self.backward(loss)
+        if self.is_accumulating_gradients:
+            return {"loss": loss}
+        return {"loss": loss, "norm": self.step(self.optimizer), "text": "x", "count": 3}
+
+
+def test_values_of_some_batches_of_a_step_are_averaged_over_those(tmp_path):
+    config = tiny_config(tmp_path, [LoggerCallback()], gradient_accumulation_steps=2)
+    trainer = LastBatchNorm(config)
+    trainer.fit()
+
+    rows = read_jsonl(trainer.run_dir)
+    assert len(series(rows, "train/norm")[1]) == 4
+    assert series(rows, "train/count")[1] == [3.0] * 4
+    assert not series(rows, "train/text")[1]
+
+
+def test_validation_batches_have_an_index_of_their_own(tmp_path):
+    trainer = fitted(tmp_path, LoggerCallback(None, 2), n_epochs=2)
+
+    rows = read_jsonl(trainer.run_dir)
+    steps, indices = series(rows, "val_batch/index")
+    assert (steps, indices) == ([8, 16], [2, 4])
+    assert len(series(rows, "val_batch/val_loss")[1]) == 2
+
+
+def test_a_sanity_validation_is_not_logged(tmp_path):
+    callbacks = LoggerCallback(log_every_n_val_batches=1), MetricLoggerCallback()
+    trainer = fitted(tmp_path, *callbacks, num_sanity_val_steps=2, max_steps=2)
+
+    assert series(read_jsonl(trainer.run_dir), "val_loss")[0] == [2]
+    assert series(read_jsonl(trainer.run_dir), "val_batch/index")[1] == [1, 2]
+
+
+def test_fit_twice_makes_one_history_without_gaps(tmp_path):
+    trainer = fitted(tmp_path, LoggerCallback(), LRLoggerCallback(), max_steps=3)
+    trainer.config.training_parameters.max_steps = 7
+    trainer.fit()
+
+    rows = read_jsonl(trainer.run_dir)
+    assert series(rows, "train/loss")[0] == series(rows, "lr")[0] == list(range(1, 8))
+    assert [line["step"] for line in read_jsonl(trainer.run_dir, "start")] == [0, 3]
+    assert trainer.sinks == ()
+
+
+def test_a_run_that_crashed_and_resumed_has_one_history(tmp_path):
+    states: list[Any] = []
+
+    class Crash(Callback[Any]):
+        def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+            if self.trainer.global_step == 3:
+                states.append(copy.deepcopy(self.trainer.state_dict()))
+            if self.trainer.global_step == 5:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fitted(tmp_path, LoggerCallback(), LRLoggerCallback(), Crash())
+    resumed = TinyTrainer(tiny_config(tmp_path, [LoggerCallback(), LRLoggerCallback()]))
+    resumed.setup()
+    resumed.load_state_dict(states[0])
+    resumed.fit()
+    whole = fitted(tmp_path / "whole", LoggerCallback())
+
+    rows = read_jsonl(resumed.run_dir)
+    assert series(rows, "train/loss") == series(read_jsonl(whole.run_dir), "train/loss")
+    assert series(rows, "lr")[0] == list(range(1, 9))
+    assert [line["error"] for line in read_jsonl(resumed.run_dir, "end")] == [
+        "KeyboardInterrupt: ",
+        None,
+    ]
+
+
+def test_a_sink_that_is_open_already_is_left_open(tmp_path):
+    sink = MemorySink()
+    trainer = fitted(tmp_path, LoggerCallback(sinks=[sink]), max_steps=2)
+
+    assert [step for values, step in sink.scalars if "train/loss" in values] == [1, 2]
+    assert sink.num_closed == 0
+    assert trainer.sinks == ()
+    assert not trainer.run_dir.exists()
+
+
+def test_json_lines_are_written_beside_a_sink_that_may_lose_them(tmp_path):
+    class Tracker(DeferredSink):
+        survives_crash = False
+
+        def open(self, run: LoggedRun) -> OpenedSink:
+            return MemorySink()
+
+    alone = fitted(tmp_path / "alone", LoggerCallback(sinks=[Tracker()]), max_steps=2)
+    beside = LoggerCallback(sinks=[Tracker(), JSONLinesSink("own.jsonl")])
+    other = fitted(tmp_path / "other", beside, max_steps=2)
+
+    assert [path.name for path in alone.run_dir.iterdir()] == ["log.jsonl"]
+    assert [path.name for path in other.run_dir.iterdir()] == ["own.jsonl"]
+
+
+def test_the_config_and_the_code_are_logged(tmp_path):
+    (tmp_path / "train.py").write_text("x")
+    trainer = fitted(tmp_path, LoggerCallback(code_dir=tmp_path), max_steps=1)
+
+    (config,) = read_jsonl(trainer.run_dir, "config")
+    assert config["config"]["training_parameters"]["max_steps"] == 1
+    (code,) = read_jsonl(trainer.run_dir, "code")
+    assert code["num_files"] == 1
+
+
+def test_a_trainer_without_w_and_b_in_its_config_does_not_import_it(tmp_path):
+    config = tiny_config(tmp_path, [LoggerCallback()])
+    config.logging_parameters = WandbLoggingParameters(enabled=False)
+    trainer = TinyTrainer(config)
+    trainer.fit()
+
+    assert not (trainer.run_dir / "wandb").exists()
+
+
+def test_a_sink_that_cannot_be_opened_ends_the_run_before_the_first_batch(tmp_path):
+    recorder = Recorder()
+    memory = MemorySink()
+    logger = LoggerCallback(sinks=[memory, FailingSink()])
+    trainer = TinyTrainer(tiny_config(tmp_path, [logger, recorder]))
+
+    with pytest.raises(PermissionError, match="not here"):
+        trainer.fit()
+    assert recorder.losses == []
+    assert trainer.sinks == ()
+
+
+def test_it_survives_an_error_before_its_pre_fit(tmp_path):
+    class Failing(Callback[Any]):
+        def pre_fit(self) -> None:
+            raise RuntimeError("first")
+
+    with pytest.raises(RuntimeError, match="first"):
+        fitted(tmp_path, Failing(), LoggerCallback())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_made_during_a_run_logs_for_itself(tmp_path, copied):
+    copies: list[LoggerCallback] = []
+
+    class Copy(Callback[Any]):
+        def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+            copies.append(copied(logger))
+
+    logger = LoggerCallback(2, sinks=[JSONLinesSink("own.jsonl")])
+    fitted(tmp_path / "first", logger, Copy(), max_steps=3)
+    second = fitted(tmp_path / "second", copies[1], max_steps=4)
+
+    assert series(read_jsonl(second.run_dir / "own.jsonl"), "train/loss")[0] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"log_every_n_train_batches": 0}, ValueError, "log_every_n_train_batches=0"),
+        ({"log_every_n_val_batches": 1.5}, ValueError, "log_every_n_val_batches=1.5"),
+        ({"reduce": "sum"}, ValueError, "reduce='sum': \"mean\" or None"),
+        ({"sinks": [JSONLinesSink]}, TypeError, r"isn't a sink; make one: write \(\)"),
+        ({"sinks": ["log.jsonl"]}, TypeError, "'log.jsonl' isn't a sink"),
+        ({"sinks": JSONLinesSink()}, TypeError, "a list of sinks is required"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_errors_where_they_are_made(arguments, error, message):
+    with pytest.raises(error, match=message):
+        LoggerCallback(**arguments)
+
+
+# Host synchronization
+
+
+class CountReads(TorchDispatchMode):
+    """Counts how often a single number is read on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num_reads += func.name() == "aten::_local_scalar_dense"
+        return func(*args, **(kwargs or {}))
+
+
+def num_reads(directory, *callbacks: Callback[Any]) -> int:
+    config = tiny_config(directory, callbacks, val_every_n_steps=0)
+    config.num_samples = 200
+    trainer = TinyTrainer(config)
+    with CountReads() as counter:
+        trainer.fit()
+    assert trainer.global_step == 50
+    return counter.num_reads
+
+
+def test_no_number_is_read_by_itself_neither_between_steps_that_log_nor_on_them(tmp_path):
+    callbacks = [
+        LoggerCallback(16),
+        LRLoggerCallback(),
+        MetricLoggerCallback(),
+        MediaLoggerCallback(),
+        ModelWatchCallback("all", 16),
+    ]
+
+    # AdamW reads its own step counters on the CPU.
+    assert num_reads(tmp_path / "with", *callbacks) == num_reads(tmp_path / "without")
+    (path,) = (tmp_path / "with").glob("**/log.jsonl")
+    assert series(read_jsonl(path), "train/loss")[0] == [16, 32, 48]
+    assert series(read_jsonl(path), "gradient_norm")[0] == [16, 32, 48]
+
+
+class CountTouches(TorchDispatchMode):
+    """Counts operations by the number of steps done."""
+
+    def __init__(self, trainer: TinyTrainer) -> None:
+        super().__init__()
+        self.trainer = trainer
+        self.num_operations: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        step = self.trainer.global_step
+        self.num_operations[step] = self.num_operations.get(step, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_between_steps_that_log_no_tensor_is_touched(tmp_path):
+    def operations(*callbacks: Callback[Any]) -> dict[int, int]:
+        trainer = TinyTrainer(tiny_config(tmp_path, callbacks, max_steps=8))
+        with CountTouches(trainer) as counter:
+            trainer.fit()
+        return counter.num_operations
+
+    without = operations()
+    logged = operations(LoggerCallback(4), LRLoggerCallback(), ModelWatchCallback("all", 4))
+
+    # What step 4 adds is counted as of 3, in the optimizer's hooks, and 4, after the step.
+    assert {step for step in range(1, 8) if logged[step] != without[step]} == {3, 4, 7}
+
+
+# Ranks
+
+
+def train_on_ranks(directory, reduce):
+    recorder = Recorder()
+    trainer = fitted(directory, LoggerCallback(reduce=reduce), recorder)
+    return trainer.run_dir, recorder.losses, len(trainer.sinks)
+
+
+@pytest.mark.parametrize("reduce", ["mean", None])
+def test_the_loss_of_two_ranks_is_that_of_the_global_batch(tmp_path, reduce):
+    whole = fitted(tmp_path / "whole", LoggerCallback())
+    (run_dir, own, _), (_, others, _) = run_on_ranks(train_on_ranks, 2, tmp_path / "ranks", reduce)
+
+    steps, losses = series(read_jsonl(run_dir), "train/loss")
+    means = [(a + b) / 2 for a, b in zip(own, others, strict=True)]
+    assert losses == pytest.approx(means if reduce else own, rel=1e-12)
+    assert steps == list(range(1, 9))
+    if reduce:
+        global_losses = series(read_jsonl(whole.run_dir), "train/loss")[1]
+        assert losses == pytest.approx(global_losses, abs=1e-6)  # other order of the same sums
+
+
+class DisagreeingTrainer(TinyTrainer):
+    """From the third batch on, rank 1 reports something that rank 0 doesn't."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        result = super().training_step(batch, batch_idx)
+        return result | ({"extra": 1.0} if self.world.rank == 1 and batch_idx >= 2 else {})
+
+
+def train_disagreeing(directory):
+    trainer = DisagreeingTrainer(tiny_config(directory, [LoggerCallback()]))
+    trainer.fit()
+
+
+def test_ranks_that_report_different_scalars_are_an_error_that_shows_who_said_what(tmp_path):
+    with pytest.raises(RankError) as caught:
+        run_on_ranks(train_disagreeing, 2, tmp_path, timeout_s=30)
+
+    for text in caught.value.tracebacks.values():
+        assert "ranks disagree on the scalars that training_step reports" in text
+        assert "rank 0: ['loss']" in text
+        assert "rank 1: ['extra', 'loss']" in text
+
+
+class AlternatingTrainer(TinyTrainer):
+    """Reports an extra value with every third batch, on all ranks."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        result = super().training_step(batch, batch_idx)
+        return result | ({"rare": float(self.world.rank)} if batch_idx % 3 == 0 else {})
+
+
+def train_alternating(directory):
+    trainer = AlternatingTrainer(
+        tiny_config(directory, [LoggerCallback(log_every_n_val_batches=1)])
+    )
+    trainer.fit()
+    return trainer.run_dir
+
+
+def test_values_that_all_ranks_report_now_and_then_are_reduced_too(tmp_path):
+    run_dir, _ = run_on_ranks(train_alternating, 2, tmp_path)
+
+    rows = read_jsonl(run_dir)
+    assert series(rows, "train/rare") == ([1, 4, 7], [0.5] * 3)
+    assert len(series(rows, "train/loss")[0]) == 8
+    assert len(series(rows, "val_batch/val_loss")[0]) == 2
+
+
+def open_badly(directory):
+    trainer = TinyTrainer(tiny_config(directory, [LoggerCallback(sinks=[FailingSink()])]))
+    trainer.fit()
+
+
+def test_a_log_that_cannot_be_opened_is_an_error_on_all_ranks(tmp_path):
+    with pytest.raises(RankError) as caught:
+        run_on_ranks(open_badly, 2, tmp_path, timeout_s=30)
+
+    assert "PermissionError: not here" in caught.value.tracebacks[0]
+    assert "rank 0 couldn't open the log: PermissionError" in caught.value.tracebacks[1]
+
+
+def test_a_loss_that_is_not_finite_is_logged_as_it_is(tmp_path):
+    class Infinite(TinyTrainer):
+        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            super().training_step(batch, batch_idx)
+            return {"loss": torch.tensor(math.inf), "nan": math.nan}
+
+    trainer = Infinite(tiny_config(tmp_path, [LoggerCallback()], max_steps=1))
+    trainer.fit()
+
+    text = (trainer.run_dir / "log.jsonl").read_text()
+    assert all(json.loads(line) for line in text.splitlines())
+    assert series(read_jsonl(trainer.run_dir), "train/loss")[1] == [math.inf]
