@@ -25,6 +25,7 @@ from tools.packages import (
     source_folders,
     third_party_requirements,
 )
+from tools.release import parsed_tag
 
 STRICT = run_snippets.WARNINGS
 PYTEST = ("pytest", "pytest-timeout", "coverage")
@@ -35,7 +36,7 @@ QUICK = nox.param(None, id="quick", tags=["quick"])
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "none"  # tools/wheels.py makes the environments
-nox.options.sessions = ["lint", "types", "wheels", "unit", "integration(quick)"]
+nox.options.sessions = ["lint", "types", "wheels", "unit", "integration(quick)", "docs"]
 
 
 def run(session: nox.Session, environment: Environment, *arguments: object, **env: str) -> None:
@@ -167,7 +168,10 @@ def release(session: nox.Session) -> None:
         session.error("give the tag: nox -s release -- dream-trainer-core-v0.1.0")
     environment = wheels.with_tools("release", ["build"])
     run(session, environment, "tools/release.py", *session.posargs)
-    [distribution] = [d for d in DISTRIBUTIONS if session.posargs[0].startswith(f"{d.name}-v")]
-    both = dict.fromkeys([BY_SHORT_NAME["core"], distribution])
-    alone = wheels.installed(f"wheel-{distribution.short_name}", list(both), extras=False)
-    run(session, alone, "tools/check_wheel.py", distribution.name)
+    wanted = parsed_tag(session.posargs[0])
+    both = dict.fromkeys([BY_SHORT_NAME["core"], wanted.distribution])
+    name = wanted.distribution.name
+    alone = wheels.installed(f"release-{wanted.distribution.short_name}", list(both), extras=False)
+    [built] = (ROOT / "dist").glob(f"{name.replace('-', '_')}-{wanted.version}-*.whl")
+    alone.install("--no-deps", "--force-reinstall", str(built))
+    run(session, alone, *STRICT, "tools/check_wheel.py", name)

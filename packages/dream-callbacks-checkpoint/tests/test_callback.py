@@ -702,3 +702,13 @@ def test_every_optimizer_of_torch_resumes_bit_for_bit(tmp_path: Path, make_optim
 
     assert not different(weights(trainer), weights(whole))
     assert not different(moments(trainer), moments(whole))
+
+
+@pytest.mark.parametrize("name", ["with space", "ünï-cödé", "a'b\"c", "x" * 200])
+def test_any_directory_name_works(tmp_path: Path, name: str) -> None:
+    tiny(tmp_path / name, n_epochs=1).fit()
+
+    trainer = tiny(tmp_path / name, n_epochs=1)
+    trainer.setup()
+
+    assert trainer.global_step == 8

@@ -153,3 +153,39 @@ def signalled(root: Path, number: int, layout: str) -> tuple[int, int]:
     )
     trainer.fit()
     return trainer.global_step, len(seen)
+
+
+def test_two_watches_share_the_signals_and_the_last_one_delivers() -> None:
+    stopped: list[str] = []
+    delivered: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: delivered.append(number))
+    try:
+        first, second = SignalWatch(stopped.append), SignalWatch(stopped.append)
+        first.begin()
+        second.begin()
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGUSR1)
+        assert first.take_save_request()
+        assert second.take_save_request()
+        first.end()
+        first.deliver()
+        assert delivered == []
+        second.end()
+        second.deliver()
+        second.deliver()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    assert stopped == ["SIGTERM", "SIGTERM"]
+    assert delivered == [signal.SIGTERM]
+
+
+def test_a_signal_of_a_run_that_failed_isnt_delivered_by_the_next() -> None:
+    failed, following = SignalWatch(lambda name: None), SignalWatch(lambda name: None)
+    failed.begin()
+    signal.raise_signal(signal.SIGINT)
+    failed.end()
+
+    following.begin()
+    following.end()
+    following.deliver()

@@ -399,6 +399,16 @@ def test_microbatches_of_a_step_are_traced_together(tmp_path):
     assert found.forward[0]["blocks.1"] == ("blocks.0", "blocks.2")
 
 
+def test_hybrid_sharding_over_four_ranks_is_the_same(tmp_path):
+    hybrid = {"dp_replicate": 2, "dp_shard": 2}
+    arguments = (str(tmp_path), "ShardedTrainer", [None, 2], {"n_epochs": 2}, (), hybrid)
+
+    for without, found in run_on_ranks(run_each, 4, *arguments):
+        assert found.losses == without.losses
+        assert list(map(Counter, found.gathers)) == list(map(Counter, without.gathers))
+        assert found.forward[0]["blocks.1"] == ("blocks.0", "blocks.2")
+
+
 def test_what_is_gathered_ahead_is_gathered_before_the_module_runs(tmp_path):
     without, found = outcomes(tmp_path, "OrderedTrainer", [None, 2], max_steps=3)
 

@@ -20,9 +20,14 @@ from dream_callbacks.logging import (
     read_jsonl,
     series,
 )
+from dream_callbacks.logging.session import planned_sinks
+from dream_callbacks.logging.sinks.wandb import has_key
 from dream_callbacks.logging.sinks.wandb_service import running_services
+from dream_trainer import callbacks
 from dream_trainer.callbacks import Callback
+from dream_trainer.configs import LoggingParameters, WandbLoggingParameters
 from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
+from dream_trainer.trainer import mixins
 
 pytest.importorskip("wandb")
 
@@ -209,6 +214,24 @@ def test_a_killed_wandb_core_is_said_once_and_training_goes_on(run_script):
     assert result.stderr.count("is off for the rest of the run") == 1
 
 
+def key_in_netrc(directory: Path) -> list[bool]:
+    import wandb
+
+    settings = wandb.setup().settings
+    before = has_key(wandb)
+    machine = settings.base_url.partition("//")[2]
+    path = Path(os.environ["NETRC"])
+    path.write_text(f"machine {machine} login user password {'0' * 40}\n")
+    path.chmod(0o600)
+    return [before, has_key(wandb)]
+
+
+def test_a_key_of_an_earlier_login_is_found(run_forked):
+    found, _, _ = run_forked(key_in_netrc)
+
+    assert found == [False, True]
+
+
 def train_again_after_wandb_core_was_killed(directory: Path) -> None:
     def kill(trainer: Any) -> None:
         for pid in running_services():
@@ -245,6 +268,8 @@ def test_a_server_out_of_reach_delays_the_start_by_seconds_and_the_run_is_offlin
     measured = reported(result)
     assert measured["started_s"] < 5.0 + 6.0, "5 s at most, and the imports of a busy machine"
     assert measured["fit_s"] < 40
+    own_id = json.loads((run_dir / "wandb-run.json").read_text())["id"]
+    assert {path.stem for path in run_dir.glob("wandb/*/*.wandb")} == {f"run-{own_id}"}
     assert "W&B's server isn't reached" in result.stderr
     assert "Traceback" not in result.stderr
     assert logged_steps(wandb_history(run_dir)) == [
@@ -307,6 +332,49 @@ def test_an_error_is_the_exit_code_of_the_run(run_forked, read_wandb):
     exits = [record.exit.exit_code for record in read_wandb(path) if record.HasField("exit")]
     assert exits == [1]
     assert read_jsonl(run_dir, "end")[0]["error"] == "ValueError: no luck"
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "parameters", "expected"),
+    [
+        (TinyTrainer, LoggingParameters(), [JSONLinesSink]),
+        (TinyTrainer, WandbLoggingParameters(), [JSONLinesSink, WandBSink]),
+        (TinyTrainer, WandbLoggingParameters(enabled=False), [JSONLinesSink]),
+        (MixinTrainer, LoggingParameters(), [JSONLinesSink, WandBSink]),
+        (MixinTrainer, WandbLoggingParameters(enabled=False), [JSONLinesSink]),
+    ],
+    ids=lambda value: getattr(value, "__name__", repr(value)),
+)
+def test_the_config_and_the_trainer_say_whether_there_is_a_run(trainer_class, parameters, expected):
+    config = tiny_config()
+    config.logging_parameters = parameters
+
+    sinks = planned_sinks(None, trainer_class(config))
+
+    assert [type(sink) for sink in sinks] == expected
+
+
+def test_the_mixin_says_once_that_nobody_opens_a_run(tmp_path, caplog):
+    trainer = MixinTrainer(tiny_config(tmp_path))
+    trainer.log_scalar("loss", 1.0)
+    trainer.log_dict({"loss": 1.0})
+
+    assert caplog.text.count("put a LoggerCallback among its callbacks") == 1
+
+
+def test_the_names_of_the_guide_lead_here():
+    assert callbacks.WandBSink is WandBSink
+    assert mixins.WandBLoggerMixin is WandBLoggerMixin
+
+
+class GuideCallback(Callback[mixins.EvalMetricMixin & mixins.WandBLoggerMixin]):
+    """As in the guide: what it needs of its trainer, both of it."""
+
+
+def test_a_callback_may_require_the_mixin(tmp_path):
+    MixinTrainer(tiny_config(tmp_path, [GuideCallback()]))
+    with pytest.raises(TypeError, match="needs a trainer with WandBLoggerMixin"):
+        TinyTrainer(tiny_config(tmp_path, [GuideCallback()]))
 
 
 def train_disabled(directory: Path) -> None:

@@ -58,7 +58,7 @@ import dream_trainer.callbacks, dream_trainer.configs, dream_trainer.trainer.mix
 for module in (dream_trainer.callbacks, dream_trainer.configs, dream_trainer.trainer.mixins):
     namespace = {}
     exec(f"from {module.__name__} import *", namespace)
-    answers[module.__name__] = sorted({*dir(module)} & {*sys.argv[1].split(",")})
+    answers[module.__name__] = dir(module)
 answers["imported"] = [name for name in sys.modules if name.partition(".")[0] in (
     "rich", "wandb", "tensorboard", "torchmetrics")]
 print(json.dumps(answers))
@@ -93,9 +93,8 @@ def install(folder: Path, package: str, source: str, version: str | None = None)
 
 def ask(folder: Path, *targets: str) -> dict[str, Any]:
     """What a new interpreter, which sees only that folder, gets for names such as `a.b.Name`."""
-    every = ",".join(sorted(set.union(*CONTRACT.values())))
     done = subprocess.run(
-        [sys.executable, "-S", "-c", ASK, *(targets or [f"builtins.{every}"])],
+        [sys.executable, "-S", "-c", ASK, *targets],
         env={**os.environ, "PYTHONPATH": str(folder)},
         capture_output=True,
         text=True,
@@ -221,14 +220,16 @@ def test_no_error_inside_a_package_is_hidden(tmp_path: Path) -> None:
 
 
 def test_dir_lists_what_can_be_imported_and_never_raises(tmp_path: Path) -> None:
+    every = set.union(*CONTRACT.values())
     folder = environment(tmp_path / "listed")
-    assert ask(folder)["dream_trainer.callbacks"] == []
+    assert not every & {*ask(folder)["dream_trainer.callbacks"]}
 
     install(folder, "fsdp", "1 / 0")
     install(folder, "checkpoint", "")
     answers = ask(folder)
-    assert answers["dream_trainer.callbacks"] == sorted(CONTRACT["fsdp"] | CONTRACT["checkpoint"])
-    assert answers["dream_trainer.configs"] == ["CheckpointParameters"]
+    listed = CONTRACT["fsdp"] | CONTRACT["checkpoint"]
+    assert every & {*answers["dream_trainer.callbacks"]} == listed
+    assert every & {*answers["dream_trainer.configs"]} == {"CheckpointParameters"}
 
 
 @pytest.mark.parametrize("package", CONTRACT)

@@ -424,6 +424,31 @@ def test_val_loss_is_the_mean_over_samples_whatever_the_batch_sizes(tmp_path: Pa
     assert result == {"val_loss": pytest.approx(expected, rel=1e-6)}
 
 
+def test_a_validation_that_was_due_when_the_state_was_saved_is_made_up_for(tmp_path: Path) -> None:
+    states = []
+
+    class Saves(Callback[TinyTrainer]):
+        def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+            if self.trainer.global_step == 4:
+                states.append(self.trainer.state_dict())
+
+    training = {"max_steps": 4, "val_every_n_steps": 2}
+    recorder = Recorder()
+    TinyTrainer(tiny_config(tmp_path, [Saves(), recorder], **training)).fit()
+    assert recorder.events.count("post_validation_epoch") == 2
+
+    resumed = Recorder()
+    trainer = TinyTrainer(tiny_config(tmp_path, [resumed], **training))
+    trainer.setup()
+    trainer.load_state_dict(states[0])
+    trainer.fit()
+    assert (
+        resumed.arguments["post_validation_epoch"]
+        == recorder.arguments["post_validation_epoch"][-1:]
+    )
+    assert "post_train_step" not in resumed.events
+
+
 def test_a_validation_step_may_return_nothing(tmp_path: Path) -> None:
     class Silent(TinyTrainer):
         def validation_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]

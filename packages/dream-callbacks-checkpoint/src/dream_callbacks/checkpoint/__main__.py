@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 import uuid
@@ -16,10 +17,9 @@ from dream_callbacks.checkpoint.catalog import Catalog, Checkpoint, damage_of, r
 from dream_callbacks.checkpoint.choosing import directory_at
 from dream_callbacks.checkpoint.disk import LocalDisk
 from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
-from dream_callbacks.checkpoint.export import SUFFIXES, export_checkpoint
+from dream_callbacks.checkpoint.export import SUFFIXES, Format, export_checkpoint
 from dream_callbacks.checkpoint.loading import SavedState
 from dream_callbacks.checkpoint.lock import DirectoryLock
-from dream_callbacks.checkpoint.resume import candidates
 from dream_callbacks.checkpoint.retention import KeepRules, to_delete
 from dream_callbacks.checkpoint.spelling import json_value, spelled_bytes, table
 from dream_callbacks.checkpoint.tree import decode_plain
@@ -34,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (CheckpointError, DamagedCheckpointError, OSError, ImportError, ValueError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
@@ -222,7 +226,8 @@ def _prune(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     disk, catalog, step = _opened(options)
     checkpoint = _one(disk, catalog, step)
-    kind = options.format or ("torch" if options.output.suffix == ".pt" else "safetensors")
+    kind: Format = "torch" if options.output.suffix == ".pt" else "safetensors"
+    kind = options.format or kind
     for path in export_checkpoint(disk, checkpoint, options.output, kind):
         print(f"{path}  {spelled_bytes(path.stat().st_size)}  from {checkpoint.name}")
     return 0
@@ -240,13 +245,17 @@ def _opened(options: argparse.Namespace) -> tuple[LocalDisk, Catalog, int | None
 
 def _one(disk: LocalDisk, catalog: Catalog, step: int | None) -> Checkpoint:
     """The checkpoint of a step, or the newest one, with its files verified."""
-    chosen = candidates(catalog, "last" if step is None else step, "", "min").checkpoints
-    if not chosen:
-        raise CheckpointError(f"there are no checkpoints in {disk}")
-    damage = damage_of(disk, chosen[0], checksums=True)
+    steps = ", ".join(str(c.step) for c in catalog.checkpoints[-10:]) or "none"
+    found = catalog.of_step(step) if step is not None else None
+    if step is None and catalog.checkpoints:
+        found = catalog.checkpoints[-1]
+    if found is None:
+        what = "checkpoint" if step is None else f"whole checkpoint of step {step}"
+        raise CheckpointError(f"there is no {what} in {disk}; the newest steps are: {steps}")
+    damage = damage_of(disk, found, checksums=True)
     if damage:
-        raise CheckpointError(f"{damage[0]}; give the --step of another one")
-    return chosen[0]
+        raise CheckpointError(f"{damage[0]}; give the --step of another one: {steps}")
+    return found
 
 
 def _document(disk: LocalDisk, checkpoint: Checkpoint) -> dict[str, Any]:

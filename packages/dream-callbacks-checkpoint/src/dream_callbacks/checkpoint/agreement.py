@@ -72,6 +72,10 @@ class Agreement:
         self._asked_at_s = time.monotonic()
         return Wishes(*map(bool, agreed[:3]))
 
+    def forget(self) -> None:
+        """Drop what was wanted and not yet agreed on: a save has just been made for all."""
+        self._wishes = Wishes(failed=self._wishes.failed)
+
     def _next_steps(self) -> int:
         """How many steps take about as long as should pass between two exchanges."""
         elapsed_s = time.monotonic() - self._asked_at_s

@@ -72,7 +72,7 @@ class AsyncCheckpointCallback(CheckpointCallback):
         assert self._flight is None, "_save has settled it"
         began_s = time.monotonic()
         save = session.store.prepare(self.trainer.state_dict, facts)
-        save.stage(self._buffers)
+        session.store.stage(save, self._buffers)
         assert self._background is not None
         self._flight = _Flight(session.store, save, self._background, self._saved_step, began_s)
         waited_s = time.monotonic() - began_s

@@ -222,6 +222,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
             metrics=dict(metrics),
         )
         self._start_clock(session)
+        session.agreement.forget()
         try:
             self._write(session, facts)
         except CheckpointError as error:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dream_callbacks.checkpoint.catalog import Checkpoint
+from dream_callbacks.checkpoint.config import refuse_url
 from dream_callbacks.checkpoint.disk import LocalDisk
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.ranks import Ranks
@@ -50,6 +51,7 @@ class ExportCallback(Callback[ModelSetupMixin]):
     def __init__(self, path: str | Path, format: Format = "safetensors") -> None:  # noqa: A002  # the contract's name
         if format not in SUFFIXES:
             raise ValueError(f'format={format!r}: "safetensors" or "torch" is required')
+        refuse_url("path", path)
         self.path = path
         self.format: Format = format
 

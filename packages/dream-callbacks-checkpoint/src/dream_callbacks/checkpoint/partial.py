@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dream_callbacks.checkpoint.catalog import read_catalog
 from dream_callbacks.checkpoint.choosing import choose, directory_at
+from dream_callbacks.checkpoint.config import refuse_url
 from dream_callbacks.checkpoint.disk import LocalDisk
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.loading import SavedState
@@ -83,6 +84,7 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
         mode: Literal["min", "max"] = "min",
         verify: bool = True,
     ) -> None:
+        refuse_url("path", path)
         self.path = path
         self.resume_mode = resume_mode
         self.monitor = monitor

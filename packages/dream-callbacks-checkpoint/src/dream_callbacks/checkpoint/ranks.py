@@ -89,6 +89,7 @@ class Ranks:
             worker.join(_BEAT_S)
             if all(self.all_gather(not worker.is_alive())):
                 break
+        assert outcomes, "the thread ends with an outcome"
         value, error = outcomes[0]
         self._raise(error, self.all_gather(_text(error)))
         return value

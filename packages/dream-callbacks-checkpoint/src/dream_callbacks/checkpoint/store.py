@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -77,11 +78,6 @@ class Save:
     parts: Split
     tensors: TensorsToWrite
     folder: str
-
-    def stage(self, buffers: dict[MetadataIndex, Tensor]) -> None:
-        """Copy what the training will change, so that writing may go on beside it."""
-        self.tensors.stage(buffers)
-        self.parts.tensors.clear()
 
 
 class Store:
@@ -191,6 +187,20 @@ class Store:
         folder = self.ranks.on_zero(lambda: self._begin(facts.step, tensors.total_bytes))
         return Save(facts, parts, tensors, folder)
 
+    def stage(self, save: Save, buffers: dict[MetadataIndex, Tensor]) -> None:
+        """Copy what the training will change, so that writing may go on beside it.
+
+        Args:
+            save: Prepared.
+            buffers: Memory of the last time, used again.
+
+        Raises:
+            CheckpointError: If there isn't enough memory on some rank.
+        """
+        with self._abandoning(save, self.ranks):
+            self.ranks.each(lambda: save.tensors.stage(buffers))
+        save.parts.tensors.clear()
+
     def write(self, save: Save, ranks: Ranks | None = None) -> None:
         """Write a prepared save and commit it: when this returns, it lasts.
 
@@ -202,18 +212,13 @@ class Store:
             CheckpointError: If some rank couldn't write; nothing of it is left then.
         """
         ranks = ranks or self.ranks
-        try:
-            mine = ranks.each_slowly(lambda: self._write_own_part(save))
 
-            def commit_all(parts: Sequence[_Part]) -> list[None]:
-                self._commit(save, parts)
-                return [None] * ranks.size
+        def commit_all(parts: Sequence[_Part]) -> list[None]:
+            self._commit(save, parts)
+            return [None] * ranks.size
 
-            ranks.via_zero(mine, commit_all)
-        except BaseException:
-            if ranks.is_zero:
-                commit.abandon(self.disk, save.folder)
-            raise
+        with self._abandoning(save, ranks):
+            ranks.via_zero(ranks.each_slowly(lambda: self._write_own_part(save)), commit_all)
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note results of a validation that came after the save of a step. On rank 0 alone."""
@@ -288,6 +293,16 @@ class Store:
                 f"{spelled_bytes(free)} are free"
             )
         return commit.begin(self.disk, step, self.run)
+
+    @contextlib.contextmanager
+    def _abandoning(self, save: Save, ranks: Ranks) -> Iterator[None]:
+        """After an error, delete what was written."""
+        try:
+            yield
+        except BaseException:
+            if ranks.is_zero:
+                commit.abandon(self.disk, save.folder)
+            raise
 
     def _write_own_part(self, save: Save) -> _Part:
         self._wait_until_visible(save.folder)

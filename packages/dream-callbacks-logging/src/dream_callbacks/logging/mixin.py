@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from dream_callbacks.logging.sinks.wandb import WandBRun
 from dream_trainer.trainer.mixins import LoggerMixin
+
+logger = logging.getLogger(__name__)
 
 
 class WandBLoggerMixin(LoggerMixin):
@@ -13,6 +19,17 @@ class WandBLoggerMixin(LoggerMixin):
 
     `WandbLoggingParameters(enabled=False)` in the config keeps it from doing so.
     """
+
+    _has_warned = False
+
+    def log_dict(self, values: Mapping[str, float | Tensor], step: int | None = None) -> None:
+        if not self.sinks and not self._has_warned and self.world.is_global_zero:
+            self._has_warned = True
+            logger.warning(
+                "%s logs values, and nothing takes them: put a LoggerCallback among its callbacks",
+                type(self).__name__,
+            )
+        super().log_dict(values, step)
 
     @property
     def wandb_run(self) -> Any:

@@ -106,8 +106,9 @@ class ProfileCallback(Callback):
         """What was recorded on this rank, and how to look at it."""
         if not self._traces:
             return "no trace was recorded on this rank"
-        folder = self._traces[-1].parent
-        return f"{len(self._traces)} trace(s) in {folder}; {how_to_view(folder)}"
+        folder, num_traces = self._traces[-1].parent, len(self._traces)
+        traces = "1 trace" if num_traces == 1 else f"{num_traces} traces"
+        return f"{traces} in {folder}; {how_to_view(folder)}"
 
     # Hooks
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from dream_trainer.callbacks.callback import CONTEXTS, HOOKS, Callback, RankZeroCallback
 from dream_trainer.callbacks.callback_state import load_state, state_of
@@ -77,12 +77,17 @@ class CallbackCollection(NamedCallbacks):
     _on_exception_calls: list[Call]
     _post_fit_calls: list[Call]
 
+    # Two overloads: mypy can't infer the type of a dict's display where it may be any iterable.
+    @overload
+    def __init__(self, callbacks: Mapping[str, _AnyCallback]) -> None: ...
+    @overload
+    def __init__(
+        self, callbacks: Iterable[_AnyCallback | tuple[str, _AnyCallback]] = ()
+    ) -> None: ...
     def __init__(
         self,
         callbacks: (
-            Mapping[str, _AnyCallback]
-            | NamedCallbacks
-            | Iterable[_AnyCallback | tuple[str, _AnyCallback]]
+            Mapping[str, _AnyCallback] | Iterable[_AnyCallback | tuple[str, _AnyCallback]]
         ) = (),
     ) -> None:
         self._trainer: AbstractTrainer | None = None
@@ -306,6 +311,7 @@ def _run_all(calls: Iterable[Call], *args: Any) -> BaseException | None:
         try:
             call(*args)
         except BaseException as error:  # nothing may keep the others from cleaning up
-            logger.error("%s.%s failed during clean-up", call.name, call.hook, exc_info=error)
+            if isinstance(error, Exception):  # Ctrl-C and SystemExit aren't failures
+                logger.error("%s.%s failed during clean-up", call.name, call.hook, exc_info=error)
             first = error if first is None else first
     return first

@@ -27,12 +27,17 @@ class NamedCallbacks:
         ValueError: If a name or a callback is given twice.
     """
 
+    # Two overloads: mypy can't infer the type of a dict's display where it may be any iterable.
+    @overload
+    def __init__(self, callbacks: Mapping[str, _AnyCallback]) -> None: ...
+    @overload
+    def __init__(
+        self, callbacks: Iterable[_AnyCallback | tuple[str, _AnyCallback]] = ()
+    ) -> None: ...
     def __init__(
         self,
         callbacks: (
-            Mapping[str, _AnyCallback]
-            | NamedCallbacks
-            | Iterable[_AnyCallback | tuple[str, _AnyCallback]]
+            Mapping[str, _AnyCallback] | Iterable[_AnyCallback | tuple[str, _AnyCallback]]
         ) = (),
     ) -> None:
         self._callbacks: dict[str, _AnyCallback] = {}

@@ -63,7 +63,7 @@ class TrainingParameters:
             value = getattr(self, field.name)
             if field.name in ("max_time", "gradient_clip_val"):
                 self._check_positive_number(field.name, value)
-            elif value is not None or field.name == "gradient_accumulation_steps":
+            elif value is not None or field.default is not None:
                 self._check_count(field.name, value, lowest.get(field.name, 1))
         if self.max_steps is not None and (self.val_every_n_steps or 0) > self.max_steps > 0:
             raise ValueError(

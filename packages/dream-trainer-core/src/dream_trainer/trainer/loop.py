@@ -89,6 +89,7 @@ def _train(trainer: BaseTrainer) -> None:
             counters.current_epoch + (counters.epoch_stage == "end"),
             counters.global_step,
         )
+    _validate_if_due(trainer)  # a checkpoint of this step may have been saved before it was
     while not _is_done(trainer) and not trainer.agree_to_stop():
         if counters.epoch_stage == "end":
             counters.current_epoch += 1
@@ -190,16 +191,14 @@ def train_step(trainer: BaseTrainer, batch: Any) -> None:
 
 def _ends_after_step(trainer: BaseTrainer) -> bool:
     """Validate if it is time. Whether the run ends with the step that was just completed."""
-    global_step, parameters = trainer.counters.global_step, trainer.training_parameters
+    max_steps = trainer.training_parameters.max_steps
     if not trainer.first_step_done:
         trainer.first_step_done = True
         trainer.world.tighten_timeouts()
-    validate_every = parameters.val_every_n_steps
-    if validate_every and global_step % validate_every == 0:
-        _validate_if_new(trainer)
+    _validate_if_due(trainer)
     if trainer.may_be_stopped and trainer.agree_to_stop():
         return True
-    return parameters.max_steps is not None and global_step >= parameters.max_steps
+    return max_steps is not None and trainer.counters.global_step >= max_steps
 
 
 # Validation
@@ -211,6 +210,13 @@ def _sanity_validate(trainer: BaseTrainer) -> None:
     if num_batches and trainer.counters.local_batches == 0 and trainer.validates:
         with random_state_kept():
             _validate(trainer, max_batches=num_batches)
+
+
+def _validate_if_due(trainer: BaseTrainer) -> None:
+    """Validate after every so many steps, if that is when to do it."""
+    every, global_step = trainer.training_parameters.val_every_n_steps, trainer.counters.global_step
+    if every and global_step and global_step % every == 0:
+        _validate_if_new(trainer)
 
 
 def _validate_if_new(trainer: BaseTrainer) -> None:

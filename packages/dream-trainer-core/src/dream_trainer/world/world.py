@@ -242,11 +242,11 @@ class World:
     def broadcast_object(self, value: T, src: int = 0) -> T:
         """The picklable object of rank `src`. Collective."""
         self._refuse_if_guarded("broadcast_object")
-        if not self.is_distributed:
+        group = self.group()
+        if group is None:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, src, group=self.group())
-        return box[0]
+        received: T = collectives.broadcast_object(value, src, group)
+        return received
 
     def barrier(self) -> None:
         """Wait for all ranks. Collective."""

@@ -9,10 +9,10 @@ wandb drops what comes with a step of its own that doesn't grow.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import json
 import logging
+import netrc
 import os
 import secrets
 import weakref
@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from dream_callbacks.logging.frames import images_of, png_of_figure, videos_of
 from dream_callbacks.logging.plain import as_number, plain, spelled
@@ -173,6 +174,7 @@ class _Connection(OpenedSink):
         self._copied: list[Path] = []
         active = wandb.run
         self._is_own = active is None or active in _own_runs
+        self._id = self._chosen_id() if self._is_own else None
         self.run = self._opened() if self._is_own else active
         if self._is_own:
             _own_runs.add(self.run)
@@ -252,7 +254,7 @@ class _Connection(OpenedSink):
 
     def _opened(self) -> Any:
         mode = self._sink.mode or str(self._wandb.setup().settings.mode)
-        if mode == "online" and not _has_key(self._wandb):
+        if mode == "online" and not has_key(self._wandb):
             logger.warning(
                 "W&B has no key, so the run is logged offline; `wandb login` gives it one, and "
                 "`wandb sync` uploads the run"
@@ -291,8 +293,8 @@ class _Connection(OpenedSink):
             entity=sink.entity,
             group=sink.group or logged.group,
             name=sink.name or logged.experiment,
-            id=self._id(),
-            resume="allow",
+            id=self._id,
+            resume=None if mode == "offline" else "allow",  # offline, wandb would only warn
             tags=sink.tags or None,
             notes=sink.notes,
             job_type=sink.job_type,
@@ -300,7 +302,7 @@ class _Connection(OpenedSink):
             settings=self._wandb.Settings(**settings),
         )
 
-    def _id(self) -> str | None:
+    def _chosen_id(self) -> str | None:
         """The run's id: that of the run that is continued, or a new one."""
         if self._sink.id is not None:
             return self._sink.id
@@ -317,11 +319,24 @@ class _Connection(OpenedSink):
         return run_id
 
 
-def _has_key(wandb: Any) -> bool:
-    """Whether wandb could log in without asking on the terminal, under our progress bar."""
-    if "prompt" in inspect.signature(wandb.login).parameters:
-        return bool(wandb.login(prompt=False, verify=False))
-    return bool(wandb.api.api_key)
+def has_key(wandb: Any) -> bool:
+    """Whether wandb could log in without asking on the terminal, under our progress bar.
+
+    Looks where wandb looks; `wandb.login` itself would ask the server who that is.
+    """
+    settings = wandb.setup().settings
+    if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
+        return True
+    if settings.api_key or settings.identity_token_file:
+        return True
+    host = urlsplit(settings.base_url).hostname or ""
+    own = os.environ.get("NETRC")
+    candidates = [own] if own else ["~/.netrc", "~/_netrc"]
+    for path in (Path(candidate).expanduser() for candidate in candidates):
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            if netrc.netrc(path).authenticators(host):
+                return True
+    return False
 
 
 def _tear_down(wandb: Any) -> None:

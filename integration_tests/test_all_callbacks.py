@@ -1,0 +1,131 @@
+"""Every callback that the contract names: it conforms, and has its place in the plan."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dream_trainer import callbacks
+from dream_trainer.callbacks import (
+    AsyncCheckpointCallback,
+    BenchmarkCallback,
+    Callback,
+    CallbackCollection,
+    CheckpointCallback,
+    CheckpointParameters,
+    Every,
+    ExportCallback,
+    FindGraphBreaksCallback,
+    JSONLinesSink,
+    LoadPartialCheckpointCallback,
+    LoggerCallback,
+    LRLoggerCallback,
+    MediaLoggerCallback,
+    MetricLoggerCallback,
+    ModelSummary,
+    ModelWatchCallback,
+    OptimizeFSDP,
+    ProfileCallback,
+    ProgressBar,
+    TensorBoardSink,
+    TrainerSummary,
+)
+from dream_trainer.testing import TinyTrainer, check_callback, tiny_config
+
+MAKERS: dict[str, Callable[[Path], Callback[Any]]] = {
+    "AsyncCheckpointCallback": lambda source: AsyncCheckpointCallback(
+        CheckpointParameters(every=Every(steps=1))
+    ),
+    "BenchmarkCallback": lambda source: BenchmarkCallback(skip=1, every=Every(steps=1)),
+    "CheckpointCallback": lambda source: CheckpointCallback(
+        CheckpointParameters(every=Every(steps=1))
+    ),
+    "ExportCallback": lambda source: ExportCallback("weights.pt", format="torch"),
+    "FindGraphBreaksCallback": lambda source: FindGraphBreaksCallback(),
+    "LRLoggerCallback": lambda source: LRLoggerCallback(),
+    "LoadPartialCheckpointCallback": lambda source: LoadPartialCheckpointCallback(source),
+    "LoggerCallback": lambda source: LoggerCallback(sinks=[JSONLinesSink(), TensorBoardSink()]),
+    "MediaLoggerCallback": lambda source: MediaLoggerCallback(),
+    "MetricLoggerCallback": lambda source: MetricLoggerCallback(),
+    "ModelSummary": lambda source: ModelSummary(),
+    "ModelWatchCallback": lambda source: ModelWatchCallback(log="all", log_freq=1),
+    "OptimizeFSDP": lambda source: OptimizeFSDP(),
+    "ProfileCallback": lambda source: ProfileCallback(skip_first=0, warmup=1, active=1),
+    "ProgressBar": lambda source: ProgressBar(),
+    "TrainerSummary": lambda source: TrainerSummary(),
+}
+"""Each with options that give it something to do in a run of a few steps.
+
+`source` is the directory of a run with checkpoints.
+"""
+
+
+def test_no_callback_is_left_out() -> None:
+    named = {name for name in dir(callbacks) if name not in callbacks.__all__}
+    classes = {name: getattr(callbacks, name, None) for name in named if name[0].isupper()}
+
+    assert {
+        name
+        for name, value in classes.items()
+        if isinstance(value, type) and issubclass(value, Callback)
+    } == set(MAKERS)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = tiny_config(tmp_path_factory.mktemp("source"), [CheckpointCallback()], max_steps=3)
+    trainer = TinyTrainer(config)
+    trainer.fit()
+    return trainer.run_dir
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_it_conforms(name: str, source: Path) -> None:
+    make = functools.partial(MAKERS[name], source)
+    check_callback(make, changes_training=name == "LoadPartialCheckpointCallback")
+
+
+class EMACallback(Callback[Any]):
+    """A stranger's, listed last: its average mustn't end up in the saved weights."""
+
+    def pre_validation_epoch(self) -> None: ...
+
+    def post_optimizer_step(self, model: Any, optimizer: Any) -> None: ...
+
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None: ...
+
+    def post_validation_epoch(self, result: dict[str, Any]) -> None: ...
+
+
+PLAN = """\
+"""
+
+
+def test_the_plan_of_the_whole_production_stack(tmp_path: Path) -> None:
+    stack = CallbackCollection(
+        [
+            CheckpointCallback(),
+            TrainerSummary(),
+            ModelSummary(),
+            ProgressBar(),
+            LoggerCallback(),
+            LRLoggerCallback(),
+            MetricLoggerCallback(),
+            MediaLoggerCallback(),
+            ModelWatchCallback(),
+            ProfileCallback(),
+            FindGraphBreaksCallback(),
+            BenchmarkCallback(),
+            OptimizeFSDP(),
+            EMACallback(),
+            ExportCallback("weights.pt", format="torch"),
+            LoadPartialCheckpointCallback("pretrained"),
+        ]
+    )
+    trainer = TinyTrainer(tiny_config(tmp_path, stack))
+
+    assert str(trainer.callbacks.plan()) == PLAN.rstrip()

@@ -1,0 +1,196 @@
+"""All packages at once: one stack, its plan, what it writes, and what it costs in host reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from toy import LAYOUTS, Toy
+
+from dream_callbacks.logging import read_jsonl, series
+from dream_trainer import DreamTrainerConfig
+from dream_trainer.callbacks import (
+    Callback,
+    CallbackCollection,
+    CheckpointCallback,
+    CheckpointParameters,
+    Every,
+    JSONLinesSink,
+    LoggerCallback,
+    LRLoggerCallback,
+    OptimizeFSDP,
+    ProfileCallback,
+    ProgressBar,
+    TensorBoardSink,
+    TrainerSummary,
+)
+from dream_trainer.configs import TrainingParameters
+from dream_trainer.testing import run_on_ranks
+
+
+def stack(*others: Callback[Any], log_every: int = 5) -> CallbackCollection:
+    return CallbackCollection(
+        [
+            TrainerSummary(),
+            ProgressBar(metric="loss"),
+            LoggerCallback(
+                log_every_n_train_batches=log_every, sinks=[JSONLinesSink(), TensorBoardSink()]
+            ),
+            LRLoggerCallback(),
+            ProfileCallback(),
+            OptimizeFSDP(),
+            CheckpointCallback(CheckpointParameters(every=Every(steps=6))),
+            *others,
+        ]
+    )
+
+
+def make(root: str, layout: str, callbacks: CallbackCollection, **training: Any) -> Toy:
+    return Toy(
+        DreamTrainerConfig(
+            root_dir=root,
+            experiment="together",
+            device_parameters=LAYOUTS[layout](device="cpu"),
+            training_parameters=TrainingParameters(**training),
+            callbacks=callbacks,
+        )
+    )
+
+
+def test_the_plan_of_the_whole_stack() -> None:
+    hooks = stack().plan().hooks
+
+    # A checkpoint sees what the others leave at the end of a step, and restores before they fit.
+    for hook in ("post_train_step", "post_validation_epoch", "post_epoch", "pre_fit", "post_fit"):
+        assert hooks[hook][-1] == "CheckpointCallback", hook
+    assert hooks["post_setup"][-2:] == ("CheckpointCallback", "TrainerSummary")
+    assert hooks["post_train_step"] == (
+        "OptimizeFSDP",
+        "ProgressBar",
+        "LoggerCallback",
+        "LRLoggerCallback",
+        "ProfileCallback",
+        "CheckpointCallback",
+    )
+    assert stack().plan().rank_zero == {"TrainerSummary", "ProgressBar", "LRLoggerCallback"}
+
+
+def trained_twice(root: str, layout: str) -> tuple[list[int], list[float]]:
+    steps, losses = [], []
+
+    class Watches(Callback[Any]):
+        def pre_fit(self) -> None:
+            steps.append(self.trainer.global_step)
+
+        def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+            losses.append(self.trainer.world.all_reduce(result["loss"]).item())
+
+    make(root, layout, stack(Watches()), n_epochs=3, max_steps=10).fit()
+    make(root, layout, stack(Watches()), n_epochs=3, max_steps=20).fit()
+    return steps, losses
+
+
+@pytest.mark.parametrize(
+    ("layout", "num_ranks"), [("single", 1), ("fsdp", 2)], ids=["w1-single", "w2-fsdp"]
+)
+def test_a_run_with_everything_resumes_and_leaves_its_files(
+    tmp_path: Path, layout: str, num_ranks: int
+) -> None:
+    outcomes = run_on_ranks(trained_twice, num_ranks, str(tmp_path), layout)
+    straight = run_on_ranks(_losses_alone, num_ranks, str(tmp_path / "alone"), layout)
+
+    for (steps, losses), expected in zip(outcomes, straight, strict=True):
+        assert steps == [0, 10]
+        assert losses == expected
+    run_dir = tmp_path / "dream-trainer" / "default" / "together"
+    steps_logged, values = series(read_jsonl(run_dir), "train/loss")
+    assert steps_logged == [5, 10, 15, 20]
+    assert values == pytest.approx([straight[0][step - 1] for step in steps_logged], rel=1e-6)
+    assert list((run_dir / "checkpoints").iterdir())
+    assert list((run_dir / "profile").rglob("*.pt.trace.json.gz"))
+    assert list(run_dir.rglob("events.out.tfevents.*"))
+
+
+def _losses_alone(root: str, layout: str) -> list[float]:
+    losses: list[float] = []
+
+    class Watches(Callback[Any]):
+        def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+            losses.append(self.trainer.world.all_reduce(result["loss"]).item())
+
+    make(root, layout, CallbackCollection([Watches()]), n_epochs=3, max_steps=20).fit()
+    return losses
+
+
+class HostReads(TorchDispatchMode):
+    """Notes the step of each read of a value on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = 0
+        self.steps: list[int] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.name() in ("aten::_local_scalar_dense", "aten::is_nonzero"):
+            self.steps.append(self.step)
+        return func(*args, **(kwargs or {}))
+
+
+class WithSGD(Toy):
+    """AdamW keeps its step counts in CPU memory and reads them there, on any device."""
+
+    def configure_optimizers(self) -> None:
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+
+
+class ReadsEachStep(Callback[Any]):
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        result["loss"].item()
+
+
+def steps_that_read(root: Path, *others: Callback[Any]) -> set[int]:
+    """Of fifty steps, those that read on the host and neither log, validate nor save."""
+    reads = HostReads()
+
+    class Notes(Callback[Any]):
+        before = {Callback}
+
+        def pre_train_step(self, batch: Any, batch_idx: int) -> None:
+            reads.step = self.trainer.global_step + 1
+            if reads.step == 1:
+                reads.__enter__()
+
+        def post_fit(self) -> None:
+            reads.__exit__(None, None, None)
+
+    log_every, validate_every = 10, 25
+    callbacks = stack(Notes(), *others, log_every=log_every)
+    del callbacks["ProgressBar"]  # it reads CPU tensors when it draws, which is a matter of time
+    callbacks["CheckpointCallback"] = CheckpointCallback(
+        CheckpointParameters(every=Every(steps=validate_every))
+    )
+    trainer = WithSGD(
+        DreamTrainerConfig(
+            root_dir=root,
+            training_parameters=TrainingParameters(
+                max_steps=50, val_every_n_steps=validate_every, gradient_clip_val=1.0
+            ),
+            callbacks=callbacks,
+        )
+    )
+    trainer.fit()
+
+    may_read = {step for step in range(51) if step % log_every == 0 or step % validate_every == 0}
+    # An epoch of 8 steps ends with its mean, which is reported; the next begins with a new loader.
+    may_read |= {step for step in range(51) if step % 8 in (0, 1)}
+    return set(reads.steps) - may_read
+
+
+def test_steps_that_do_not_log_read_nothing_on_the_host(tmp_path: Path) -> None:
+    assert steps_that_read(tmp_path / "stack") == set()
+    assert len(steps_that_read(tmp_path / "control", ReadsEachStep())) > 20

@@ -1,0 +1,178 @@
+"""A stop, or an error, at every call that changes the file system: nothing that was saved is lost.
+
+Python tells an audit hook of each such call before it is made. A process is forked for each of
+them, and ends there, or gets an error there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import training
+from test_kills import last_acknowledged, resumed_step
+from training import Acknowledged, Filled, make
+
+from dream_callbacks.checkpoint.catalog import damage_of, read_catalog
+from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_trainer.callbacks import Every
+from dream_trainer.testing import run_on_ranks
+
+CHANGING = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.link"}
+
+
+def is_change(event: str, args: tuple[Any, ...], root: str) -> bool:
+    """Whether an audit event is a change below a directory."""
+    if not args or not str(args[0]).startswith(root):
+        return False
+    if event == "open":
+        return bool(args[2] & (os.O_CREAT | os.O_WRONLY | os.O_RDWR))
+    return event in CHANGING
+
+
+def at_change(root: Path, number: int, act: Callable[[], None]) -> list[int]:
+    """Do something before a change below a directory; the list counts the changes."""
+    count = [0]
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if is_change(event, args, str(root / "dream-trainer")):
+            count[0] += 1
+            if count[0] == number:
+                act()
+
+    sys.addaudithook(hook)
+    return count
+
+
+def run(root: Path, max_steps: int, **fields: Any) -> None:
+    """Save each step, and say so; keep two."""
+    import logging
+
+    logger = logging.getLogger("dream_callbacks.checkpoint")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(Acknowledged(root / "acknowledged"))
+    training = {"max_steps": max_steps, "n_epochs": 100}
+    fields = {"every": Every(steps=1), "keep_last": 2, "save_on_signal": False, **fields}
+    make(root, kind=Filled, training=training, **fields).fit()
+
+
+def forked(function: Callable[[], None]) -> int:
+    """Exit status of a forked process that calls a function."""
+    process = os.fork()
+    if process == 0:
+        try:
+            function()
+        except BaseException:  # noqa: BLE001  # the parent sees the status
+            os._exit(5)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def stopped_everywhere(root: Path, callback: str) -> int:
+    """Stop a run at each of its changes; how many there were."""
+    number = 0
+    while True:
+        number += 1
+        here = root / str(number)
+        (here / "dream-trainer").mkdir(parents=True)
+
+        def stop(here: Path = here, number: int = number) -> None:
+            at_change(here, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            run(here, 4, callback=callback)
+
+        status = forked(stop)
+        acknowledged = last_acknowledged(here)
+        if status == 0:
+            assert acknowledged == 4
+            return number - 1
+        assert status == -signal.SIGKILL
+        found = resumed_step(here) if acknowledged else None
+        assert found is None or acknowledged <= found <= acknowledged + 1, f"change {number}"
+        assert forked(lambda here=here: run(here, 5)) == 0, f"change {number}"  # type: ignore[misc]
+        check_directory(here, last=5)
+
+
+def check_directory(root: Path, last: int) -> None:
+    """All checkpoints are whole, and nothing else is there."""
+    disk = LocalDisk(training.directory(root))
+    catalog = read_catalog(disk)
+    assert not catalog.damaged
+    assert [c.step for c in catalog.checkpoints] == [last - 1, last]
+    assert not [p for c in catalog.checkpoints for p in damage_of(disk, c, checksums=True)]
+    assert not [name for name in disk.entries() if name.startswith(".")]
+
+
+@pytest.mark.parametrize("callback", training.CALLBACKS)
+def test_a_stop_at_every_change_loses_nothing(tmp_path: Path, callback: str) -> None:
+    (num_changes,) = run_on_ranks(stopped_everywhere, 1, tmp_path, callback, timeout_s=110)
+
+    assert num_changes > 60
+
+
+def failing_everywhere(root: Path) -> tuple[int, list[int]]:
+    """Let each change of a run fail once; how many there were, and which ended the run."""
+    number, ended = 0, []
+    while True:
+        number += 1
+        here = root / str(number)
+        (here / "dream-trainer").mkdir(parents=True)
+        counts = here / "count"
+
+        def fail(here: Path = here, number: int = number, counts: Path = counts) -> None:
+            def act() -> None:
+                raise OSError(28, "No space left on device")
+
+            count = at_change(here, number, act)
+            run(here, 4)
+            counts.write_text(str(count[0]))
+
+        status = forked(fail)
+        if status == 0 and int(counts.read_text()) < number:
+            return number - 1, ended
+        if status != 0:
+            ended.append(number)
+        assert forked(lambda here=here: run(here, 6)) == 0, f"change {number}"  # type: ignore[misc]
+        assert resumed_step(here) == 6, f"change {number}"
+        check_directory(here, last=6)
+
+
+def test_an_error_at_any_change_is_survived(tmp_path: Path) -> None:
+    ((num_changes, ended),) = run_on_ranks(failing_everywhere, 1, tmp_path, timeout_s=110)
+
+    assert num_changes > 60
+    # What is done before the first step ends the run, with a message; no save does.
+    assert ended == list(range(1, len(ended) + 1))
+    assert len(ended) < 20
+
+
+def replaced_everywhere(root: Path) -> int:
+    """Stop a run that replaces the checkpoints of an abandoned branch at each change."""
+    number = 0
+    while True:
+        number += 1
+        here = root / str(number)
+        (here / "dream-trainer").mkdir(parents=True)
+        assert forked(lambda here=here: run(here, 3)) == 0  # type: ignore[misc]
+        (here / "acknowledged").unlink()
+
+        def stop(here: Path = here, number: int = number) -> None:
+            at_change(here, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            run(here, 3, resume_mode=2)
+
+        status = forked(stop)
+        if status == 0:
+            return number - 1
+        assert resumed_step(here) == 3, f"change {number}: the old one or the new one"
+        assert forked(lambda here=here: run(here, 5)) == 0, f"change {number}"  # type: ignore[misc]
+        check_directory(here, last=5)
+
+
+def test_a_stop_while_one_checkpoint_replaces_another_leaves_one_of_them(tmp_path: Path) -> None:
+    (num_changes,) = run_on_ranks(replaced_everywhere, 1, tmp_path, timeout_s=110)
+
+    assert num_changes > 10

@@ -1,0 +1,27 @@
+"""LoggingParameters: whether a run goes to an experiment tracker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dream_trainer.configs import LoggingParameters, WandbLoggingParameters
+from dream_trainer.testing import TinyTrainer, tiny_config
+
+
+def test_the_spelling_of_dream_trainer_1() -> None:
+    parameters = WandbLoggingParameters(enabled=False)
+
+    assert isinstance(parameters, LoggingParameters)
+    assert parameters.enabled is False
+    assert WandbLoggingParameters().enabled is True
+
+
+def test_a_run_without_logging_parameters_goes_nowhere(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    assert type(config.logging_parameters) is LoggingParameters
+
+    trainer = TinyTrainer(config)
+    trainer.fit()
+    trainer.log_scalar("x", 1.0)
+    assert trainer.sinks == ()
+    assert list(tmp_path.iterdir()) == []
