@@ -102,6 +102,32 @@ class EMACallback(Callback[Any]):
 
 
 PLAN = """\
+pre_launch             LoggerCallback
+post_setup             LoadPartialCheckpointCallback, ModelSummary*, ExportCallback,
+                       CheckpointCallback, TrainerSummary*
+pre_fit                ProgressBar*, LoggerCallback, LRLoggerCallback*, MediaLoggerCallback*,
+                       ModelWatchCallback, ProfileCallback, FindGraphBreaksCallback,
+                       BenchmarkCallback*, CheckpointCallback
+pre_train_epoch        ProgressBar*, LoggerCallback, ProfileCallback, BenchmarkCallback*
+pre_train_step         OptimizeFSDP, BenchmarkCallback*, CheckpointCallback
+pre_optimizer_step     LRLoggerCallback*, ModelWatchCallback
+post_optimizer_step    ModelWatchCallback, EMACallback
+post_train_step        OptimizeFSDP, ProgressBar*, LoggerCallback, LRLoggerCallback*,
+                       ModelWatchCallback, ProfileCallback, FindGraphBreaksCallback,
+                       BenchmarkCallback*, EMACallback, CheckpointCallback
+post_train_epoch       ProgressBar*, LoggerCallback, CheckpointCallback
+pre_validation_epoch   ProgressBar*, LoggerCallback, MetricLoggerCallback*, ProfileCallback,
+                       EMACallback, CheckpointCallback
+post_validation_step   ProgressBar*, LoggerCallback, MetricLoggerCallback*, MediaLoggerCallback*
+post_validation_epoch  ProgressBar*, LoggerCallback, MetricLoggerCallback*, MediaLoggerCallback*,
+                       ProfileCallback, FindGraphBreaksCallback, BenchmarkCallback*, EMACallback,
+                       CheckpointCallback
+post_epoch             ProgressBar*, CheckpointCallback
+on_exception           CheckpointCallback
+post_fit               OptimizeFSDP, ProgressBar*, LoggerCallback, ProfileCallback,
+                       FindGraphBreaksCallback, BenchmarkCallback*, ExportCallback,
+                       CheckpointCallback
+                       * on global rank 0 alone
 """
 
 

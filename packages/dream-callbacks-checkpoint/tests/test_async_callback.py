@@ -66,11 +66,11 @@ def test_never_are_two_saves_in_flight(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [Filled, Wide])
 def test_what_is_saved_is_the_moment_of_the_save(tmp_path: Path, kind: Any) -> None:
-    fields: dict[str, Any] = {"kind": kind, "every": Every(steps=1)}
+    fields: dict[str, Any] = {"kind": kind, "every": Every(steps=1), "n_epochs": 1}
     tiny(tmp_path / "sync", **fields).fit()
     tiny(tmp_path / "async", callback="async", **fields).fit()
 
-    for step in range(1, 17):
+    for step in range(1, 9):
         first, second = (
             tiny(tmp_path / name, resume_mode=step, **fields) for name in ("sync", "async")
         )
@@ -85,7 +85,7 @@ def test_it_saves_the_same_as_the_other_on_two_ranks(tmp_path: Path, layout: str
     run_on_ranks(trained, 2, tmp_path / "sync", "sync", layout)
     run_on_ranks(trained, 2, tmp_path / "async", "async", layout)
 
-    for step in (4, 8, 12, 16):
+    for step in (4, 16):
         first, second = (
             tiny(tmp_path / name, resume_mode=step, every=Every(steps=4))
             for name in ("sync", "async")

@@ -63,8 +63,10 @@ CRASHES = {
 
 @pytest.mark.parametrize("crash", CRASHES.values(), ids=CRASHES)
 @pytest.mark.parametrize("accumulation", [1, 3], ids=["", "accumulation_3"])
-@pytest.mark.parametrize("num_workers", [0, 2], ids=["main_process", "workers"])
-@pytest.mark.parametrize("callback", CALLBACKS)
+@pytest.mark.parametrize(
+    ("callback", "num_workers"),
+    [("sync", 0), ("async", 0), ("sync", 2), pytest.param("async", 2, marks=pytest.mark.full)],
+)
 def test_resumed_equals_never_stopped(
     tmp_path: Path, callback: str, num_workers: int, accumulation: int, crash: tuple[int, bool]
 ) -> None:

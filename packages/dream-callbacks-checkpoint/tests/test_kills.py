@@ -21,14 +21,20 @@ from dream_trainer.testing import run_on_ranks
 
 
 @pytest.mark.parametrize("callback", training.CALLBACKS)
-@pytest.mark.parametrize("num_ranks", [1, 2], ids=["1_rank", "2_ranks"])
+@pytest.mark.parametrize(
+    ("num_ranks", "num_kills"),
+    [
+        (1, 15),
+        (2, 5),
+        pytest.param(1, 300, marks=[pytest.mark.full, pytest.mark.timeout(1200)]),
+        pytest.param(2, 200, marks=[pytest.mark.full, pytest.mark.timeout(1200)]),
+    ],
+)
 def test_a_kill_at_any_moment_loses_nothing_that_was_called_saved(
-    tmp_path: Path, callback: str, num_ranks: int
+    tmp_path: Path, callback: str, num_ranks: int, num_kills: int
 ) -> None:
-    num_kills = 25 if num_ranks == 1 else 8
-
     (steps,) = run_on_ranks(
-        kill_repeatedly, 1, tmp_path, num_kills, num_ranks, callback, timeout_s=100
+        kill_repeatedly, 1, tmp_path, num_kills, num_ranks, callback, timeout_s=100 + 3 * num_kills
     )
 
     assert len(steps) == num_kills

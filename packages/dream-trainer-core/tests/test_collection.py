@@ -75,6 +75,31 @@ def test_a_collection_may_go_on_to_the_next_trainer(tmp_path: Path) -> None:
     assert recorder.trainer is trainer
 
 
+def test_trainers_that_share_a_collection_each_have_it_while_they_work(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    class Sees(Recorder):
+        def record(self, name: str, args: tuple[Any, ...]) -> None:
+            seen.append(self.trainer)
+
+    config = tiny_config(tmp_path, [Sees()], max_steps=1)
+    first, second = TinyTrainer(config), TinyTrainer(config)
+    for work in (first.configure, second.configure, first.setup, second.fit, first.fit):
+        seen.clear()
+        work()
+        assert set(seen) == {second if work == second.fit or work == second.configure else first}
+
+
+def test_a_collection_that_is_assigned_later_is_attached(tmp_path: Path) -> None:
+    recorder = Recorder()
+    trainer = TinyTrainer(tiny_config(tmp_path, max_steps=1))
+    trainer.callbacks = CallbackCollection([recorder])
+    trainer.fit()
+
+    assert recorder.trainer is trainer
+    assert recorder.events[0] == "pre_launch"
+
+
 @pytest.mark.parametrize("share", ["collection", "callback"])
 def test_a_callback_at_work_is_refused_by_another_trainer(tmp_path: Path, share: str) -> None:
     class BuildsAnother(Callback[Any]):

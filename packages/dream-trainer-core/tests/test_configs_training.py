@@ -120,6 +120,9 @@ def test_a_field_that_was_assigned_later_is_checked_before_anything_is_launched(
         trainer.fit()
 
     assert not callback.launched
+    trainer.training_parameters.gradient_accumulation_steps = 2
+    trainer.fit()
+    assert callback.launched
 
 
 def test_a_config_that_was_spoilt_is_refused_by_the_trainer(tmp_path: Path) -> None:

@@ -150,6 +150,30 @@ def test_an_error_in_a_context_says_whose_it_is(tmp_path: Path, when: str, num_o
     assert caught.value.__notes__.count(note) == 1
 
 
+@pytest.mark.parametrize("fails_in", ["step", "inner context"])
+def test_a_context_that_swallows_an_error_is_an_error_that_names_it(fails_in: str) -> None:
+    class Swallows(Callback[Any]):
+        def train_context(self) -> Any:
+            return contextlib.suppress(ZeroDivisionError)
+
+    class Inner(Callback[Any]):
+        @contextlib.contextmanager
+        def train_context(self) -> Iterator[None]:
+            if fails_in == "inner context":
+                raise ZeroDivisionError("planned")
+            yield
+
+    context = CallbackCollection([Swallows(), Inner()]).train_context
+    assert context is not None
+    with (
+        pytest.raises(RuntimeError, match=r"Swallows\.train_context suppressed an error") as caught,
+        context(),
+    ):
+        raise ZeroDivisionError("planned")
+
+    assert repr(caught.value.__cause__) == "ZeroDivisionError('planned')"
+
+
 def test_an_error_of_the_step_isnt_blamed_on_a_context(tmp_path: Path) -> None:
     context = CallbackCollection([Around("a", []), Around("b", [])]).train_context
     assert context is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -129,14 +130,14 @@ class Plan:
     def __repr__(self) -> str:
         if not self.hooks:
             return "no callback overrides a hook"
-        width = max(map(len, self.hooks))
-        lines = [
-            f"{hook:<{width}}  {', '.join(map(self._marked, names))}"
-            for hook, names in self.hooks.items()
-        ]
+        indent = max(map(len, self.hooks)) + 2
+        rows = [(hook, ", ".join(map(self._marked, names))) for hook, names in self.hooks.items()]
         if any(name in self.rank_zero for names in self.hooks.values() for name in names):
-            lines.append(f"{'':<{width}}  * on global rank 0 alone")
-        return "\n".join(lines)
+            rows.append(("", "* on global rank 0 alone"))
+        return "\n".join(
+            textwrap.fill(f"{hook:<{indent}}{names}", 100, subsequent_indent=" " * indent)
+            for hook, names in rows
+        )
 
     def _marked(self, name: str) -> str:
         return f"{name}*" if name in self.rank_zero else name

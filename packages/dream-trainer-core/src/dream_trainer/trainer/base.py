@@ -134,12 +134,14 @@ class BaseTrainer(AbstractTrainer):
 
     def configure(self) -> None:
         if not self._is_configured:
+            self.callbacks.initialize(self)  # another trainer may have had them since
             loop.configure(self)
             self._is_configured = True
 
     def setup(self) -> None:
         self.configure()
         if not self._is_set_up:
+            self.callbacks.initialize(self)
             loop.setup(self)
             self._is_set_up = True
 
@@ -154,9 +156,10 @@ class BaseTrainer(AbstractTrainer):
         """
         if self._is_fitting:
             raise RuntimeError("fit() is running already; wait for it, or make a second trainer")
+        self.training_parameters.validate()
+        self.callbacks.initialize(self)
         self._is_fitting = True
         self.exception, self.stop_reason, self._stop_request = None, None, None
-        self.training_parameters.validate()
         try:
             loop.fit(self)
         finally:
