@@ -79,6 +79,7 @@ def forked(function: Callable[..., Any], *args: Any, rank: int, num_ranks: int, 
         return process
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in ranks.items()})
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # rank 0 of this world has the store
     with contextlib.suppress(BaseException):
         function(*args)
     os._exit(1)

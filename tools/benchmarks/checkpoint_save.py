@@ -1,0 +1,209 @@
+"""What a checkpoint costs: against the disk itself, and against DCP's own ways of saving.
+
+    python tools/benchmarks/checkpoint_save.py [--model-mb 400] [--folder DIR] [--rounds 3] [--json FILE]
+
+A model of so many megabytes and its Adam state are saved by turns with each of:
+
+- write: the same bytes from memory to one file, synced; what the disk can do
+- dcp.save: DCP as it comes; nothing is verified, nothing is committed
+- CheckpointCallback: written, summed, synced, committed by a rename
+- dcp.async_save: DCP's quickest on a CPU: a stager that is used again; the time that it blocks
+- AsyncCheckpointCallback: the time that training waits
+
+Each figure is the best of the rounds: other programs only add to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from dream_callbacks.checkpoint import (
+    AsyncCheckpointCallback,
+    CheckpointCallback,
+    CheckpointParameters,
+)
+from dream_trainer.callbacks import Every
+from dream_trainer.testing import TinyTrainer, tiny_config
+
+SYNC_GOAL = 0.9
+"""Part of the disk's speed that CheckpointCallback must reach."""
+
+
+class Large(TinyTrainer):
+    """A model of layers of 4 MB, trained for one step."""
+
+    num_layers = 1
+
+    def configure_models(self) -> None:
+        super().configure_models()
+        for number in range(self.num_layers):
+            self.model.register_parameter(f"p{number}", nn.Parameter(torch.randn(1024, 1024)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        for name, parameter in self.model.named_parameters():
+            if name.startswith("p") and parameter.grad is None:
+                parameter.grad = torch.full_like(parameter, 1e-3)
+        return super().training_step(batch, batch_idx)
+
+
+def trained(folder: Path, callbacks: Iterable[CheckpointCallback]) -> Large:
+    trainer = Large(tiny_config(folder, callbacks, max_steps=1))
+    trainer.fit()
+    return trainer
+
+
+def num_bytes(state: Any) -> int:
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    values = state.values() if isinstance(state, dict) else state
+    return sum(map(num_bytes, values)) if isinstance(state, (dict, list, tuple)) else 0
+
+
+def timed(call: Callable[[], object]) -> float:
+    began_s = time.perf_counter()
+    call()
+    return time.perf_counter() - began_s
+
+
+def written(folder: Path, data: memoryview) -> float:
+    def write() -> None:
+        with (folder / "raw").open("wb", buffering=0) as file:
+            for start in range(0, len(data), 1 << 24):
+                file.write(data[start : start + (1 << 24)])
+            os.fsync(file.fileno())
+
+    return timed(write)
+
+
+class Waited(logging.Handler):
+    """How long training waited for the last save, as AsyncCheckpointCallback says."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.seconds = 0.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "training waited" in str(record.msg):
+            assert isinstance(record.args, tuple)
+            self.seconds = float(record.args[1])  # type: ignore[arg-type]
+
+
+def one_save(trainer: Large) -> None:
+    """One more step, and the save that is due after it."""
+    trainer.training_parameters.max_steps = trainer.global_step + 1
+    trainer.fit()
+
+
+def measure(model_mb: int, folder: Path, rounds: int) -> dict[str, Any]:
+    Large.num_layers = max(model_mb // 4, 1)
+    parameters = CheckpointParameters(every=Every(steps=1), keep_last=1)
+    plain = trained(folder / "plain", [])
+    state = {key: plain.state_dict()[key] for key in ("models", "optimizers")}
+    size = num_bytes(state)
+    data = memoryview(bytearray(os.urandom(1 << 20)) * (size >> 20))
+    seconds: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        seconds.setdefault(name, []).append(value)
+
+    def dcp_save() -> None:
+        shutil.rmtree(folder / "dcp", ignore_errors=True)
+        note("dcp.save", timed(lambda: dcp.save(state, checkpoint_id=folder / "dcp")))
+
+    for _ in range(rounds):
+        note("write", written(folder, data))
+        dcp_save()
+        note("CheckpointCallback", sync_save(folder, plain, parameters))
+    (folder / "raw").unlink()
+    note_async(folder, plain, parameters, rounds, note)
+    best = {name: min(values) for name, values in seconds.items()}
+    return {"bytes": size, "seconds": best, "all": seconds}
+
+
+def sync_save(folder: Path, trainer: Large, parameters: CheckpointParameters) -> float:
+    """Seconds of one save through the callback's own way, without the step before it."""
+    from dream_callbacks.checkpoint.retention import KeepRules
+    from dream_callbacks.checkpoint.store import Facts, Store
+
+    shutil.rmtree(folder / "sync", ignore_errors=True)
+    store = Store(folder / "sync", trainer.world, KeepRules(last=1))
+    store.open()
+    facts = Facts(step=1, epoch=0, reason="benchmark", num_train_batches=None)
+    try:
+        return timed(lambda: store.write(store.prepare(trainer.state_dict, facts)))
+    finally:
+        store.close()
+
+
+def note_async(
+    folder: Path,
+    plain: Large,
+    parameters: CheckpointParameters,
+    rounds: int,
+    note: Callable[[str, float], None],
+) -> None:
+    """Blocked seconds of DCP's best way on a CPU, and of AsyncCheckpointCallback; by turns."""
+    import torch.distributed as dist
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    waited = Waited()
+    logger = logging.getLogger("dream_callbacks.checkpoint")
+    logger.addHandler(waited)
+    logger.setLevel(logging.DEBUG)
+    ours = trained(folder / "async", [AsyncCheckpointCallback(parameters)])
+    state = {key: plain.state_dict()[key] for key in ("models", "optimizers")}
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    stager = DefaultStager(StagingOptions(False, False, False, False))
+    for number in range(rounds + 1):
+        shutil.rmtree(folder / "dcp", ignore_errors=True)
+        began_s = time.perf_counter()
+        future: Any = dcp.async_save(state, checkpoint_id=folder / "dcp", async_stager=stager)
+        blocked_s = time.perf_counter() - began_s
+        getattr(future, "upload_completion", future).result()
+        one_save(ours)
+        if number:  # the first one gets its memory
+            note("dcp.async_save", blocked_s)
+            note("AsyncCheckpointCallback", waited.seconds)
+    stager.close()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model-mb", type=int, default=100)
+    parser.add_argument("--folder", type=Path, default=None, help="on the disk to measure")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, default=None)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        found = measure(options.model_mb, Path(folder), options.rounds)
+    seconds, megabytes = found["seconds"], found["bytes"] / 1e6
+    print(f"{megabytes:.0f} MB of weights and Adam state, {os.cpu_count()} CPUs")
+    for name, value in seconds.items():
+        print(f"{name:<24} {value:7.3f} s  {megabytes / value:6.0f} MB/s")
+    speed = seconds["write"] / seconds["CheckpointCallback"]
+    print(f"CheckpointCallback reaches {speed:.0%} of the disk's speed; goal: {SYNC_GOAL:.0%}")
+    blocked = seconds["AsyncCheckpointCallback"] / seconds["dcp.async_save"]
+    print(f"training waits {blocked:.2f} times as long as with DCP; goal: 1.00")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
