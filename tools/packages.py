@@ -71,7 +71,10 @@ DISTRIBUTIONS: tuple[Distribution, ...] = (
         "dream_callbacks.logging",
         extras=("wandb", "tensorboard"),
     ),
-    Distribution("dream-callbacks-summary", "dream_callbacks.summary"),
+    # numpy: without it torch warns on the terminal that the tests look at.
+    Distribution(
+        "dream-callbacks-summary", "dream_callbacks.summary", test_requirements=("numpy",)
+    ),
     Distribution("dream-callbacks-profile", "dream_callbacks.profile", extras=("view",)),
     Distribution("dream-callbacks-fsdp", "dream_callbacks.fsdp"),
 )

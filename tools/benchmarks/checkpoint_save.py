@@ -1,6 +1,6 @@
 """What a checkpoint costs: against the disk itself, and against DCP's own ways of saving.
 
-    python tools/benchmarks/checkpoint_save.py [--model-mb 400] [--folder DIR] [--rounds 3] [--json FILE]
+    python tools/benchmarks/checkpoint_save.py [--model-mb 100] [--folder DIR] [--json FILE]
 
 A model of so many megabytes and its Adam state are saved by turns with each of:
 

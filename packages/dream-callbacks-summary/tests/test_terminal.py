@@ -126,7 +126,7 @@ class SlowTrainer(TinyTrainer):
         return super().training_step(batch, batch_idx)
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        time.sleep(0.25)
+        time.sleep(1.0)  # drawings get rarer on a busy machine
         return super().validation_step(batch, batch_idx)
 
 

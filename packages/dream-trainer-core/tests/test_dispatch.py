@@ -174,8 +174,17 @@ def test_a_context_that_swallows_an_error_is_an_error_that_names_it(fails_in: st
     assert repr(caught.value.__cause__) == "ZeroDivisionError('planned')"
 
 
-def test_an_error_of_the_step_isnt_blamed_on_a_context(tmp_path: Path) -> None:
-    context = CallbackCollection([Around("a", []), Around("b", [])]).train_context
+class RaisesAgain(contextlib.AbstractContextManager[None]):
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        if error is not None:
+            raise error
+
+
+@pytest.mark.parametrize("context_of_b", [contextlib.nullcontext, RaisesAgain])
+def test_an_error_of_the_step_isnt_blamed_on_a_context(context_of_b: Any) -> None:
+    b = Around("b", [])
+    b.train_context = context_of_b  # type: ignore[method-assign]
+    context = CallbackCollection([Around("a", []), b]).train_context
     assert context is not None
     with pytest.raises(ZeroDivisionError) as caught, context():
         raise ZeroDivisionError

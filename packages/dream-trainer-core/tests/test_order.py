@@ -78,6 +78,16 @@ def test_wishes_may_be_any_collection_and_belong_to_an_instance() -> None:
     assert collection.plan().hooks["post_fit"] == ("A", "B", "C", "X")
 
 
+def test_a_wish_about_one_callback_leaves_others_of_its_class_alone() -> None:
+    first, second, x = A(), A(), wishing("X")
+    x.after = (second,)
+
+    assert order(first, x, second, B()) == ["A", "A_2", "X", "B"]
+    x.before = (first,)
+    x.after = ()
+    assert order(first, second, x) == ["A_2", "X", "A"]
+
+
 def test_hooks_are_called_in_that_order() -> None:
     called: list[str] = []
 

@@ -98,7 +98,8 @@ class Callback(Generic[TrainerT]):
     when the collection is attached. `self.trainer` is typed accordingly.
 
     A class may say where it wants to be: `before = {"ProgressBar"}`, `after = {EMACallback}`,
-    with classes (their subclasses count) or names. `after = {Callback}` means after everyone.
+    with classes (their subclasses count) or names. `after = {Callback}` means after everyone. An
+    instance may be given a `before` and `after` of its own, where other callbacks can stand too.
 
     Raises:
         TypeError: When a subclass is defined whose hooks can't work: misspelt, with a signature

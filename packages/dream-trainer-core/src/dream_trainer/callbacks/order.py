@@ -14,7 +14,7 @@ def ordered(callbacks: Mapping[str, Callback[Any]]) -> list[str]:
     """Names of the callbacks in the order in which they run.
 
     As listed, except where `before` and `after` ask for something else. `after = {Callback}`
-    means after everyone, except for those that ask for the same, or to come after such a one.
+    means after everyone, except for those that ask for the same or have to come after it.
 
     Raises:
         ValueError: If the wishes contradict each other; it shows the cycle.
@@ -77,15 +77,16 @@ def _ranks(
 ) -> dict[str, int]:
     """-1 for those that want to be before everyone, 1 for after everyone, else 0.
 
-    Whoever must come before the first is among the first too, and so at the end. So no wish about
-    everyone can contradict one that names a callback.
+    Whoever must come before a first one has its rank. So no wish about everyone can contradict
+    one that names a callback.
     """
     ranks = dict.fromkeys(callbacks, 0)
-    for first in (name for name in callbacks if _is_about_everyone(callbacks[name].before)):
-        ranks.update(dict.fromkeys(_reachable(first, earlier), -1))
-    later = {name: {other for other in callbacks if name in earlier[other]} for name in callbacks}
-    for last in (name for name in callbacks if _is_about_everyone(callbacks[name].after)):
-        ranks.update(dict.fromkeys(_reachable(last, later), 1))
+    for name, callback in callbacks.items():
+        if _is_about_everyone(callback.before):
+            ranks.update(dict.fromkeys(_with_all_before(name, earlier), -1))
+    for name, callback in callbacks.items():
+        if _is_about_everyone(callback.after):
+            ranks[name] = 1
     return ranks
 
 
@@ -93,10 +94,10 @@ def _is_about_everyone(wishes: Collection[type | str]) -> bool:
     return Callback in wishes or Callback.__name__ in wishes
 
 
-def _reachable(start: str, steps: Mapping[str, set[str]]) -> set[str]:
-    found, frontier = {start}, [start]
+def _with_all_before(name: str, earlier: Mapping[str, set[str]]) -> set[str]:
+    found, frontier = {name}, [name]
     while frontier:
-        new = steps[frontier.pop()] - found
+        new = earlier[frontier.pop()] - found
         found |= new
         frontier += new
     return found
