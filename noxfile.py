@@ -52,7 +52,7 @@ def for_tests(packages: str, torch: str | None = None) -> Environment:
     ours = matrix.Cell(1, "single", packages).distributions
     tested = ours if packages == "all" else ours[-1:]  # core's own tests need more than core does
     needed = {each for distribution in tested for each in distribution.test_requirements}
-    needed |= {"torchmetrics"} if packages == "all" else set()
+    needed |= {"torchmetrics", "pyyaml"} if packages == "all" else set()
     name = packages if torch is None else f"{packages}-{torch.replace('==', '-')}"
     return wheels.installed(name, ours, [*PYTEST, *sorted(needed)], torch=torch)
 
