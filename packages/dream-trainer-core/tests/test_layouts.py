@@ -313,6 +313,32 @@ def test_the_default_compiler_trains_to_the_same_weights(layout: str) -> None:
         torch.testing.assert_close(compiled[0][0][name], expected, rtol=1e-4, atol=1e-5)
 
 
+class Drops(Divisible):
+    """Draws what dropout draws on a tensor that is divided over the ranks of a layer."""
+
+    def drawn(self) -> Tensor:
+        weight: Any = self.model.blocks[0].weight
+        return whole(torch.rand_like(weight)).cpu()
+
+
+def drawn_by_place() -> tuple[tuple[int, int], Tensor]:
+    device = DeviceParameters(device="cuda", tensor_parallel=2)
+    with tempfile.TemporaryDirectory() as root:
+        trainer = Drops(tiny_config(root, device=device))
+        trainer.setup()
+        return (trainer.world.dp_rank, trainer.world.tp_rank), trainer.drawn()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
+def test_random_operations_on_divided_tensors_differ_between_data_ranks() -> None:
+    drawn = dict(run_on_ranks(drawn_by_place, 4))
+
+    assert drawn[0, 0].equal(drawn[0, 1])
+    assert drawn[1, 0].equal(drawn[1, 1])
+    assert not drawn[0, 0].equal(drawn[1, 0])
+
+
 # What has no default
 
 

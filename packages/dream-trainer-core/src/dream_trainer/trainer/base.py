@@ -21,7 +21,6 @@ from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfi
 from dream_trainer.trainer.batches import BatchStream
 from dream_trainer.trainer.optimization import Optimization
 from dream_trainer.trainer.results import EpochMeans
-from dream_trainer.world.determinism import seed_all
 from dream_trainer.world.world import World
 
 
@@ -199,7 +198,7 @@ class BaseTrainer(AbstractTrainer):
                 torch.autocast, self.world.device.type, dtype=dtype
             )
         if self.world.is_distributed and self.seed is not None:
-            seed_all(self.seed + self.world.data_part)  # dropout differs with the data
+            self.world.seed_parts(self.seed)  # dropout differs with the data
 
     @property
     def validates(self) -> bool:

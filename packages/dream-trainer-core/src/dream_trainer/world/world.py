@@ -154,6 +154,15 @@ class World:
         seed_all(seed)
         return seed
 
+    def seed_parts(self, seed: int) -> None:
+        """Seed all generators by this rank's part of the data: alike where layers are shared."""
+        seed_all(seed + self.data_part)
+        if self.tp_size > 1 and self.device.type == "cuda":
+            from torch.distributed.tensor._random import manual_seed
+
+            # Else the first random operation on a DTensor gives all ranks rank 0's state.
+            manual_seed(seed + self.data_part, self.get_mesh("tp"))
+
     def tighten_timeouts(self) -> None:
         """Let collectives take `train_timeout_s` from now on instead of `init_timeout_s`."""
         if not self.is_distributed:
