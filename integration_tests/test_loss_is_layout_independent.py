@@ -45,7 +45,7 @@ CALLBACKS = {
     "summary": "ProgressBar",
 }
 
-Outcome = tuple[list[float], dict[str, Tensor]]
+Outcome = tuple[list[float], dict[str, Tensor], float]
 
 
 def trained(
@@ -55,14 +55,15 @@ def trained(
     training: dict[str, Any],
     callback_names: tuple[str, ...] = (),
 ) -> Outcome:
-    """Losses of the global batches, and the final weights."""
+    """Losses of the global batches, the final weights, and their loss on the validation set."""
     own = [getattr(callbacks, name)() for name in callback_names]
     trainer, losses = make(
-        root, layout, device, own, max_steps=STEPS, val_steps_per_epoch=0, **training
+        root, layout, device, own, max_steps=STEPS, val_every_n_steps=STEPS, **training
     )
     trainer.fit()
     weights = plain.weights_of(trainer.model)
-    return losses.losses, {name: weight.cpu() for name, weight in weights.items()}
+    (val_loss,) = losses.val_losses
+    return losses.losses, {name: weight.cpu() for name, weight in weights.items()}, val_loss
 
 
 def device_of(cell: Cell) -> Literal["cpu", "cuda"]:
@@ -74,14 +75,15 @@ def test_losses_and_weights_are_those_of_one_process(
     tmp_path: Path, cell: Cell, training: dict[str, Any]
 ) -> None:
     device, root = device_of(cell), str(tmp_path)
-    ((losses, weights),) = run_on_ranks(trained, 1, "single", device, root, training)
+    ((losses, weights, val_loss),) = run_on_ranks(trained, 1, "single", device, root, training)
     outcomes = run_on_ranks(trained, cell.ranks, cell.layout, device, root, training)
 
     tolerances = (LOSS_TOLERANCE, WEIGHT_TOLERANCE)
     loss_tolerance, weight_tolerance = tolerances if device == "cpu" else [CUDA_TOLERANCE] * 2
     assert len(losses) >= STEPS
-    for found_losses, found_weights in outcomes:
+    for found_losses, found_weights, found_val_loss in outcomes:
         assert found_losses == pytest.approx(losses, abs=loss_tolerance)
+        assert found_val_loss == pytest.approx(val_loss, abs=loss_tolerance)
         for name, expected in weights.items():
             assert_close(
                 found_weights[name], expected, atol=weight_tolerance, rtol=weight_tolerance
@@ -101,7 +103,7 @@ def test_callbacks_of_the_installed_packages_change_no_bit(
     without = run_on_ranks(trained, cell.ranks, cell.layout, device, str(tmp_path / "1"), {})
     found = run_on_ranks(trained, cell.ranks, cell.layout, device, str(tmp_path / "2"), {}, names)
 
-    assert [losses for losses, _ in found] == [losses for losses, _ in without]
+    assert [losses for losses, *_ in found] == [losses for losses, *_ in without]
 
 
 def is_importable(module: str) -> bool:
@@ -135,7 +137,9 @@ def test_losses_and_weights_are_bit_for_bit_those_of_plain_pytorch_in_the_same_l
     found = run_on_ranks(trained, num_ranks, layout, "cpu", str(tmp_path), training)
 
     assert len(found[0][0]) >= STEPS
-    for (losses, weights), (expected_losses, expected_weights) in zip(found, expected, strict=True):
+    for (losses, weights, _), (expected_losses, expected_weights) in zip(
+        found, expected, strict=True
+    ):
         assert losses == expected_losses
         assert weights.keys() == expected_weights.keys()
         for name, weight in weights.items():

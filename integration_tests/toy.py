@@ -145,13 +145,17 @@ class Toy(DreamTrainer):
 
 
 class GlobalLosses(Callback[DreamTrainer]):
-    """Keeps the loss of each global batch."""
+    """Keeps the loss of each global batch, and of each validation."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.val_losses: list[float] = []
 
     def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
         self.losses.append(self.trainer.world.all_reduce(result["loss"]).item())
+
+    def post_validation_epoch(self, result: dict[str, Any]) -> None:
+        self.val_losses.append(result["val_loss"])
 
 
 class Sleeps(Callback[DreamTrainer]):

@@ -180,6 +180,20 @@ def test_offloaded_parameters_train_like_those_of_one_process() -> None:
     compare(run_on_ranks(*offloaded), alone, 1e-5, 1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_offloaded_parameters_stay_in_host_memory() -> None:
+    assert run_on_ranks(devices_when_offloaded, 2) == [{"cpu"}] * 2
+
+
+def devices_when_offloaded() -> set[str]:
+    device = DeviceParameters.FSDP(device="cuda", cpu_offload=True)
+    with tempfile.TemporaryDirectory() as root:
+        trainer = OnMeta(tiny_config(root, device=device, gradient_clip_val=0.05, max_steps=2))
+        trainer.fit()
+        return {parameter.device.type for parameter in trainer.model.parameters()}
+
+
 def compare(outcomes: list[Any], alone: Any, tolerance: float, norm_tolerance: float) -> None:
     weights, norms = alone
     for found_weights, found_norms in outcomes:
