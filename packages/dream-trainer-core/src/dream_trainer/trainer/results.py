@@ -27,7 +27,8 @@ def num_samples(batch: Any) -> int:
             batch = getattr(batch, dataclasses.fields(batch)[0].name)
         else:
             return 1
-    return batch.size(0) if batch.dim() else 1
+    shape = batch.shape
+    return shape[0] if shape else 1
 
 
 class EpochMeans:
