@@ -63,20 +63,28 @@ def fit(trainer: BaseTrainer) -> None:
         error = callbacks.post_fit()
         if error is not None:
             raise error
+        trainer.world.failure_watch().finish(together=trainer.stop_reason is None)
 
 
 @contextmanager
 def failing_cleanly(trainer: BaseTrainer) -> Iterator[None]:
-    """After an error, let callbacks clean up, leave the world, and raise the error again."""
+    """After the first error of any rank, let callbacks clean up, leave the world, and raise it."""
+    watch = trainer.world.failure_watch()
     try:
-        yield
+        with watch.watching():
+            yield
     except BaseException as error:
-        if trainer.exception is None:
-            trainer.exception = error
-            trainer.callbacks.on_exception(error)
+        if trainer.exception is not None:
+            raise  # by a span inside, which has cleaned up
+        shown = trainer.exception = watch.report(error, trainer.global_step)
+        with trainer.world.cleaning_up():
+            trainer.callbacks.on_exception(shown)
             trainer.callbacks.post_fit()
-            trainer.world.shutdown()
-        raise
+        trainer.world.abandon()
+        watch.leave()
+        if shown is error:
+            raise
+        raise shown  # noqa: B904  # it has its cause
 
 
 def _train(trainer: BaseTrainer) -> None:
