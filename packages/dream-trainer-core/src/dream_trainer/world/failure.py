@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
+import faulthandler
 import json
 import logging
 import math
@@ -49,6 +51,8 @@ _LOOKS_PER_S = 5000
 """How often all ranks together may ask the store."""
 _PATIENCE_S = 2.0
 """How long a rank that lost a connection waits to hear why."""
+_EXIT_S = 1.0
+"""How long handlers of `atexit` may take after an error."""
 _STORE_TIMEOUT_S = 3.0
 _STARTED_AT_S = time.time()
 
@@ -182,6 +186,7 @@ class FailureWatch(Alone):
         self._depth = 0
         if isinstance(error, RemoteError):
             first = error.failure
+            error.__notes__ = []  # where it came upon this rank; it isn't the cause
         else:
             lost = _is_lost_connection(error)
             first = self._known(wait_s=_PATIENCE_S if lost else 0.0) or self._publish(
@@ -221,6 +226,7 @@ class FailureWatch(Alone):
 
     def leave(self) -> None:
         """The main thread has cleaned up after an error: it is on its own from here on."""
+        _ignore_sigterm()  # a callback may have given it back
         self._is_out = True
 
     def close(self) -> None:
@@ -268,12 +274,20 @@ class FailureWatch(Alone):
         return Failure(rank, pid, socket.gethostname(), what, time.time())
 
     def _see(self, first: Failure) -> None:
+        """From now on this process is about to end."""
         with self._lock:
-            if self._first is None:
-                self._first = first
-                self._deadline_s = time.monotonic() + self._cleanup_timeout_s
+            if self._first is not None:
+                return
+            _ignore_sigterm()
+            self._deadline_s = time.monotonic() + self._cleanup_timeout_s
+            self._first = first
+        self._count_seen()
         if self._neighbours is not None:
             self._neighbours.wake()
+
+    def _count_seen(self) -> None:
+        with self._store_may_be_gone():
+            self._store.add("seen", 1)
 
     @contextlib.contextmanager
     def _store_may_be_gone(self) -> Iterator[None]:
@@ -335,10 +349,12 @@ class FailureWatch(Alone):
     def _on_end_of(self, rank: int, pid: int) -> None:
         """A process on this machine has ended; that is fine after a goodbye."""
         if self._first is None and not self._store.check([f"left/{rank}"]):
+            _ignore_sigterm()  # torchrun has noticed too
             what = "died without a word: killed (SIGKILL, out of memory?) or crashed"
-            first = self._publish(self._failure(rank, pid, what))
-            # At once, and again in the error: torchrun ends this rank in a moment.
-            _write(str(first))
+            mine = self._failure(rank, pid, what)
+            first = self._publish(mine)
+            if first == mine:
+                self._count_seen()  # in its place
             self._see(first)
 
     def _on_lost_store(self) -> None:
@@ -366,7 +382,6 @@ class FailureWatch(Alone):
 
     def _end_process(self) -> NoReturn:
         place = _place_of_main_thread()
-        self._say_gone()
         _flush()
         _write(f"rank {self._rank} could not get out of {place} and ends here\n{self._first}")
         os._exit(1)
@@ -379,25 +394,23 @@ class FailureWatch(Alone):
             self._depth = 0
             raise RemoteError(self._first)
 
-    def _say_gone(self) -> None:
-        with self._store_may_be_gone():
-            self._store.add("gone", 1)
-
     def _at_exit(self) -> None:
-        """After an error, leave together: a launcher kills the others once the first has left."""
+        """After an error, make sure that the others know, and that this process ends."""
         if os.getpid() != self._pid:
             return
         if self._first is None:
             self.close()
             return
-        self._say_gone()
-        give_up_s = self._deadline_s + 1.0
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # no thread runs while Python shuts down
-        left_s = max(0.0, give_up_s - time.monotonic())
-        signal.alarm(math.ceil(left_s + self._cleanup_timeout_s))
+        if not _was_shown(self._first):
+            _write(str(self._first))
+        give_up_s = time.monotonic() + _PATIENCE_S
         with self._store_may_be_gone():
-            while self._store.add("gone", 0) < self._world_size and time.monotonic() < give_up_s:
+            while self._store.add("seen", 0) < self._world_size and time.monotonic() < give_up_s:
                 time.sleep(max(0.02, self._world_size / _LOOKS_PER_S))
+        # Others may be stuck until the sockets of this process are closed. What is left to do can
+        # take seconds or hang, and no thread of Python's runs meanwhile; this one is in C.
+        nowhere = open(os.devnull, "w")  # noqa: SIM115  # until the end
+        faulthandler.dump_traceback_later(_EXIT_S, exit=True, file=nowhere)
 
 
 def _caused_by(error: BaseException, cause: BaseException) -> BaseException:
@@ -477,6 +490,22 @@ _watches: list[FailureWatch] = []
 def _on_urgent(number: int, frame: FrameType | None) -> None:
     for watch in tuple(_watches):
         watch.interrupt()
+
+
+def _was_shown(failure: Failure) -> bool:
+    """Whether the traceback that ended this process ends with a failure."""
+    error = getattr(sys, "last_value", None)
+    if error is None:
+        return False
+    return str(failure) == (str(error), *getattr(error, "__notes__", ()))[-1]
+
+
+def _ignore_sigterm() -> None:
+    """This process ends in time, and has something to say before. In any thread, unlike signal's.
+
+    A launcher that notices that one rank has ended sends SIGTERM to the others.
+    """
+    ctypes.CDLL(None).signal(int(signal.SIGTERM), ctypes.c_void_p(int(signal.SIG_IGN)))
 
 
 def _write(text: str) -> None:
