@@ -16,8 +16,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +58,7 @@ class CleansUp(Callback[TinyTrainer]):
 
 
 def fails_in(hook: str) -> Callback[TinyTrainer]:
-    """A callback that fails in one hook, the second time that it is called if it is called often."""
+    """A callback that fails in one hook, the second time if it is called often."""
     num_calls = 0
 
     def method(self: Callback[TinyTrainer], *args: Any) -> Any:
@@ -72,7 +70,7 @@ def fails_in(hook: str) -> Callback[TinyTrainer]:
 
     arguments = ", ".join(("self", *HOOKS[hook]))
     scope: dict[str, Any] = {"method": method}
-    exec(f"def {hook}({arguments}): return method({arguments})", scope)
+    exec(f"def {hook}({arguments}): return method({arguments})", scope)  # noqa: S102
     return type("FailsInHook", (Callback,), {hook: scope[hook]})()
 
 
@@ -124,8 +122,7 @@ class Trainer(TinyTrainer):
         if batch_idx == 1:
             self._fail_in("training_step")
             self._special()
-        result = super().training_step(batch, batch_idx)
-        return result
+        return super().training_step(batch, batch_idx)
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
         self._fail_in("validation_step")
@@ -194,7 +191,9 @@ def run(folder: Path, what: str) -> None:
     if what == "backward":
         callbacks.append(FailsInBackward())
     Trainer.what = what
-    device = DeviceParameters(device="cpu", init_timeout_s=60, train_timeout_s=60, cleanup_timeout_s=4)
+    device = DeviceParameters(
+        device="cpu", init_timeout_s=60, train_timeout_s=60, cleanup_timeout_s=4
+    )
     trainer = Trainer(tiny_config(folder, callbacks, device=device, n_epochs=2))
     if what == "finally_collective":
         try:

@@ -106,6 +106,9 @@ class Alone:
     def report(self, error: BaseException, step: int) -> BaseException:
         return error
 
+    def say_goodbye(self) -> None:
+        pass
+
     def finish(self, *, together: bool = True) -> None:
         pass
 
@@ -126,11 +129,9 @@ class FailureWatch(Alone):
         cleanup_timeout_s: How long this process may go on after an error on some rank.
     """
 
-    def __init__(
-        self, store: Store, rank: int, world_size: int, cleanup_timeout_s: float
-    ) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int, cleanup_timeout_s: float) -> None:
         # A client waits for its answer before it asks again, and the process group's may wait long.
-        self._store = store.clone()
+        self._store: Store = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
         self._store.set_timeout(timedelta(seconds=_STORE_TIMEOUT_S))
         self._rank = rank
         self._world_size = world_size
@@ -140,7 +141,7 @@ class FailureWatch(Alone):
         self._first: Failure | None = None
         self._deadline_s = math.inf
         self._depth = 0
-        self._round = 0
+        self._round = 0  # watches that have ended with success
         self._is_out = False
         self._is_store_lost = False
         self._thread: threading.Thread | None = None
@@ -202,27 +203,30 @@ class FailureWatch(Alone):
             launcher.record_error(error, str(first), first.time_s + (not is_mine))
         return error
 
+    def say_goodbye(self) -> None:
+        """From now on until `finish` this process may end, by a signal, without being missed."""
+        with self._store_may_be_gone():
+            self._store.set(self._goodbye_key(self._rank), "")
+
     def finish(self, *, together: bool = True) -> None:
-        """End the watch after success, once all ranks have come here. No time limit.
+        """End the watch after success.
 
         Args:
-            together: Wait for the others; else only say goodbye.
+            together: First wait until all ranks have come here, for as long as that takes.
 
         Raises:
             RemoteError: If another rank failed while this one waited.
         """
-        self._round += 1
-        with self._store_may_be_gone():
-            self._store.set(f"left/{self._rank}", "")
-            if together:
+        self.say_goodbye()
+        if together:
+            with self._store_may_be_gone():
                 self._wait_for_all(f"finished/{self._round}")
-            if self._rank == 0 and together and not launcher.keeps_store():
-                # The store ends with this process: the others must have read that all are here.
-                self._store.add(f"done/{self._round}", 1)
-                self._wait_for_all(f"done/{self._round}", first=0, limit_s=_PATIENCE_S)
-            elif together:
-                self._store.add(f"done/{self._round}", 1)
+                self._store.add(f"known/{self._round}", 1)
+                if self._rank == 0 and not launcher.keeps_store():
+                    # The store ends with this process, when the others have read that all are here.
+                    self._wait_for_all(f"known/{self._round}", first=0, limit_s=_PATIENCE_S)
         self._stop()
+        self._round += 1
 
     def leave(self) -> None:
         """The main thread has cleaned up after an error: it is on its own from here on."""
@@ -232,9 +236,12 @@ class FailureWatch(Alone):
     def close(self) -> None:
         """Say goodbye, and watch no longer."""
         if self._first is None:
-            with self._store_may_be_gone():
-                self._store.set(f"left/{self._rank}", "")
+            self.say_goodbye()
             self._stop()
+
+    def _goodbye_key(self, rank: int) -> str:
+        """The key that a rank sets where it may end without being missed."""
+        return f"goodbye/{self._round}/{rank}"
 
     # The record
 
@@ -254,12 +261,12 @@ class FailureWatch(Alone):
 
     def _publish(self, failure: Failure) -> Failure:
         """Write an error down, if none is there; returns the one that is."""
+        written = failure
         with self._store_may_be_gone():
-            record = json.dumps(asdict(failure))
             expected = "" if self._stale is None else self._stale.decode()
-            found = self._store.compare_set("first", expected, record)
-            return Failure(**json.loads(found))
-        return failure
+            found = self._store.compare_set("first", expected, json.dumps(asdict(failure)))
+            written = Failure(**json.loads(found))
+        return written
 
     def _written_before_this_attempt(self) -> bytes | None:
         """An error that was there before this process was: torchrun may keep the store's keys."""
@@ -311,7 +318,6 @@ class FailureWatch(Alone):
 
     def _start(self) -> None:
         with self._store_may_be_gone():
-            self._store.delete_key(f"left/{self._rank}")
             self._neighbours = Neighbours(self._store, self._rank, self._world_size)
             self._thread = threading.Thread(
                 target=self._watch, args=(self._neighbours,), name="failure-watch", daemon=True
@@ -348,9 +354,9 @@ class FailureWatch(Alone):
 
     def _on_end_of(self, rank: int, pid: int) -> None:
         """A process on this machine has ended; that is fine after a goodbye."""
-        if self._first is None and not self._store.check([f"left/{rank}"]):
+        if self._first is None and not self._store.check([self._goodbye_key(rank)]):
             _ignore_sigterm()  # torchrun has noticed too
-            what = "died without a word: killed (SIGKILL, out of memory?) or crashed"
+            what = "ended without a word: killed (SIGKILL, out of memory?), crashed, or os._exit"
             mine = self._failure(rank, pid, what)
             first = self._publish(mine)
             if first == mine:
@@ -430,14 +436,14 @@ def _is_lost_connection(error: BaseException) -> bool:
 
 def _described(error: BaseException, step: int) -> str:
     """Where an error was raised, and what it is, in one line."""
-    text = (str(error).strip().splitlines() or [""])[0][:300]
+    text = " ".join(str(error).split())[:300]
     what = f"{type(error).__name__}: {text}" if text else type(error).__name__
     notes = [note for note in getattr(error, "__notes__", ()) if note.startswith("raised in ")]
     if notes:
         place = re.sub(r" on rank \d+", "", notes[0].removeprefix("raised in "))
     else:
-        place = f"{_place(traceback.extract_tb(error.__traceback__))} at step {step}"
-    return f"{place}: {what}"
+        place = _place(traceback.extract_tb(error.__traceback__))
+    return f"{place}: {what}" if "at step" in place else f"{place} at step {step}: {what}"
 
 
 _OURS = str(Path(__file__).parents[1])
@@ -497,7 +503,8 @@ def _was_shown(failure: Failure) -> bool:
     error = getattr(sys, "last_value", None)
     if error is None:
         return False
-    return str(failure) == (str(error), *getattr(error, "__notes__", ()))[-1]
+    lines: tuple[str, ...] = (str(error), *getattr(error, "__notes__", ()))
+    return lines[-1] == str(failure)
 
 
 def _ignore_sigterm() -> None:

@@ -37,7 +37,8 @@ class Neighbours:
         self._wake_up, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._poll.register(self._wake_up, select.POLLIN)
         if hasattr(os, "pidfd_open"):
-            store.append(self._key, f"{rank} {os.getpid()}\n")
+            # torch's stubs lack it
+            store.append(self._key, f"{rank} {os.getpid()}\n")  # type: ignore[attr-defined]
 
     def wait(self, timeout_s: float) -> list[tuple[int, int]]:
         """Wait until a neighbour ends, `wake` is called, or time has passed.

@@ -7,7 +7,7 @@ import contextlib
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -295,13 +295,24 @@ class World:
         Raises:
             ValueError: On all ranks, if they differ; it shows who said what.
         """
+        self.agree_on({what: value})
+        return value
+
+    def agree_on(self, values: Mapping[str, Any]) -> None:
+        """Make sure that all ranks have the same values, in one exchange. Collective.
+
+        Args:
+            values: By the names that they have in the error; as for `agree`.
+
+        Raises:
+            ValueError: On all ranks, if some differ; it shows who said what.
+        """
         self._refuse_if_guarded("agree")
         if not self.is_distributed:
-            return value
-        values = self.all_gather((value,))
-        if any(other != values[0] for other in values):
-            raise ValueError(collectives.disagreement([other[0] for other in values], what))
-        return value
+            return
+        said = [dict(mine) for (mine,) in self.all_gather((dict(values),))]
+        if any(each != said[0] for each in said):
+            raise ValueError(collectives.disagreements(said))
 
     def agree_on_any(self, flag: bool) -> bool:
         """Whether the flag is set on some rank. Collective on the CPU: no device is waited for."""
