@@ -60,7 +60,7 @@ SPECIAL = [
     Case("training_step", 0),
     Case("validation_step", 1),
     Case("loader_raise", 1, place=LOADER),
-    Case("loader_kill", 0, place="failed in ", said="DataLoader worker"),
+    Case("loader_kill", 0, place="failed in ", said="(DataLoader worker|Connection reset)"),
     Case("others_compute", 1, place=IN_STEP),
     Case("others_stuck", 1, place=IN_STEP),
     Case("clean_up_hangs", 1, place=IN_STEP),
@@ -95,7 +95,7 @@ CASES = [
 
 
 # A second error is shown with the first, during which it came.
-SAID_TWICE = {"clean_up_fails", "clean_up_collective", "finally_collective"}
+SAID_TWICE = {"clean_up_fails", "clean_up_collective", "finally_collective", "thread_hangs"}
 
 
 @pytest.fixture(scope="module")

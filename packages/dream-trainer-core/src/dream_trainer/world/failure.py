@@ -261,12 +261,11 @@ class FailureWatch(Alone):
 
     def _publish(self, failure: Failure) -> Failure:
         """Write an error down, if none is there; returns the one that is."""
-        written = failure
+        record = json.dumps(asdict(failure)).encode()
         with self._store_may_be_gone():
             expected = "" if self._stale is None else self._stale.decode()
-            found = self._store.compare_set("first", expected, json.dumps(asdict(failure)))
-            written = Failure(**json.loads(found))
-        return written
+            record = self._store.compare_set("first", expected, record.decode())
+        return Failure(**json.loads(record))
 
     def _written_before_this_attempt(self) -> bytes | None:
         """An error that was there before this process was: torchrun may keep the store's keys."""
@@ -428,7 +427,10 @@ def _is_lost_connection(error: BaseException) -> bool:
     """Whether an error may be what follows from the death of another rank."""
     each: BaseException | None = error
     while each is not None:
-        if isinstance(each, dist.DistError) or _LOST_CONNECTION.search(str(each)):
+        from_a_worker = isinstance(each, OSError)  # of a loader; collectives raise RuntimeErrors
+        if isinstance(each, dist.DistError) or (
+            not from_a_worker and _LOST_CONNECTION.search(str(each))
+        ):
             return True
         each = each.__cause__ or each.__context__
     return False

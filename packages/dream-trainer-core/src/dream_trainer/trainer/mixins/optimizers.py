@@ -85,18 +85,18 @@ class OptimizerSetupMixin(AbstractTrainer):
         with assigned_attributes(self, lambda value: isinstance(value, LRScheduler)) as names:
             returned = self.configure_schedulers()
         self._schedulers = self._named(names, _flat(returned, LRScheduler), "scheduler")
+        self._compare_with_other_ranks()
+
+    def _compare_with_other_ranks(self) -> None:
+        optimizers = {
+            name: (type(each).__name__, [len(group["params"]) for group in each.param_groups])
+            for name, each in self._optimizers.items()
+        }
+        schedulers = {name: type(each).__name__ for name, each in self._schedulers.items()}
         self.world.agree_on(
             {
-                "the optimizers, and the number of parameters in each group": {
-                    name: (
-                        type(each).__name__,
-                        [len(group["params"]) for group in each.param_groups],
-                    )
-                    for name, each in self._optimizers.items()
-                },
-                "the schedulers": {
-                    name: type(each).__name__ for name, each in self._schedulers.items()
-                },
+                "the optimizers, and the number of parameters in each group": optimizers,
+                "the schedulers": schedulers,
             }
         )
 
