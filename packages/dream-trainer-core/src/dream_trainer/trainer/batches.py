@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import Any, Protocol, runtime_checkable
 
 from dream_trainer.world.determinism import random_state, set_random_state
+from dream_trainer.world.world import World
 
 
 @runtime_checkable
@@ -74,6 +75,9 @@ class BatchStream:
             batch = next(self._iterator)
         except StopIteration:
             batch = self._next_of_new_pass()
+        except BaseException as error:
+            _note_place(error, self.name, self._position, self._epoch_at_start)
+            raise
         self._position += 1
         return batch
 
@@ -136,10 +140,7 @@ class BatchStream:
     def _next_of_new_pass(self) -> Any:
         length = length_of(self.loader)
         if length is not None:
-            raise RuntimeError(
-                f"the {self.name} loader says that it has {length} batches and ended after "
-                f"{self._position}; its __len__ and its __iter__ must agree"
-            )
+            raise RuntimeError(_ended_early(self.name, length, self._position))
         ended_after = self._position
         self._begin(self._epoch_at_start + 1)
         try:
@@ -150,6 +151,57 @@ class BatchStream:
                 "is begun again; return an iterable that can be iterated again, or train for "
                 "fewer steps"
             ) from None
+
+
+def batches_together(
+    loader: Iterable[Any], limit: int | None, world: World, name: str
+) -> Iterator[Any]:
+    """The batches of a loader, the same number on all ranks. Collective if it has no length.
+
+    A loader with a length has been compared with those of the other ranks before. One without ends
+    where that of some rank ends, which ranks ask each other about before each batch.
+
+    Args:
+        loader: Any iterable.
+        limit: At most so many.
+        world: Whose ranks iterate.
+        name: Used in errors.
+
+    Raises:
+        RuntimeError: If the loader has a length and ends before.
+    """
+    length = length_of(loader)
+    end = min((n for n in (limit, length) if n is not None), default=None)
+    asks = length is None and world.is_distributed
+    iterator = iter(loader)
+    position = 0
+    while end is None or position < end:
+        try:
+            batch = next(iterator, _NO_BATCH)
+        except BaseException as error:
+            _note_place(error, name, position)
+            raise
+        if world.agree_on_any(batch is _NO_BATCH) if asks else batch is _NO_BATCH:
+            break
+        yield batch
+        position += 1
+    if length is not None and end is not None and position < end:
+        raise RuntimeError(_ended_early(name, length, position))
+
+
+_NO_BATCH = object()
+
+
+def _note_place(error: BaseException, name: str, position: int, epoch: int | None = None) -> None:
+    of_epoch = "" if epoch is None else f" of epoch {epoch}"
+    error.add_note(f"raised in the {name} loader, at batch {position}{of_epoch}")
+
+
+def _ended_early(name: str, length: int, position: int) -> str:
+    return (
+        f"the {name} loader says that it has {length} batches and ended after {position}; its "
+        "__len__ and its __iter__ must agree"
+    )
 
 
 _EPOCH_OWNERS = ("sampler", "batch_sampler", "dataset")

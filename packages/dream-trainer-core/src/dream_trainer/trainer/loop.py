@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dream_trainer.trainer.agreement import agree_on_models, agree_on_plan
+from dream_trainer.trainer.batches import batches_together
 from dream_trainer.trainer.results import EpochMeans
 from dream_trainer.world.determinism import random_state_kept, set_random_state
 
@@ -28,6 +30,7 @@ def configure(trainer: BaseTrainer) -> None:
     with failing_cleanly(trainer):
         callbacks.pre_launch()
         trainer.world.launch()
+        agree_on_plan(trainer)
         trainer.seed = trainer.world.seed(trainer.config.seed)
         callbacks.pre_configure()
         trainer.build_models()
@@ -38,6 +41,7 @@ def setup(trainer: BaseTrainer) -> None:
     """Prepare the models, build everything else, get ready to train."""
     with failing_cleanly(trainer):
         trainer.callbacks.pre_setup()
+        agree_on_models(trainer)
         trainer.build_training()
         trainer.build_metrics()
         trainer.finish_setup()
@@ -60,23 +64,34 @@ def fit(trainer: BaseTrainer) -> None:
             _train(trainer)
         finally:
             trainer.train_batches.pause()
+        watch, was_stopped = trainer.world.failure_watch(), trainer.stop_reason is not None
+        if was_stopped:
+            watch.say_goodbye()  # a callback may let the signal through that asked to stop
         error = callbacks.post_fit()
         if error is not None:
             raise error
+        watch.finish(together=not was_stopped)
 
 
 @contextmanager
 def failing_cleanly(trainer: BaseTrainer) -> Iterator[None]:
-    """After an error, let callbacks clean up, leave the world, and raise the error again."""
+    """After the first error of any rank, let callbacks clean up, leave the world, and raise it."""
+    watch = trainer.world.failure_watch()
     try:
-        yield
+        with watch.watching():
+            yield
     except BaseException as error:
-        if trainer.exception is None:
-            trainer.exception = error
-            trainer.callbacks.on_exception(error)
+        if trainer.exception is not None:
+            raise  # by a span inside, which has cleaned up
+        shown = trainer.exception = watch.report(error, trainer.global_step)
+        with trainer.world.cleaning_up():
+            trainer.callbacks.on_exception(shown)
             trainer.callbacks.post_fit()
-            trainer.world.shutdown()
-        raise
+        trainer.world.abandon()
+        watch.leave()
+        if shown is error:
+            raise
+        raise shown  # noqa: B904  # it has its cause
 
 
 def _train(trainer: BaseTrainer) -> None:
@@ -238,11 +253,10 @@ def _validate(trainer: BaseTrainer, max_batches: int | None) -> None:
     limits = [n for n in (max_batches, trainer.num_val_batches) if n is not None]
     with torch.no_grad(), _eval_mode(trainer):
         batch_idx = 0
-        for batch in trainer.val_dataloader or ():
+        loader, limit = trainer.val_dataloader or (), min(limits, default=None)
+        for batch in batches_together(loader, limit, trainer.world, "validation"):
             _validation_step(trainer, batch, batch_idx, means)
             batch_idx += 1
-            if limits and batch_idx >= min(limits):
-                break
     if batch_idx == 0:
         raise RuntimeError(
             "the validation loader gave no batch; at least 1 is required: return an iterable "
