@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from dream_trainer.configs import DeviceParameters
-from dream_trainer.testing import RankError, run_on_ranks
+from dream_trainer.testing import RankError, TinyTrainer, run_on_ranks, tiny_config
 from dream_trainer.world import World
 from dream_trainer.world.mesh import coordinates
 
@@ -172,6 +174,111 @@ def timeouts() -> list[timedelta]:
 
 def test_timeouts_are_tightened() -> None:
     assert run_on_ranks(timeouts, 2) == [[timedelta(seconds=7)] * 3] * 2
+
+
+def timeouts_in_training() -> list[timedelta]:
+    seen = []
+
+    class Looks(TinyTrainer):
+        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            backend = dist.group.WORLD._get_backend(torch.device("cpu"))  # type: ignore[union-attr]  # noqa: SLF001
+            seen.append(backend.options._timeout)  # noqa: SLF001
+            return super().training_step(batch, batch_idx)
+
+    device = DeviceParameters(device="cpu", init_timeout_s=100, train_timeout_s=7)
+    Looks(tiny_config("runs", device=device, max_steps=3)).fit()
+    return seen
+
+
+def test_timeouts_are_tightened_after_the_first_step() -> None:
+    expected = [timedelta(seconds=seconds) for seconds in (100, 7, 7)]
+
+    assert run_on_ranks(timeouts_in_training, 2) == [expected] * 2
+
+
+def groups() -> dict[str, Any]:
+    world = launched()
+    control, saving = world.group(), world.group("saving")
+    box = torch.tensor([float(world.rank)])
+    dist.all_reduce(box, group=saving)
+    return {
+        "backend": dist.get_backend(control),
+        "ranks": dist.get_process_group_ranks(control),  # type: ignore[arg-type]  # not alone
+        "shared": world.group() is control and world.group("saving") is saving,
+        "own": control is not saving and control is not dist.group.WORLD,
+        "sum": box.item(),
+    }
+
+
+def test_callbacks_share_a_cpu_group_of_all_ranks_for_each_kind() -> None:
+    expected = {"backend": "gloo", "ranks": [0, 1], "shared": True, "own": True, "sum": 1.0}
+
+    assert run_on_ranks(groups, 2) == [expected] * 2
+
+
+def test_axes_that_are_not_there_are_refused() -> None:
+    for axes in [("dp",), (), ("tp", "ep")]:
+        with pytest.raises(ValueError, match="some of pp, dp_replicate, dp_shard, cp, tp are req"):
+            world_of_one().get_mesh(*axes)
+
+
+# Random numbers
+
+
+def numbers_by_place() -> tuple[tuple[int, int], list[float]]:
+    """Place on the data and tensor axes, and the first numbers drawn after setup."""
+
+    class Splits(TinyTrainer):
+        def apply_tensor_parallel(self, mesh: Any) -> None:
+            pass  # each rank has all layers
+
+    device = DeviceParameters(device="cpu", tensor_parallel=2)
+    trainer = Splits(tiny_config("runs", device=device))
+    trainer.setup()
+    return (trainer.world.dp_rank, trainer.world.tp_rank), [
+        torch.rand(()).item(),
+        random.random(),
+        float(np.random.rand()),
+    ]
+
+
+def test_seeds_differ_between_data_ranks_and_are_alike_on_those_that_share_layers() -> None:
+    drawn = dict(run_on_ranks(numbers_by_place, 4))
+
+    assert drawn[0, 0] == drawn[0, 1]
+    assert drawn[1, 0] == drawn[1, 1]
+    assert all(a != b for a, b in zip(drawn[0, 0], drawn[1, 0], strict=True))
+
+
+class Scatters(TinyTrainer):
+    """Its step has an operation whose order of writes isn't fixed."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        torch.zeros(1).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
+        return super().training_step(batch, batch_idx)
+
+
+def scatters(deterministic: bool) -> bool:
+    device = DeviceParameters(device="cpu", deterministic=deterministic)
+    Scatters(tiny_config("runs", device=device, max_steps=1)).fit()
+    return torch.are_deterministic_algorithms_enabled()
+
+
+def test_deterministic_mode_refuses_what_does_not_repeat() -> None:
+    assert run_on_ranks(scatters, 1, False) == [False]
+    with pytest.raises(RankError, match="put_ does not have a deterministic implementation"):
+        run_on_ranks(scatters, 1, True)
+
+
+def trained_deterministically() -> list[float]:
+    device = DeviceParameters(device="cpu", deterministic=True)
+    trainer = TinyTrainer(tiny_config("runs", device=device))
+    trainer.fit()
+    return [parameter.sum().item() for parameter in trainer.model.parameters()]
+
+
+def test_deterministic_mode_trains() -> None:
+    assert run_on_ranks(trained_deterministically, 1) == run_on_ranks(trained_deterministically, 1)
 
 
 def guarded_collective(kind: str) -> str:

@@ -194,12 +194,12 @@ class BaseTrainer(AbstractTrainer):
             is_distributed=self.world.is_distributed,
         )
         dtype = self.config.device_parameters.param_dtype
-        if dtype is not None and self.world.shape.dp_shard == 1:
+        if dtype is not None and not self.world.shape.uses_fsdp:
             self.precision_context = functools.partial(
                 torch.autocast, self.world.device.type, dtype=dtype
             )
         if self.world.is_distributed and self.seed is not None:
-            seed_all(self.seed + self.world.dp_rank)  # dropout differs between data ranks
+            seed_all(self.seed + self.world.data_part)  # dropout differs with the data
 
     @property
     def validates(self) -> bool:

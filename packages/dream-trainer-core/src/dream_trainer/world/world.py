@@ -18,9 +18,9 @@ from torch import Tensor
 from dream_trainer.configs.device import AXES, DeviceParameters, MeshShape
 from dream_trainer.world import collectives, launcher
 from dream_trainer.world.collectives import ReduceOp
-from dream_trainer.world.determinism import seed_all
+from dream_trainer.world.determinism import seed_all, use_deterministic_algorithms
 from dream_trainer.world.failure import Alone, FailureWatch
-from dream_trainer.world.mesh import build_mesh, coordinates
+from dream_trainer.world.mesh import build_mesh, coordinates, fsdp_mesh
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
@@ -103,6 +103,11 @@ class World:
         return self.shape.cp
 
     @property
+    def data_part(self) -> int:
+        """Which part of a global batch this rank computes; dropout is alike where it is."""
+        return self.dp_rank * self.cp_size + self.cp_rank
+
+    @property
     def pp_rank(self) -> int:
         return self.place["pp"]
 
@@ -134,6 +139,8 @@ class World:
         """Create the process group and the mesh. Collective; a second call does nothing."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
+        if self.parameters.deterministic:
+            use_deterministic_algorithms()
         if not self.is_distributed or self._mesh is not None:
             return
         if not dist.is_initialized():
@@ -220,6 +227,15 @@ class World:
             )
         ordered = tuple(axis for axis in AXES if axis in axes)
         return self.mesh[ordered] if len(ordered) > 1 else self.mesh[ordered[0]]
+
+    @property
+    def fsdp_mesh(self) -> DeviceMesh:
+        """The part of the mesh to give to `fully_shard`. Collective the first time.
+
+        Raises:
+            RuntimeError: As `mesh`.
+        """
+        return fsdp_mesh(self.mesh, self.shape)
 
     def group(self, kind: str = "control") -> ProcessGroup | None:
         """A CPU group of all ranks that callbacks may share; None in a world of one.
