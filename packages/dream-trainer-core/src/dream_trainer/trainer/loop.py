@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dream_trainer.trainer.batches import begin
 from dream_trainer.trainer.results import EpochMeans, num_samples, step_result
 from dream_trainer.world.determinism import random_state_kept, set_random_state
 
@@ -234,7 +235,7 @@ def _validate(trainer: BaseTrainer, max_batches: int | None) -> None:
     limits = [n for n in (max_batches, trainer.num_val_batches) if n is not None]
     with torch.no_grad(), _eval_mode(trainer):
         batch_idx = 0
-        for batch in trainer.val_dataloader or ():
+        for batch in begin(trainer.val_dataloader or ()):
             _validation_step(trainer, batch, batch_idx, means)
             batch_idx += 1
             if limits and batch_idx >= min(limits):
