@@ -92,6 +92,8 @@ class DeviceParameters:
             operation that has none raises. Slower.
         init_timeout_s: Seconds that a collective may take until the first step is done.
         train_timeout_s: Seconds that a collective may take from then on.
+        cleanup_timeout_s: Seconds that callbacks may take to clean up after an error, on one of
+            several ranks; then the process is ended.
 
     Raises:
         ValueError: If a degree or timeout is out of range, or two options exclude each other.
@@ -114,6 +116,7 @@ class DeviceParameters:
 
     init_timeout_s: float = 600.0
     train_timeout_s: float = 300.0
+    cleanup_timeout_s: float = 5.0
 
     def __post_init__(self) -> None:
         for name in _DEGREE_OF_AXIS.values():
@@ -130,7 +133,7 @@ class DeviceParameters:
             )
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f'device={self.device!r}: "auto", "cpu" or "cuda" is required')
-        for name in ("init_timeout_s", "train_timeout_s"):
+        for name in ("init_timeout_s", "train_timeout_s", "cleanup_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: seconds above 0 are required")
         if self.cpu_offload and self.dp_shard == 1:

@@ -59,7 +59,7 @@ class BaseTrainer(AbstractTrainer):
         self.training_parameters.validate()
         self.world = World(config.device_parameters)
         self.counters = Counters()
-        self.epoch_means = EpochMeans()
+        self.epoch_means = EpochMeans("training_step")
         self.seed: int | None = None
         self.first_step_done = False
         self.moves_batches = (

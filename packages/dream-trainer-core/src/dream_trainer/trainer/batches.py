@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, Protocol, runtime_checkable
 
-from dream_trainer.world.determinism import random_state, set_random_state
+from dream_trainer.world.determinism import random_state, random_state_kept, set_random_state
+from dream_trainer.world.world import World
 
 
 @runtime_checkable
@@ -74,6 +75,9 @@ class BatchStream:
             batch = next(self._iterator)
         except StopIteration:
             batch = self._next_of_new_pass()
+        except BaseException as error:
+            _note_place(error, self.name, self._position, self._epoch_at_start)
+            raise
         self._position += 1
         return batch
 
@@ -98,13 +102,10 @@ class BatchStream:
             return self._paused
         if self._iterator is None:
             return {}
+        position = {"position": self._position, "epoch": self._epoch_at_start}
         if isinstance(self.loader, StatefulLoader):
-            return {"loader": self.loader.state_dict(), "position": self._position}
-        return {
-            "position": self._position,
-            "epoch": self._epoch_at_start,
-            "random_state": self._random_state_at_start,
-        }
+            return {**position, "loader": self.loader.state_dict()}
+        return {**position, "random_state": self._random_state_at_start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a position: the next batch is the one after it."""
@@ -112,6 +113,7 @@ class BatchStream:
         if not state_dict:
             return
         if isinstance(self.loader, StatefulLoader) and "loader" in state_dict:
+            self._set_epoch(state_dict["epoch"])
             self.loader.load_state_dict(state_dict["loader"])
             self._iterator = iter(self.loader)
         else:
@@ -124,22 +126,23 @@ class BatchStream:
         self._position = state_dict["position"]
 
     def _begin(self, epoch: int) -> None:
-        self._epoch_at_start, self._paused = epoch, None
+        self._paused = None
+        self._set_epoch(epoch)
+        self._random_state_at_start = random_state()
+        self._iterator = begin(self.loader)
+        self._position = 0
+
+    def _set_epoch(self, epoch: int) -> None:
+        self._epoch_at_start = epoch
         for owner in (self.loader, *(getattr(self.loader, name, None) for name in _EPOCH_OWNERS)):
             set_epoch = getattr(owner, "set_epoch", None)
             if callable(set_epoch):
                 set_epoch(epoch)
-        self._random_state_at_start = random_state()
-        self._iterator = iter(self.loader)
-        self._position = 0
 
     def _next_of_new_pass(self) -> Any:
         length = length_of(self.loader)
         if length is not None:
-            raise RuntimeError(
-                f"the {self.name} loader says that it has {length} batches and ended after "
-                f"{self._position}; its __len__ and its __iter__ must agree"
-            )
+            raise RuntimeError(_ended_early(self.name, length, self._position))
         ended_after = self._position
         self._begin(self._epoch_at_start + 1)
         try:
@@ -150,6 +153,69 @@ class BatchStream:
                 "is begun again; return an iterable that can be iterated again, or train for "
                 "fewer steps"
             ) from None
+
+
+def begin(loader: Iterable[Any]) -> Iterator[Any]:
+    """An iterator over a loader, which takes the same random numbers the first time as later.
+
+    Workers that stay (`persistent_workers`) are seeded when they are made: the random number that
+    this takes would be missing in every later epoch, and a resumed run couldn't give the same.
+    """
+    if getattr(loader, "persistent_workers", False) and getattr(loader, "_iterator", None) is None:
+        with random_state_kept():
+            iter(loader)
+    return iter(loader)
+
+
+def batches_together(
+    loader: Iterable[Any], limit: int | None, world: World, name: str
+) -> Iterator[Any]:
+    """The batches of a loader, the same number on all ranks. Collective if it has no length.
+
+    A loader with a length has been compared with those of the other ranks before. One without ends
+    where that of some rank ends, which ranks ask each other about before each batch.
+
+    Args:
+        loader: Any iterable.
+        limit: At most so many.
+        world: Whose ranks iterate.
+        name: Used in errors.
+
+    Raises:
+        RuntimeError: If the loader has a length and ends before.
+    """
+    length = length_of(loader)
+    end = min((n for n in (limit, length) if n is not None), default=None)
+    asks = length is None and world.is_distributed
+    iterator = begin(loader)
+    position = 0
+    while end is None or position < end:
+        try:
+            batch = next(iterator, _NO_BATCH)
+        except BaseException as error:
+            _note_place(error, name, position)
+            raise
+        if world.agree_on_any(batch is _NO_BATCH) if asks else batch is _NO_BATCH:
+            break
+        yield batch
+        position += 1
+    if length is not None and end is not None and position < end:
+        raise RuntimeError(_ended_early(name, length, position))
+
+
+_NO_BATCH = object()
+
+
+def _note_place(error: BaseException, name: str, position: int, epoch: int | None = None) -> None:
+    of_epoch = "" if epoch is None else f" of epoch {epoch}"
+    error.add_note(f"raised in the {name} loader, at batch {position}{of_epoch}")
+
+
+def _ended_early(name: str, length: int, position: int) -> str:
+    return (
+        f"the {name} loader says that it has {length} batches and ended after {position}; its "
+        "__len__ and its __iter__ must agree"
+    )
 
 
 _EPOCH_OWNERS = ("sampler", "batch_sampler", "dataset")

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dream_trainer.trainer.results import EpochMeans, num_samples, step_result
+from dream_trainer.trainer.agreement import agree_on_models, agree_on_plan
+from dream_trainer.trainer.batches import batches_together
+from dream_trainer.trainer.results import EpochMeans
 from dream_trainer.world.determinism import random_state_kept, set_random_state
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ def configure(trainer: BaseTrainer) -> None:
     with failing_cleanly(trainer):
         callbacks.pre_launch()
         trainer.world.launch()
+        agree_on_plan(trainer)
         trainer.seed = trainer.world.seed(trainer.config.seed)
         callbacks.pre_configure()
         trainer.build_models()
@@ -38,6 +41,7 @@ def setup(trainer: BaseTrainer) -> None:
     """Prepare the models, build everything else, get ready to train."""
     with failing_cleanly(trainer):
         trainer.callbacks.pre_setup()
+        agree_on_models(trainer)
         trainer.build_training()
         trainer.build_metrics()
         trainer.finish_setup()
@@ -60,23 +64,34 @@ def fit(trainer: BaseTrainer) -> None:
             _train(trainer)
         finally:
             trainer.train_batches.pause()
+        watch, was_stopped = trainer.world.failure_watch(), trainer.stop_reason is not None
+        if was_stopped:
+            watch.say_goodbye()  # a callback may let the signal through that asked to stop
         error = callbacks.post_fit()
         if error is not None:
             raise error
+        watch.finish(together=not was_stopped)
 
 
 @contextmanager
 def failing_cleanly(trainer: BaseTrainer) -> Iterator[None]:
-    """After an error, let callbacks clean up, leave the world, and raise the error again."""
+    """After the first error of any rank, let callbacks clean up, leave the world, and raise it."""
+    watch = trainer.world.failure_watch()
     try:
-        yield
+        with watch.watching():
+            yield
     except BaseException as error:
-        if trainer.exception is None:
-            trainer.exception = error
-            trainer.callbacks.on_exception(error)
+        if trainer.exception is not None:
+            raise  # by a span inside, which has cleaned up
+        shown = trainer.exception = watch.report(error, trainer.global_step)
+        with trainer.world.cleaning_up():
+            trainer.callbacks.on_exception(shown)
             trainer.callbacks.post_fit()
-            trainer.world.shutdown()
-        raise
+        trainer.world.abandon()
+        watch.leave()
+        if shown is error:
+            raise
+        raise shown  # noqa: B904  # it has its cause
 
 
 def _train(trainer: BaseTrainer) -> None:
@@ -117,8 +132,8 @@ def _run_epoch(trainer: BaseTrainer) -> None:
     if counters.epoch_stage == "train":
         if not _train_epoch(trainer):
             return
-        result = trainer.epoch_means.reduce(trainer.world, "training_step")
-        trainer.epoch_means = EpochMeans()
+        result = trainer.epoch_means.reduce(trainer.world)
+        trainer.epoch_means = EpochMeans("training_step")
         counters.epoch_stage = "validate"
         callbacks.post_train_epoch(result)
     if trainer.training_parameters.val_every_n_steps is None:
@@ -133,7 +148,11 @@ def _train_epoch(trainer: BaseTrainer) -> bool:
     Returns:
         False if training ended before.
     """
-    counters, batches = trainer.counters, trainer.train_batches
+    counters, batches, optimization = (
+        trainer.counters,
+        trainer.train_batches,
+        trainer.optimization,
+    )
     accumulation = trainer.training_parameters.gradient_accumulation_steps
     num_batches = trainer.num_train_batches
     assert num_batches is not None, "the loaders are built in setup"
@@ -147,8 +166,8 @@ def _train_epoch(trainer: BaseTrainer) -> bool:
     while counters.epoch_batches < num_batches:
         group_size = min(accumulation, num_batches - counters.epoch_batches)
         for index_in_group in range(group_size):
-            if group_size != trainer.optimization.group_size or group_size != 1:
-                trainer.optimization.begin_batch(index_in_group, group_size)
+            if group_size != 1 or optimization.group_size != 1:
+                optimization.begin_batch(index_in_group, group_size)
             train_step(trainer, batches.next_batch())
         if _ends_after_step(trainer) and counters.epoch_batches < num_batches:
             return False
@@ -177,7 +196,7 @@ def train_step(trainer: BaseTrainer, batch: Any) -> None:
             result = _in_contexts(
                 trainer, callbacks.train_context, trainer.training_step, batch, batch_idx
             )
-        result = step_result(result, "training_step")
+        result = trainer.epoch_means.add(result, batch)
     except BaseException as error:
         _note_place(error, trainer, "training_step", batch_idx)
         raise
@@ -185,20 +204,20 @@ def train_step(trainer: BaseTrainer, batch: Any) -> None:
     counters.local_batches += 1
     if optimization.num_steps != steps_before:
         counters.global_step += 1
-    trainer.epoch_means.add(result, num_samples(batch))
     callbacks.post_train_step(result, batch_idx)
 
 
 def _ends_after_step(trainer: BaseTrainer) -> bool:
     """Validate if it is time. Whether the run ends with the step that was just completed."""
-    max_steps = trainer.training_parameters.max_steps
+    parameters = trainer.training_parameters
     if not trainer.first_step_done:
         trainer.first_step_done = True
         trainer.world.tighten_timeouts()
-    _validate_if_due(trainer)
+    if parameters.val_every_n_steps is not None:
+        _validate_if_due(trainer)
     if trainer.may_be_stopped and trainer.agree_to_stop():
         return True
-    return max_steps is not None and trainer.counters.global_step >= max_steps
+    return parameters.max_steps is not None and trainer.global_step >= parameters.max_steps
 
 
 # Validation
@@ -230,21 +249,20 @@ def _validate(trainer: BaseTrainer, max_batches: int | None) -> None:
     callbacks = trainer.callbacks
     callbacks.pre_validation_epoch()
     trainer.reset_metrics()
-    means = EpochMeans()
+    means = EpochMeans("validation_step")
     limits = [n for n in (max_batches, trainer.num_val_batches) if n is not None]
     with torch.no_grad(), _eval_mode(trainer):
         batch_idx = 0
-        for batch in trainer.val_dataloader or ():
+        loader, limit = trainer.val_dataloader or (), min(limits, default=None)
+        for batch in batches_together(loader, limit, trainer.world, "validation"):
             _validation_step(trainer, batch, batch_idx, means)
             batch_idx += 1
-            if limits and batch_idx >= min(limits):
-                break
     if batch_idx == 0:
         raise RuntimeError(
             "the validation loader gave no batch; at least 1 is required: return an iterable "
             "that can be iterated again, or no validation loader"
         )
-    result = means.reduce(trainer.world, "validation_step") | trainer.compute_metrics()
+    result = means.reduce(trainer.world) | trainer.compute_metrics()
     if max_batches is None:
         trainer.counters.validated_step = trainer.counters.global_step
     callbacks.post_validation_epoch(result)
@@ -262,11 +280,10 @@ def _validation_step(trainer: BaseTrainer, batch: Any, batch_idx: int, means: Ep
             result = _in_contexts(
                 trainer, callbacks.validation_context, trainer.validation_step, batch, batch_idx
             )
-        result = step_result({} if result is None else result, "validation_step")
+        result = means.add({} if result is None else result, batch)
     except BaseException as error:
         _note_place(error, trainer, "validation_step", batch_idx)
         raise
-    means.add(result, num_samples(batch))
     callbacks.post_validation_step(result, batch_idx)
 
 

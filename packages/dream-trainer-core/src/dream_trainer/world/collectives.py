@@ -115,13 +115,49 @@ def _object(data: Tensor, length: int) -> Any:
     return pickle.loads(ctypes.string_at(data.data_ptr(), length))  # noqa: S301
 
 
-def disagreement(values: Sequence[Any], what: str) -> str:
-    """Says which ranks said what."""
-    said: dict[str, list[int]] = {}
-    for rank, value in enumerate(values):
-        said.setdefault(repr(value), []).append(rank)
-    lines = [f"  rank {', '.join(map(str, ranks))}: {value}" for value, ranks in said.items()]
-    return f"ranks disagree on {what}; it must be the same on all of them:\n" + "\n".join(lines)
+def disagreements(said: Sequence[Mapping[str, Any]]) -> str:
+    """Says of each value that differs which ranks said what.
+
+    Args:
+        said: What each rank said, by rank: values by name.
+    """
+    names = dict.fromkeys(name for values in said for name in values)
+    first = said[0]
+    different = [
+        name
+        for name in names
+        if any(name not in each or name not in first or each[name] != first[name] for each in said)
+    ]
+    parts = []
+    for name in different[:_MAX_DISAGREEMENTS]:
+        ranks_by_value: dict[str, list[int]] = {}
+        for rank, values in enumerate(said):
+            value = repr(values[name]) if name in values else "nothing"
+            ranks_by_value.setdefault(value, []).append(rank)
+        lines = [f"  rank {_ranges(ranks)}: {value}" for value, ranks in ranks_by_value.items()]
+        parts.append("\n".join([f"ranks disagree on {name}:", *lines]))
+    more = len(different) - len(parts)
+    parts.append(
+        f"{f'and on {more} more; ' if more else ''}it must be the same on all of them: look for "
+        "what depends on the rank, the machine or chance"
+    )
+    return "\n".join(parts)
+
+
+_MAX_DISAGREEMENTS = 4
+
+
+def _ranges(ranks: Sequence[int]) -> str:
+    """Ranks in a row as `0–6`: there may be thousands."""
+    parts: list[str] = []
+    start = 0
+    for end in range(1, len(ranks) + 1):
+        if end < len(ranks) and ranks[end] == ranks[end - 1] + 1:
+            continue
+        row = ranks[start:end]
+        parts += [f"{row[0]}–{row[-1]}"] if len(row) > 2 else map(str, row)
+        start = end
+    return ", ".join(parts)
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter], max_norm: float | None = None) -> Tensor:
@@ -179,10 +215,12 @@ def sharded_gradient_norm(
 
 
 def _refuse_without_gradient(parameters: Sequence[nn.Parameter]) -> None:
-    if all(parameter.grad is None for parameter in parameters):
-        raise ValueError(
-            "no parameter has a gradient; call self.backward(loss) before self.step(optimizer)"
-        )
+    for parameter in parameters:
+        if parameter.grad is not None:
+            return
+    raise ValueError(
+        "no parameter has a gradient; call self.backward(loss) before self.step(optimizer)"
+    )
 
 
 def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
@@ -205,29 +243,37 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+RANK_ZERO = (
+    "the other ranks don't run this hook and would never join; make the callback a plain "
+    "Callback and ask world.is_global_zero before what only rank 0 does"
+)
+AFTER_ERROR = (
+    "the other ranks may be gone and would never join; on_exception, and post_fit where "
+    "trainer.exception is set, must do without collectives"
+)
+
+
 class RefuseCollectives(TorchDispatchMode):
     """Makes every collective of torch.distributed an error.
 
     Args:
         where: Named in the error.
+        advice: The end of the error.
     """
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, advice: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self._where = where
+        self._advice = advice
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func.namespace in ("c10d", "_c10d_functional"):
-            raise RuntimeError(refusal(func.name(), self._where))
+            raise RuntimeError(refusal(func.name(), self._where, self._advice))
         return func(*args, **(kwargs or {}))
 
 
-def refusal(collective: str, where: str) -> str:
+def refusal(collective: str, where: str, advice: str) -> str:
     """Says why a collective can't be called there, and what to do instead."""
-    return (
-        f"{collective} in {where}: the other ranks don't run this hook and would never join; "
-        "make the callback a plain Callback and ask world.is_global_zero before what only "
-        "rank 0 does"
-    )
+    return f"{collective} in {where}: {advice}"

@@ -6,7 +6,8 @@ import atexit
 import contextlib
 import os
 import random
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,16 +16,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dream_trainer.configs.device import AXES, DeviceParameters, MeshShape
-from dream_trainer.world import collectives
+from dream_trainer.world import collectives, launcher
 from dream_trainer.world.collectives import ReduceOp
 from dream_trainer.world.determinism import seed_all, use_deterministic_algorithms
+from dream_trainer.world.failure import Alone, FailureWatch
 from dream_trainer.world.mesh import build_mesh, coordinates, fsdp_mesh
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Store
     from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
+
+_ABANDON_S = 1.0
 
 
 class World:
@@ -59,7 +63,9 @@ class World:
         self._mesh: DeviceMesh | None = None
         self._groups: dict[str, ProcessGroup] = {}
         self._owns_process_group = False
-        self._collectives_refused_in: str | None = None
+        self._refusal: tuple[str, str] | None = None
+        self._store: Store | None = None
+        self._watch = Alone()
 
     # Who
 
@@ -116,6 +122,19 @@ class World:
 
     # Life
 
+    def failure_watch(self) -> Alone:
+        """What tells the other ranks of an error here, and this one of theirs. Not public.
+
+        Connects to the ranks' store the first time, which waits until it is there.
+        """
+        if self._store is None and self.is_distributed:
+            launcher.end_with_launcher()
+            timeout_s = self.parameters.init_timeout_s
+            self._store = launcher.open_store(self.rank, self.world_size, timeout_s)
+            cleanup_timeout_s = self.parameters.cleanup_timeout_s
+            self._watch = FailureWatch(self._store, self.rank, self.world_size, cleanup_timeout_s)
+        return self._watch
+
     def launch(self) -> None:
         """Create the process group and the mesh. Collective; a second call does nothing."""
         if self.device.type == "cuda":
@@ -125,8 +144,13 @@ class World:
         if not self.is_distributed or self._mesh is not None:
             return
         if not dist.is_initialized():
+            self.failure_watch()
+            assert self._store is not None, "the watch has opened it"
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+                store=self._store,
+                rank=self.rank,
+                world_size=self.world_size,
                 timeout=timedelta(seconds=self.parameters.init_timeout_s),
                 device_id=self.device if self.device.type == "cuda" else None,
             )
@@ -141,7 +165,14 @@ class World:
         if self._owns_process_group and dist.is_initialized():
             dist.destroy_process_group()
         self._owns_process_group = False
+        self._watch.close()
         atexit.unregister(self.shutdown)
+
+    def abandon(self) -> None:
+        """Shut down after an error, without waiting for collectives that will never end."""
+        thread = threading.Thread(target=self.shutdown, daemon=True)
+        thread.start()
+        thread.join(_ABANDON_S)
 
     def seed(self, seed: int | None) -> int:
         """Seed all generators alike on all ranks. Collective if `seed` is None.
@@ -289,13 +320,24 @@ class World:
         Raises:
             ValueError: On all ranks, if they differ; it shows who said what.
         """
+        self.agree_on({what: value})
+        return value
+
+    def agree_on(self, values: Mapping[str, Any]) -> None:
+        """Make sure that all ranks have the same values, in one exchange. Collective.
+
+        Args:
+            values: By the names that they have in the error; as for `agree`.
+
+        Raises:
+            ValueError: On all ranks, if some differ; it shows who said what.
+        """
         self._refuse_if_guarded("agree")
         if not self.is_distributed:
-            return value
-        values = self.all_gather((value,))
-        if any(other != values[0] for other in values):
-            raise ValueError(collectives.disagreement([other[0] for other in values], what))
-        return value
+            return
+        said = [dict(mine) for (mine,) in self.all_gather((dict(values),))]
+        if any(each != said[0] for each in said):
+            raise ValueError(collectives.disagreements(said))
 
     def agree_on_any(self, flag: bool) -> bool:
         """Whether the flag is set on some rank. Collective on the CPU: no device is waited for."""
@@ -315,26 +357,33 @@ class World:
         return bool(self.all_reduce(_as_flag(condition), "max"))
 
     @contextlib.contextmanager
-    def no_collectives(self, where: str) -> Iterator[None]:
+    def no_collectives(self, where: str, advice: str = collectives.RANK_ZERO) -> Iterator[None]:
         """Make collectives an error inside, also those that call torch.distributed directly.
 
         Args:
             where: Named in the error.
+            advice: Why, and what to do instead; the end of the error.
         """
-        before, self._collectives_refused_in = self._collectives_refused_in, where
+        before, self._refusal = self._refusal, (where, advice)
         try:
-            with collectives.RefuseCollectives(where):
+            with collectives.RefuseCollectives(where, advice):
                 yield
         finally:
-            self._collectives_refused_in = before
+            self._refusal = before
+
+    def cleaning_up(self) -> contextlib.AbstractContextManager[None]:
+        """Where clean-up after an error runs: with several ranks, collectives are errors."""
+        if not self.is_distributed:
+            return contextlib.nullcontext()
+        return self.no_collectives("the clean-up after an error", collectives.AFTER_ERROR)
 
     @property
     def _default_group(self) -> ProcessGroup | None:
         return dist.group.WORLD if self.is_distributed else None
 
     def _refuse_if_guarded(self, collective: str) -> None:
-        if self._collectives_refused_in is not None:
-            raise RuntimeError(collectives.refusal(collective, self._collectives_refused_in))
+        if self._refusal is not None:
+            raise RuntimeError(collectives.refusal(collective, *self._refusal))
 
 
 def _as_flag(condition: bool | Tensor) -> bool | Tensor:

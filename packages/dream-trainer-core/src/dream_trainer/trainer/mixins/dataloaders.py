@@ -118,11 +118,6 @@ class DataLoaderSetupMixin(AbstractTrainer):
 
     def _validation_length(self, loader: Iterable[Any]) -> int | None:
         length, wanted = length_of(loader), self.training_parameters.val_steps_per_epoch
-        if length is None and wanted is None and self.world.is_distributed:
-            raise ValueError(
-                f"the validation loader ({type(loader).__name__}) has no length, so ranks can't "
-                "know that they end together; set TrainingParameters(val_steps_per_epoch=…)"
-            )
         return min((n for n in (length, wanted) if n is not None), default=None)
 
     def _warn_of_repeated_data(self, loader: Iterable[Any]) -> None:

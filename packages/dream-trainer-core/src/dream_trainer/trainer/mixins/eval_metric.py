@@ -40,10 +40,11 @@ class EvalMetricMixin(AbstractTrainer):
         return {name: getattr(self, name) for name in self._metric_names}
 
     def build_metrics(self) -> None:
-        """Call `configure_metrics`; move metrics that are modules to the device."""
+        """Call `configure_metrics`; move metrics that are modules to the device. Collective."""
         with assigned_attributes(self, lambda value: isinstance(value, Metric)) as names:
             self.configure_metrics()
         self._metric_names = tuple(names)
+        self.world.agree(self._metric_names, "the metrics")
         for metric in self.named_metrics().values():
             if isinstance(metric, nn.Module):
                 metric.to(self.world.device)

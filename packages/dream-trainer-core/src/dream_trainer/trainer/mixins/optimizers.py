@@ -66,7 +66,10 @@ class OptimizerSetupMixin(AbstractTrainer):
     def build_optimizers(self) -> None:
         """Call `configure_optimizers` and `configure_schedulers` and remember what they made.
 
+        Collective.
+
         Raises:
+            ValueError: On all ranks, if theirs differ.
             RuntimeError: If there is no optimizer, or one has parameters of no model.
         """
         with assigned_attributes(self, lambda value: isinstance(value, Optimizer)) as names:
@@ -82,6 +85,20 @@ class OptimizerSetupMixin(AbstractTrainer):
         with assigned_attributes(self, lambda value: isinstance(value, LRScheduler)) as names:
             returned = self.configure_schedulers()
         self._schedulers = self._named(names, _flat(returned, LRScheduler), "scheduler")
+        self._compare_with_other_ranks()
+
+    def _compare_with_other_ranks(self) -> None:
+        optimizers = {
+            name: (type(each).__name__, [len(group["params"]) for group in each.param_groups])
+            for name, each in self._optimizers.items()
+        }
+        schedulers = {name: type(each).__name__ for name, each in self._schedulers.items()}
+        self.world.agree_on(
+            {
+                "the optimizers, and the number of parameters in each group": optimizers,
+                "the schedulers": schedulers,
+            }
+        )
 
     def _named(self, names: list[str], returned: list[Any], kind: str) -> dict[str, Any]:
         parts = {name: getattr(self, name) for name in names}

@@ -1,0 +1,72 @@
+"""What started the ranks, torchrun for example: its store, its error file, and its death."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+_num_stores = 0
+
+
+def open_store(rank: int, world_size: int, timeout_s: float) -> Store:
+    """Connect to the key-value store that the ranks find each other by. Collective.
+
+    torchrun keeps it, and goes on with it when it starts the ranks again; without torchrun rank 0
+    does. What an earlier attempt wrote, or an earlier world of this process, isn't seen.
+
+    Raises:
+        ValueError: If the environment doesn't say where it is.
+    """
+    global _num_stores  # noqa: PLW0603  # each rank opens its stores in the same order
+    _num_stores += 1
+    store, _, _ = next(
+        dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout_s))
+    )
+    run, attempt = os.environ.get("TORCHELASTIC_RUN_ID", ""), restart_count()
+    return dist.PrefixStore(f"dream_trainer/{run}/{attempt}/{world_size}/{_num_stores}", store)
+
+
+def restart_count() -> int:
+    """How often torchrun has started the ranks again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+
+
+def keeps_store() -> bool:
+    """Whether the store outlives the ranks, since torchrun keeps it."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def end_with_launcher() -> None:
+    """Get SIGTERM when torchrun dies, even by SIGKILL: nobody would end this rank otherwise."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+def record_error(error: BaseException, summary: str, time_s: float) -> None:
+    """Tell torchrun of an error, for the table that it prints at the end.
+
+    Args:
+        error: Its traceback is shown.
+        summary: In one line.
+        time_s: Unix time. torchrun shows the error of the earliest as the root cause.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    text = "".join(traceback.format_exception(error))
+    details = {"py_callstack": text, "timestamp": str(int(time_s))}
+    Path(path).write_text(json.dumps({"message": {"message": summary, "extraInfo": details}}))

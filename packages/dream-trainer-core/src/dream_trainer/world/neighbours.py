@@ -1,0 +1,97 @@
+"""Neighbours: the other ranks on this machine, and whether their processes live.
+
+The kernel tells of a process's death at once, whatever it died of and whatever its main thread, or
+ours, was waiting for. Sockets don't: data loader workers inherit them and keep them open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+
+class Neighbours:
+    """Watches the processes of the ranks on this machine; of none where the system can't.
+
+    Args:
+        store: Where ranks say what their process is.
+        rank: This one.
+        world_size: Number of ranks.
+    """
+
+    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+        self._store = store
+        self._rank = rank
+        self._key = f"processes/{_machine()}"
+        self._num_expected = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
+        self._known: set[int] = set()
+        self._ranks: dict[int, tuple[int, int]] = {}  # by file descriptor
+        self._poll = select.poll()
+        self._wake_up, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._poll.register(self._wake_up, select.POLLIN)
+        if hasattr(os, "pidfd_open"):
+            # torch's stubs lack it
+            store.append(self._key, f"{rank} {os.getpid()}\n")  # type: ignore[attr-defined]
+
+    def wait(self, timeout_s: float) -> list[tuple[int, int]]:
+        """Wait until a neighbour ends, `wake` is called, or time has passed.
+
+        Returns:
+            Ranks and process ids of neighbours that have ended since the last call.
+        """
+        ended = []
+        for descriptor, _ in self._poll.poll(timeout_s * 1000):
+            if descriptor != self._wake_up:
+                ended.append(self._ranks.pop(descriptor))
+                self._poll.unregister(descriptor)
+                os.close(descriptor)
+        return ended
+
+    def look_for_new(self) -> list[tuple[int, int]]:
+        """Find the neighbours that have come since the last call; returns those that have ended."""
+        ended: list[tuple[int, int]] = []
+        if len(self._known) >= self._num_expected or not self._store.check([self._key]):
+            return ended
+        for line in self._store.get(self._key).decode().splitlines():
+            rank, pid = map(int, line.split())
+            if rank in self._known:
+                continue
+            self._known.add(rank)
+            if rank == self._rank:
+                continue
+            try:
+                descriptor = os.pidfd_open(pid)
+            except ProcessLookupError:
+                ended.append((rank, pid))
+            except OSError:  # a sandbox forbids it
+                continue
+            else:
+                self._ranks[descriptor] = (rank, pid)
+                self._poll.register(descriptor, select.POLLIN)
+        return ended
+
+    def wake(self) -> None:
+        """Let `wait` return now."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._waker, b"\0")
+
+    def close(self) -> None:
+        """Watch no longer."""
+        for descriptor in (*self._ranks, self._wake_up, self._waker):
+            os.close(descriptor)
+
+
+def _machine() -> str:
+    """What processes must share to see each other's ids."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115  # not a path
+    except OSError:
+        return socket.gethostname()

@@ -1,0 +1,196 @@
+"""Ranks that disagree: an error on all of them that shows who said what, never a hang."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dream_trainer.callbacks import Callback, RankZeroCallback
+from dream_trainer.testing import RankError, TinyTrainer, run_on_ranks, tiny_config
+
+
+class Counts(Callback[TinyTrainer]):
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        pass
+
+
+class OnRankZero(RankZeroCallback[TinyTrainer]):
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        pass
+
+
+class NoLength:
+    """Batches without a number of them.
+
+    Args:
+        batches: What it gives.
+        at_most: How many.
+    """
+
+    def __init__(self, batches: Iterable[Any], at_most: int) -> None:
+        self.batches = batches
+        self.at_most = at_most
+
+    def __iter__(self) -> Iterator[Any]:
+        for _, batch in zip(range(self.at_most), self.batches, strict=False):
+            yield batch
+
+
+class SaysTooMuch(NoLength):
+    def __len__(self) -> int:
+        return self.at_most + 1
+
+
+class Dissenter(TinyTrainer):
+    """Does one thing otherwise on the last rank."""
+
+    about = ""
+
+    def dissents(self, about: str) -> bool:
+        return self.about == about and self.world.rank == self.world.world_size - 1
+
+    def configure_models(self) -> None:
+        super().configure_models()
+        if self.dissents("shapes"):
+            self.model.head = nn.Linear(8, 2)
+        if self.dissents("frozen"):
+            self.model.embed.bias.requires_grad_(False)
+        if self.dissents("models"):
+            self.extra = nn.Linear(1, 1)
+
+    def configure_optimizers(self) -> None:
+        super().configure_optimizers()
+        if self.dissents("optimizers"):
+            self.optimizer = torch.optim.SGD(list(self.model.parameters())[1:], lr=0.1)
+
+    def configure_dataloaders(self) -> Any:
+        train, val = super().configure_dataloaders()
+        if self.about == "validation_without_length":
+            return train, NoLength(val, 1 if self.world.rank else 2)
+        if self.dissents("short_validation"):
+            return train, SaysTooMuch(val, 1)
+        if self.dissents("short_training"):
+            return SaysTooMuch(train, 7), val
+        if self.dissents("length"):
+            return train, list(val)[:1]
+        return train, val
+
+    def configure_metrics(self) -> None:
+        if self.dissents("metrics"):
+            self.metric = Constant()
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        result = super().training_step(batch, batch_idx)
+        if self.dissents("results"):
+            result["accuracy"] = torch.tensor(1.0)
+        return result
+
+
+class Constant:
+    def update(self, value: float) -> None: ...
+
+    def compute(self) -> float:
+        return 1.0
+
+    def reset(self) -> None: ...
+
+
+def train(root: str, about: str) -> tuple[int, int]:
+    import os
+
+    is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    steps = 3 if about == "training" and is_last else 2
+    callbacks: list[Callback[Any]] = [Counts()]
+    if about == "callbacks" and is_last:
+        callbacks.append(Counts())
+    if about == "rank_zero_callbacks" and not is_last:
+        callbacks.append(OnRankZero())
+    config = tiny_config(root, callbacks, n_epochs=1, train_steps_per_epoch=steps)
+    if about in ("short_training", "length"):
+        config.training_parameters.train_steps_per_epoch = None
+    if about == "seed":
+        config.seed = None if is_last else 1
+    if about == "name" and is_last:
+        config.experiment = "mine"
+    Dissenter.about = about
+    trainer = Dissenter(config)
+    counter = Validated()
+    trainer.callbacks.append(counter)
+    trainer.fit()
+    return trainer.global_step, counter.num_batches
+
+
+class Validated(Callback[TinyTrainer]):
+    num_batches = 0
+
+    def post_validation_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        self.num_batches += 1
+
+
+SAYS = {
+    "training": [
+        "ranks disagree on TrainingParameters.train_steps_per_epoch:",
+        "rank {others}: 2",
+        "rank {last}: 3",
+    ],
+    "callbacks": ["ranks disagree on the callbacks", "'Counts_2: Counts'"],
+    "seed": ["ranks disagree on seed:", "rank {others}: 1", "rank {last}: None"],
+    "name": ["ranks disagree on the run's name", "/mine'"],
+    "shapes": ["parameter model.head.weight:", "rank {others}: '(1, 8)", "rank {last}: '(2, 8)"],
+    "frozen": ["ranks disagree on parameter model.embed.bias:", "torch.float32, frozen'"],
+    "models": ["ranks disagree on parameter extra.weight:", "rank {others}: nothing"],
+    "optimizers": ["the optimizers, and the number of parameters in each group", "('SGD', [7])"],
+    "metrics": ["ranks disagree on the metrics:", "rank {last}: ('metric',)"],
+    "length": ["the number of batches of the validation loader", "rank {others}: 2"],
+    "results": ["the scalars that training_step reports", "rank {last}: ['accuracy', 'loss']"],
+}
+ON_FOUR = ("training", "callbacks", "shapes", "results")
+
+
+@pytest.mark.parametrize(
+    ("about", "num_ranks"),
+    [*((about, 2) for about in SAYS), *((about, 4) for about in ON_FOUR)],
+)
+def test_ranks_that_disagree_are_told_who_said_what(
+    tmp_path: Path, about: str, num_ranks: int
+) -> None:
+    start = time.monotonic()
+    with pytest.raises(RankError) as caught:
+        run_on_ranks(train, num_ranks, str(tmp_path), about)
+
+    assert time.monotonic() - start < 20
+    others = {2: "0", 4: "0–2"}[num_ranks]
+    assert len(caught.value.tracebacks) == num_ranks
+    for text in caught.value.tracebacks.values():
+        assert "ValueError: ranks disagree on" in text
+        for said in SAYS[about]:
+            assert said.format(others=others, last=num_ranks - 1) in text
+
+
+def test_a_rank_zero_callback_may_be_there_on_some_ranks_alone(tmp_path: Path) -> None:
+    assert run_on_ranks(train, 2, str(tmp_path), "rank_zero_callbacks") == [(2, 2)] * 2
+
+
+def test_loaders_without_a_length_end_where_the_shortest_does(tmp_path: Path) -> None:
+    assert run_on_ranks(train, 2, str(tmp_path), "validation_without_length") == [(2, 1)] * 2
+
+
+@pytest.mark.parametrize(
+    ("about", "name"), [("short_training", "training"), ("short_validation", "validation")]
+)
+def test_a_loader_that_ends_early_on_one_rank_is_an_error_on_all(
+    tmp_path: Path, about: str, name: str
+) -> None:
+    with pytest.raises(RankError) as caught:
+        run_on_ranks(train, 2, str(tmp_path), about)
+
+    assert len(caught.value.tracebacks) == 2
+    for text in caught.value.tracebacks.values():
+        assert f"the {name} loader says that it has" in text.splitlines()[-1]
+        assert text.splitlines()[-1].count("rank 1 (pid") == 1
