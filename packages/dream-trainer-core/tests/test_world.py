@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from datetime import timedelta
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -220,65 +218,6 @@ def test_axes_that_are_not_there_are_refused() -> None:
     for axes in [("dp",), (), ("tp", "ep")]:
         with pytest.raises(ValueError, match="some of pp, dp_replicate, dp_shard, cp, tp are req"):
             world_of_one().get_mesh(*axes)
-
-
-# Random numbers
-
-
-def numbers_by_place() -> tuple[tuple[int, int], list[float]]:
-    """Place on the data and tensor axes, and the first numbers drawn after setup."""
-
-    class Splits(TinyTrainer):
-        def apply_tensor_parallel(self, mesh: Any) -> None:
-            pass  # each rank has all layers
-
-    device = DeviceParameters(device="cpu", tensor_parallel=2)
-    trainer = Splits(tiny_config("runs", device=device))
-    trainer.setup()
-    return (trainer.world.dp_rank, trainer.world.tp_rank), [
-        torch.rand(()).item(),
-        random.random(),
-        float(np.random.rand()),
-    ]
-
-
-def test_seeds_differ_between_data_ranks_and_are_alike_on_those_that_share_layers() -> None:
-    drawn = dict(run_on_ranks(numbers_by_place, 4))
-
-    assert drawn[0, 0] == drawn[0, 1]
-    assert drawn[1, 0] == drawn[1, 1]
-    assert all(a != b for a, b in zip(drawn[0, 0], drawn[1, 0], strict=True))
-
-
-class Scatters(TinyTrainer):
-    """Its step has an operation whose order of writes isn't fixed."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        torch.zeros(1).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]))
-        return super().training_step(batch, batch_idx)
-
-
-def scatters(deterministic: bool) -> bool:
-    device = DeviceParameters(device="cpu", deterministic=deterministic)
-    Scatters(tiny_config("runs", device=device, max_steps=1)).fit()
-    return torch.are_deterministic_algorithms_enabled()
-
-
-def test_deterministic_mode_refuses_what_does_not_repeat() -> None:
-    assert run_on_ranks(scatters, 1, False) == [False]
-    with pytest.raises(RankError, match="put_ does not have a deterministic implementation"):
-        run_on_ranks(scatters, 1, True)
-
-
-def trained_deterministically() -> list[float]:
-    device = DeviceParameters(device="cpu", deterministic=True)
-    trainer = TinyTrainer(tiny_config("runs", device=device))
-    trainer.fit()
-    return [parameter.sum().item() for parameter in trainer.model.parameters()]
-
-
-def test_deterministic_mode_trains() -> None:
-    assert run_on_ranks(trained_deterministically, 1) == run_on_ranks(trained_deterministically, 1)
 
 
 def guarded_collective(kind: str) -> str:

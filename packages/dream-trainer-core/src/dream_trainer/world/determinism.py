@@ -23,11 +23,13 @@ def seed_all(seed: int) -> None:
 
 
 def use_deterministic_algorithms() -> None:
-    """Make this process compute the same bits each time; operations that can't do it raise."""
-    # cuBLAS reads it when it is first used.
+    """Let torch take only algorithms that give the same bits each time; raise where there is none.
+
+    For the rest of the process, and before CUDA is used: cuBLAS reads its setting when it starts.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(mode=True)
+    torch.backends.cudnn.benchmark = False  # it may choose another algorithm each time
 
 
 def random_state() -> dict[str, Any]:

@@ -137,10 +137,10 @@ class World:
 
     def launch(self) -> None:
         """Create the process group and the mesh. Collective; a second call does nothing."""
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
         if self.parameters.deterministic:
             use_deterministic_algorithms()
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         if not self.is_distributed or self._mesh is not None:
             return
         if not dist.is_initialized():
