@@ -157,7 +157,8 @@ def local_shapes(name: str, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]
     config = tiny_config("runs", device=PARAMETERS[name](device="cpu"))
     config.width, config.num_blocks = 1024, 1
     trainer = Wide(config)
-    trainer.configure()
+    trainer.world.launch()
+    trainer.build_models()  # not configure(): the others can't say what they have
     assert all(parameter.is_meta for parameter in trainer.model.parameters())
     trainer.prepare_models()
     weight: Any = trainer.model.blocks[0].weight
