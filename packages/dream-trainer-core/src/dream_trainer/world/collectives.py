@@ -69,19 +69,19 @@ def kinds(value: Any) -> Any:
 
 
 def _reduced_number(value: float, op: ReduceOp, group: ProcessGroup | None) -> float:
-    if not isinstance(value, float) and abs(value) > _LARGEST_EXACT:
+    is_float = isinstance(value, float)
+    if not is_float and abs(value) > _LARGEST_EXACT:
         raise ValueError(
             f"{value} can't be reduced exactly: whole numbers up to 2**53 are required; "
             "give a tensor of dtype int64"
         )
     # A rank that counted nothing may give 0 where the others give 0.5: one dtype for both.
-    has_float = float(isinstance(value, float)) * (-1 if op == "min" else 1)
-    pair = torch.tensor([value, has_float], dtype=torch.float64)
-    reduced_pair: list[float] = _reduced_tensor(pair, op, group).tolist()
-    number, has_float = reduced_pair
-    if op == "mean" or has_float:
-        return number
-    return bool(number) if isinstance(value, bool) and op in ("min", "max") else int(number)
+    pair = torch.tensor([value, -is_float if op == "min" else is_float], dtype=torch.float64)
+    number, any_float = _reduced_tensor(pair, op, group).tolist()
+    if op == "mean" or any_float:
+        return float(number)
+    is_flag = isinstance(value, bool) and op in ("min", "max")
+    return bool(number) if is_flag else int(number)
 
 
 def _reduced_tensor(value: Tensor, op: ReduceOp, group: ProcessGroup | None) -> Tensor:
