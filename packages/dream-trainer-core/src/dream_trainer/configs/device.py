@@ -78,6 +78,8 @@ class DeviceParameters:
         cpu_offload: Keep sharded parameters in host memory (FSDP).
         compile_model: Call `apply_compile`.
         checkpoint_activations: Call `apply_activation_checkpointing`.
+        deterministic: Take only algorithms that give the same bits each time, for the rest of the
+            process; an operation that has none raises. Slower on CUDA.
         init_timeout_s: Seconds that a collective may take until the first step is done.
         train_timeout_s: Seconds that a collective may take from then on.
         cleanup_timeout_s: Seconds that callbacks may take to clean up after an error, on one of
@@ -100,6 +102,8 @@ class DeviceParameters:
     cpu_offload: bool = False
     compile_model: bool = False
     checkpoint_activations: bool = False
+
+    deterministic: bool = False
 
     init_timeout_s: float = 600.0
     train_timeout_s: float = 300.0

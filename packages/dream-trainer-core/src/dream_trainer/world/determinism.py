@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,16 @@ def seed_all(seed: int) -> None:
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed(seed % 2**32)
+
+
+def use_deterministic_algorithms() -> None:
+    """Let torch take only algorithms that give the same bits each time; raise where there is none.
+
+    For the rest of the process, and before CUDA is used: cuBLAS reads its setting when it starts.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(mode=True)
+    torch.backends.cudnn.benchmark = False  # it may choose another algorithm each time
 
 
 def random_state() -> dict[str, Any]:

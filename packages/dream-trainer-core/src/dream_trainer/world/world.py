@@ -18,9 +18,9 @@ from torch import Tensor
 from dream_trainer.configs.device import AXES, DeviceParameters, MeshShape
 from dream_trainer.world import collectives, launcher
 from dream_trainer.world.collectives import ReduceOp
-from dream_trainer.world.determinism import seed_all
-from dream_trainer.world.failure import Alone, FailureWatch
+from dream_trainer.world.determinism import seed_all, use_deterministic_algorithms
 from dream_trainer.world.mesh import build_mesh, coordinates
+from dream_trainer.world.watch import Alone, FailureWatch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
@@ -63,9 +63,10 @@ class World:
         self._mesh: DeviceMesh | None = None
         self._groups: dict[str, ProcessGroup] = {}
         self._owns_process_group = False
+        self._timeout_s = parameters.init_timeout_s
         self._refusal: tuple[str, str] | None = None
         self._store: Store | None = None
-        self._watch = Alone()
+        self._watch: Alone | FailureWatch = Alone()
 
     # Who
 
@@ -117,7 +118,7 @@ class World:
 
     # Life
 
-    def failure_watch(self) -> Alone:
+    def failure_watch(self) -> Alone | FailureWatch:
         """What tells the other ranks of an error here, and this one of theirs. Not public.
 
         Connects to the ranks' store the first time, which waits until it is there.
@@ -132,6 +133,8 @@ class World:
 
     def launch(self) -> None:
         """Create the process group and the mesh. Collective; a second call does nothing."""
+        if self.parameters.deterministic:
+            use_deterministic_algorithms()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         if not self.is_distributed or self._mesh is not None:
@@ -184,7 +187,8 @@ class World:
             return
         from torch.distributed.distributed_c10d import _set_pg_timeout  # there is no public one
 
-        timeout = timedelta(seconds=self.parameters.train_timeout_s)
+        self._timeout_s = self.parameters.train_timeout_s
+        timeout = timedelta(seconds=self._timeout_s)
         mesh_groups = [self.mesh.get_group(axis) for axis in AXES]
         for group in {dist.group.WORLD, *mesh_groups, *self._groups.values()}:
             _set_pg_timeout(timeout, group)
@@ -231,9 +235,7 @@ class World:
             return None
         if kind not in self._groups:
             self._refuse_if_guarded(f"group({kind!r})")
-            group = dist.new_group(
-                backend="gloo", timeout=timedelta(seconds=self.parameters.init_timeout_s)
-            )
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._timeout_s))
             self._groups[kind] = group
         return self._groups[kind]
 
