@@ -17,11 +17,11 @@ from dream_trainer.testing import RankError, TinyTrainer, run_on_ranks, tiny_con
 class Breaks(Callback[TinyTrainer]):
     """Makes a weight NaN, as a step with a bad gradient does."""
 
-    def __init__(self, after: int = 3) -> None:
-        self.after = after
+    def __init__(self, step: int = 3) -> None:
+        self.step = step
 
     def post_optimizer_step(self, model: Any, optimizer: Any) -> None:
-        if self.trainer.global_step == self.after:
+        if self.trainer.global_step == self.step:
             with torch.no_grad():
                 self.trainer.model.head.bias.fill_(float("nan"))
 
@@ -54,7 +54,8 @@ def test_broken_weights_end_the_run_before_callbacks_see_the_epoch(tmp_path: Pat
     assert str(caught.value) == (
         "at step 8 (epoch 0), training_step reports loss=nan on average, and weights are no longer "
         "finite: model.embed.weight, model.embed.bias, model.blocks.0.weight and 5 more. "
-        "Training has diverged: resume from an earlier checkpoint with a lower learning rate, or set gradient_clip_val"
+        "Training has diverged: resume from an earlier checkpoint with a lower learning rate, or "
+        "set gradient_clip_val"
     )
     assert epochs.seen == []
 
@@ -78,7 +79,7 @@ def test_an_odd_mean_is_a_warning_while_weights_are_finite(
 
 def break_one_shard(root: str) -> None:
     device = DeviceParameters.FSDP(device="cpu")
-    TinyTrainer(tiny_config(root, [Breaks(after=7)], device=device, n_epochs=2)).fit()
+    TinyTrainer(tiny_config(root, [Breaks(step=7)], device=device, n_epochs=2)).fit()
 
 
 def test_a_broken_shard_of_one_rank_ends_all(tmp_path: Path) -> None:
