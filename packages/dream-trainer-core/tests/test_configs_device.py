@@ -139,7 +139,7 @@ def test_an_unknown_device_is_refused() -> None:
         DeviceParameters(device="tpu")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["init_timeout_s", "train_timeout_s"])
+@pytest.mark.parametrize("name", ["init_timeout_s", "train_timeout_s", "cleanup_timeout_s"])
 @pytest.mark.parametrize("value", [0, -1.0, float("nan")])
 def test_timeouts_are_above_zero(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"^{name}={value!r}: seconds above 0 are required"):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
-from dream_trainer.testing import run_on_ranks
+from dream_trainer.callbacks import Callback
+from dream_trainer.configs import DeviceParameters
+from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
 from dream_trainer.world.determinism import (
     FullTensorRandom,
     random_state,
@@ -101,3 +105,60 @@ def test_sharded_weights_are_those_of_one_process() -> None:
     for weights in run_on_ranks(sharded_weights, 2):
         for found, expected in zip(weights, model.parameters(), strict=True):
             assert torch.equal(found, expected)
+
+
+# Seeds per axis, and deterministic mode
+
+
+class Draws(Callback[TinyTrainer]):
+    """What each rank draws once training has begun, as dropout would."""
+
+    def pre_fit(self) -> None:
+        self.drawn = torch.rand(3).tolist()
+
+
+def drawn(root: str, device: DeviceParameters, seed: int | None) -> list[float]:
+    callback = Draws()
+    config = tiny_config(root, [callback], device=device, max_steps=1)
+    config.seed = seed
+    WithoutTensorParallel(config).fit()
+    return callback.drawn
+
+
+class WithoutTensorParallel(TinyTrainer):
+    def apply_tensor_parallel(self, mesh: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("seed", [3, None])
+def test_ranks_that_read_different_data_draw_different_numbers(
+    tmp_path: Any, seed: int | None
+) -> None:
+    device = DeviceParameters(device="cpu", dp_replicate=1, dp_shard=2, tensor_parallel=2)
+    by_rank = run_on_ranks(drawn, 4, str(tmp_path), device, seed)
+
+    assert by_rank[0] == by_rank[1], "they share a part of the data and of the model"
+    assert by_rank[2] == by_rank[3]
+    assert by_rank[0] != by_rank[2]
+
+
+def deterministic(root: str) -> tuple[bool, str, str]:
+    device = DeviceParameters(device="cpu", deterministic=True)
+    TinyTrainer(tiny_config(root, device=device, max_steps=1)).fit()
+    try:
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))  # has no deterministic algorithm
+    except RuntimeError as error:
+        refused = str(error)
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        os.environ["CUBLAS_WORKSPACE_CONFIG"],
+        refused,
+    )
+
+
+def test_deterministic_mode_refuses_what_may_differ_from_run_to_run(tmp_path: Any) -> None:
+    [(is_on, cublas, refused)] = run_on_ranks(deterministic, 1, str(tmp_path))
+
+    assert is_on
+    assert cublas == ":4096:8"
+    assert "put_ does not have a deterministic implementation" in refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -19,6 +20,8 @@ from dream_trainer.utils.entrypoint import entrypoint
 @entrypoint
 def main(word="alone"):
     print("main", word, *sys.argv[1:], flush=True)
+    if "fail" in sys.argv:
+        raise ZeroDivisionError("planned")
     if "wait" in sys.argv:
         time.sleep(60)
 
@@ -110,3 +113,19 @@ def test_it_uses_every_visible_gpu(tmp_path: Path) -> None:
     )
 
     assert done.stdout == "main alone --lr 1\n" * torch.cuda.device_count()
+
+
+def test_torchrun_is_told_of_an_error_outside_of_training(tmp_path: Path) -> None:
+    script, error_file = tmp_path / "train.py", tmp_path / "error.json"
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, script, "fail"],
+        capture_output=True,
+        check=False,
+        env={"CUDA_VISIBLE_DEVICES": "", "PATH": "", "TORCHELASTIC_ERROR_FILE": str(error_file)},
+    )
+
+    assert done.returncode == 1
+    message = json.loads(error_file.read_text())["message"]
+    assert message["message"] == "ZeroDivisionError: planned"
+    assert "in main" in message["extraInfo"]["py_callstack"]

@@ -70,6 +70,7 @@ SPECIAL = [
     Case("thread_hangs", 0, place=IN_STEP),
     Case("backward", 1, place=IN_STEP),
     Case("sigkill", 1, place=KILLED, said="killed"),
+    Case("hangs", 1, place="failed in", said="Timed out waiting"),
     Case("os_exit", 0, place=KILLED, said="killed"),
     Case("system_exit", 1, place=IN_STEP, said="SystemExit: 3"),
 ]

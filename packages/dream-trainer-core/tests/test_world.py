@@ -212,6 +212,7 @@ def timeouts() -> list[timedelta]:
     world = launched(DeviceParameters(device="cpu", init_timeout_s=100, train_timeout_s=7))
     groups = [dist.group.WORLD, world.group(), world.get_mesh("dp_replicate").get_group()]
     world.tighten_timeouts()
+    groups.append(world.group("made later"))
     return [
         group._get_backend(torch.device("cpu")).options._timeout  # noqa: SLF001
         for group in groups
@@ -220,7 +221,7 @@ def timeouts() -> list[timedelta]:
 
 
 def test_timeouts_are_tightened() -> None:
-    assert run_on_ranks(timeouts, 2) == [[timedelta(seconds=7)] * 3] * 2
+    assert run_on_ranks(timeouts, 2) == [[timedelta(seconds=7)] * 4] * 2
 
 
 def timeouts_in_training() -> list[timedelta]:

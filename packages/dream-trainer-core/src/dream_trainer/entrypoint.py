@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
+
+from dream_trainer.world.launcher import record_error
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -20,6 +23,7 @@ def entrypoint(main: Callable[P, R]) -> Callable[P, R]:
     Under torchrun, or with at most one GPU, it runs in place. Otherwise the script is started
     again under torchrun, with one rank per GPU and the same arguments, and this process becomes
     torchrun. Ctrl-C ends the process with exit status 130 and one line instead of a traceback.
+    torchrun's table of failures shows an error with its traceback.
 
     Call the decorated function under `if __name__ == "__main__"`.
     """
@@ -34,6 +38,9 @@ def entrypoint(main: Callable[P, R]) -> Callable[P, R]:
         except KeyboardInterrupt:
             sys.stderr.write("interrupted\n")
             sys.exit(130)
+        except Exception as error:
+            record_error(error, f"{type(error).__name__}: {error}", time.time())
+            raise
 
     return run
 

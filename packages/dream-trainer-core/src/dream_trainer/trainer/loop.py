@@ -15,6 +15,7 @@ from torch import nn
 
 from dream_trainer.trainer.agreement import agree_on_models, agree_on_plan
 from dream_trainer.trainer.batches import batches_together
+from dream_trainer.trainer.divergence import refuse_divergence
 from dream_trainer.trainer.results import EpochMeans
 from dream_trainer.world.determinism import random_state_kept, set_random_state
 
@@ -133,6 +134,7 @@ def _run_epoch(trainer: BaseTrainer) -> None:
         if not _train_epoch(trainer):
             return
         result = trainer.epoch_means.reduce(trainer.world)
+        refuse_divergence(trainer, result, "training_step")
         trainer.epoch_means = EpochMeans("training_step")
         counters.epoch_stage = "validate"
         callbacks.post_train_epoch(result)
@@ -262,7 +264,9 @@ def _validate(trainer: BaseTrainer, max_batches: int | None) -> None:
             "the validation loader gave no batch; at least 1 is required: return an iterable "
             "that can be iterated again, or no validation loader"
         )
-    result = means.reduce(trainer.world) | trainer.compute_metrics()
+    result = means.reduce(trainer.world)
+    refuse_divergence(trainer, result, "validation_step")
+    result |= trainer.compute_metrics()
     if max_batches is None:
         trainer.counters.validated_step = trainer.counters.global_step
     callbacks.post_validation_epoch(result)

@@ -57,7 +57,7 @@ def end_with_launcher() -> None:
 
 
 def record_error(error: BaseException, summary: str, time_s: float) -> None:
-    """Tell torchrun of an error, for the table that it prints at the end.
+    """Tell torchrun of this process's first error, for the table that it prints at the end.
 
     Args:
         error: Its traceback is shown.
@@ -65,7 +65,7 @@ def record_error(error: BaseException, summary: str, time_s: float) -> None:
         time_s: Unix time. torchrun shows the error of the earliest as the root cause.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path is None:
+    if path is None or Path(path).exists():
         return
     text = "".join(traceback.format_exception(error))
     details = {"py_callstack": text, "timestamp": str(int(time_s))}

@@ -34,7 +34,8 @@ class Neighbours:
         self._known: set[int] = set()
         self._ranks: dict[int, tuple[int, int]] = {}  # by file descriptor
         self._poll = select.poll()
-        self._wake_up, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._wake_up, self._waker = os.pipe()
+        os.set_blocking(self._waker, False)
         self._poll.register(self._wake_up, select.POLLIN)
         if hasattr(os, "pidfd_open"):
             # torch's stubs lack it

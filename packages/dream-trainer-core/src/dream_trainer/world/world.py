@@ -19,8 +19,8 @@ from dream_trainer.configs.device import AXES, DeviceParameters, MeshShape
 from dream_trainer.world import collectives, launcher
 from dream_trainer.world.collectives import ReduceOp
 from dream_trainer.world.determinism import seed_all, use_deterministic_algorithms
-from dream_trainer.world.failure import Alone, FailureWatch
 from dream_trainer.world.mesh import build_mesh, coordinates, fsdp_mesh
+from dream_trainer.world.watch import Alone, FailureWatch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
@@ -63,9 +63,10 @@ class World:
         self._mesh: DeviceMesh | None = None
         self._groups: dict[str, ProcessGroup] = {}
         self._owns_process_group = False
+        self._timeout_s = parameters.init_timeout_s
         self._refusal: tuple[str, str] | None = None
         self._store: Store | None = None
-        self._watch = Alone()
+        self._watch: Alone | FailureWatch = Alone()
 
     # Who
 
@@ -122,7 +123,7 @@ class World:
 
     # Life
 
-    def failure_watch(self) -> Alone:
+    def failure_watch(self) -> Alone | FailureWatch:
         """What tells the other ranks of an error here, and this one of theirs. Not public.
 
         Connects to the ranks' store the first time, which waits until it is there.
@@ -200,7 +201,8 @@ class World:
             return
         from torch.distributed.distributed_c10d import _set_pg_timeout  # there is no public one
 
-        timeout = timedelta(seconds=self.parameters.train_timeout_s)
+        self._timeout_s = self.parameters.train_timeout_s
+        timeout = timedelta(seconds=self._timeout_s)
         mesh_groups = [self.mesh.get_group(axis) for axis in AXES]
         for group in {dist.group.WORLD, *mesh_groups, *self._groups.values()}:
             _set_pg_timeout(timeout, group)
@@ -256,9 +258,7 @@ class World:
             return None
         if kind not in self._groups:
             self._refuse_if_guarded(f"group({kind!r})")
-            group = dist.new_group(
-                backend="gloo", timeout=timedelta(seconds=self.parameters.init_timeout_s)
-            )
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self._timeout_s))
             self._groups[kind] = group
         return self._groups[kind]
 

@@ -1,0 +1,385 @@
+"""FailureWatch: the first error of any rank is soon known to all, and all of them end.
+
+Ranks that still run may be stuck in a collective that the failed one never joins, so nothing here
+is a collective. The first error is written into the store that the ranks found each other by, once.
+A thread of each rank looks for it, on a connection of its own; it also sees when the process of a
+rank on the same machine dies. Then it gets the main thread out of wherever it is, for clean-up. A
+main thread that can't be got out, as it is in C++ code, is ended with its process.
+
+Nothing of this costs the main thread anything until there is an error.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import faulthandler
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dream_trainer.world import launcher
+from dream_trainer.world.failure import (
+    Failure,
+    RemoteError,
+    described,
+    is_lost_connection,
+    place_of_main_thread,
+    was_shown,
+)
+from dream_trainer.world.neighbours import Neighbours
+from dream_trainer.world.record import ASKS_PER_S, FailureRecord
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from torch.distributed import Store
+
+_LOOK_EVERY_S = 0.2
+_PATIENCE_S = 2.0
+"""How long a rank that lost a connection waits to hear why."""
+_EXIT_S = 1.0
+"""How long handlers of `atexit` may take after an error."""
+
+
+class Alone:
+    """A world of one: an error is nobody else's business."""
+
+    # As FailureWatch, whose docstrings say what these do.
+
+    def watching(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def report(self, error: BaseException, step: int) -> BaseException:
+        return error
+
+    def say_goodbye(self) -> None:
+        pass
+
+    def finish(self, *, together: bool = True) -> None:
+        pass
+
+    def leave(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class FailureWatch:
+    """One of several ranks: tells the others of an error here, and hears of theirs.
+
+    Args:
+        store: Of all ranks. A connection of its own is made to it.
+        rank: This one.
+        world_size: Number of ranks.
+        cleanup_timeout_s: How long this process may go on after an error on some rank.
+    """
+
+    def __init__(self, store: Store, rank: int, world_size: int, cleanup_timeout_s: float) -> None:
+        self._record = FailureRecord(store, world_size)
+        self._rank = rank
+        self._world_size = world_size
+        self._cleanup_timeout_s = cleanup_timeout_s
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._first: Failure | None = None
+        self._deadline_s = math.inf
+        self._depth = 0
+        self._span = 0  # number of watches that have ended with success
+        self._is_out = False
+        self._thread: threading.Thread | None = None
+        self._neighbours: Neighbours | None = None
+        self._interrupts = False
+
+    # What the loop calls
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the other ranks inside; may be nested.
+
+        Raises:
+            RemoteError: If another rank failed. It may come at any place inside.
+        """
+        if self._thread is None:
+            self._start()
+        if not self._depth:
+            self._raise_if_failed()
+        self._depth += 1
+        try:
+            yield
+        except BaseException:
+            self._depth = 0  # from here on nobody is interrupted: it is time to clean up
+            raise
+        self._depth -= 1
+
+    def report(self, error: BaseException, step: int) -> BaseException:
+        """Make an error known to all ranks, unless another rank was the first.
+
+        Starts the time that clean-up may take. Not collective.
+
+        Args:
+            error: What left the loop on this rank.
+            step: Optimizer steps completed.
+
+        Returns:
+            What to raise: the error itself, with a note that names the first one; a RemoteError
+            if it is only what follows from another rank's.
+        """
+        self._depth = 0
+        if isinstance(error, RemoteError):
+            first = error.failure
+            error.__notes__ = []  # where it came upon this rank; it isn't the cause
+        else:
+            lost = is_lost_connection(error)
+            first = self._first_failure(error, step, wait_s=_PATIENCE_S if lost else 0.0)
+            if first.rank != self._rank and lost:
+                error = _caused_by(RemoteError(first), error)
+            else:
+                error.add_note(str(first))
+        self._see(first)
+        is_mine = first.rank == self._rank
+        with contextlib.suppress(OSError):
+            launcher.record_error(error, str(first), first.time_s + (not is_mine))
+        return error
+
+    def say_goodbye(self) -> None:
+        """From now on until `finish` this process may end, by a signal, without being missed."""
+        self._record.say_goodbye(self._rank, self._span)
+
+    def finish(self, *, together: bool = True) -> None:
+        """End the watch after success.
+
+        Args:
+            together: First wait until all ranks have come here, for as long as that takes.
+
+        Raises:
+            RemoteError: If another rank failed while this one waited.
+        """
+        self.say_goodbye()
+        if together:
+            self._record.count(f"finished/{self._span}")
+            self._record.wait_for_all(f"finished/{self._span}", look=self._raise_if_failed)
+            self._record.count(f"known/{self._span}")
+            if self._rank == 0 and not launcher.keeps_store():
+                # The store ends with this process, when the others have read that all are here.
+                self._record.wait_for_all(f"known/{self._span}", limit_s=_PATIENCE_S)
+        self._stop()
+        self._span += 1
+
+    def leave(self) -> None:
+        """The main thread has cleaned up after an error: it is on its own from here on."""
+        _ignore_sigterm()  # a callback may have given it back
+        self._is_out = True
+
+    def close(self) -> None:
+        """Say goodbye, and watch no longer."""
+        if self._first is None:
+            self.say_goodbye()
+            self._stop()
+            atexit.unregister(self._at_exit)
+
+    # What happened
+
+    def _raise_if_failed(self) -> None:
+        if self._first is not None:
+            raise RemoteError(self._first)
+
+    def _first_failure(self, error: BaseException, step: int, wait_s: float) -> Failure:
+        """The failure that was first: another rank's, or this error."""
+        first = self._first or self._record.first(wait_s=wait_s)
+        if first is not None:
+            return first
+        what = f"failed in {described(error, step)}"
+        return self._record.publish(_failure(self._rank, self._pid, what))
+
+    def _see(self, first: Failure) -> None:
+        """From now on this process is about to end."""
+        with self._lock:
+            if self._first is not None:
+                return
+            _ignore_sigterm()
+            self._deadline_s = time.monotonic() + self._cleanup_timeout_s
+            self._first = first
+        self._record.count("seen")
+        if self._neighbours is not None:
+            self._neighbours.wake()
+
+    # The thread
+
+    def _start(self) -> None:
+        atexit.register(self._at_exit)
+        self._neighbours = Neighbours(self._record.store, self._rank, self._world_size)
+        self._thread = threading.Thread(
+            target=self._watch, args=(self._neighbours,), name="failure-watch", daemon=True
+        )
+        self._thread.start()
+        self._interrupts = _begin_to_interrupt(self)
+
+    def _stop(self) -> None:
+        _no_longer_interrupt(self)
+        thread, self._thread = self._thread, None
+        neighbours, self._neighbours = self._neighbours, None
+        if thread is not None and neighbours is not None:
+            neighbours.wake()
+            thread.join(_PATIENCE_S)
+            if not thread.is_alive():
+                neighbours.close()
+
+    def _watch(self, neighbours: Neighbours) -> None:
+        interval_s = max(_LOOK_EVERY_S, self._world_size / ASKS_PER_S)
+        while self._first is None:
+            ended = neighbours.wait(interval_s)
+            if self._thread is not threading.current_thread():
+                return
+            if self._record.is_lost:
+                self._on_lost_store()
+                continue
+            with self._record.may_be_lost():
+                for rank, pid in (*ended, *neighbours.look_for_new()):
+                    self._on_end_of(rank, pid)
+            first = self._record.first()
+            if first is not None:
+                self._see(first)
+        self._see_out()
+
+    def _on_end_of(self, rank: int, pid: int) -> None:
+        """A process on this machine has ended; that is fine after a goodbye."""
+        if self._first is None and not self._record.has_said_goodbye(rank, self._span):
+            _ignore_sigterm()  # torchrun has noticed too
+            what = "ended without a word: killed (SIGKILL, out of memory?), crashed, or os._exit"
+            mine = _failure(rank, pid, what)
+            first = self._record.publish(mine)
+            if first == mine:
+                self._record.count("seen")  # in its place
+            self._see(first)
+
+    def _on_lost_store(self) -> None:
+        if not launcher.keeps_store() and self._rank != 0 and self._depth:
+            host = os.environ.get("MASTER_ADDR", "")
+            what = "is gone, and with it the store that the ranks meet in"
+            self._see(Failure(0, 0, host, what, time.time()))
+
+    def _see_out(self) -> None:
+        """Get the main thread out, or end the process."""
+        signalled_at_s = -math.inf
+        while not self._is_out and time.monotonic() < self._deadline_s:
+            if self._depth and self._interrupts and time.monotonic() - signalled_at_s > 1.0:
+                signalled_at_s = time.monotonic()
+                signal.pthread_kill(_main_thread(), signal.SIGURG)
+            time.sleep(0.02)
+        if not self._is_out:
+            self._end_process()
+        while threading.main_thread().is_alive():
+            time.sleep(0.05)
+        # Python waits for threads of callbacks now; one of them may be stuck in a collective.
+        left_s = self._deadline_s + _PATIENCE_S - time.monotonic()
+        time.sleep(max(left_s, self._cleanup_timeout_s))
+        self._end_process()
+
+    def _end_process(self) -> NoReturn:
+        place = place_of_main_thread()
+        _flush()
+        _write(f"rank {self._rank} could not get out of {place} and ends here\n{self._first}")
+        os._exit(1)
+
+    # The end
+
+    def interrupt(self) -> None:
+        """Raise in the main thread, which runs this as a signal's handler, if it may be."""
+        if self._depth and self._first is not None:
+            self._depth = 0
+            raise RemoteError(self._first)
+
+    def _at_exit(self) -> None:
+        """After an error, make sure that the others know, and that this process ends."""
+        if os.getpid() != self._pid:
+            return
+        if self._first is None:
+            self.close()
+            return
+        if not was_shown(self._first):
+            _write(str(self._first))
+        self._record.wait_for_all("seen", limit_s=_PATIENCE_S)
+        # Others may be stuck until the sockets of this process are closed. What is left to do can
+        # take seconds or hang, and no thread of Python's runs meanwhile; this one is in C.
+        nowhere = open(os.devnull, "w")  # noqa: SIM115  # until the end
+        faulthandler.dump_traceback_later(_EXIT_S, exit=True, file=nowhere)
+
+
+def _failure(rank: int, pid: int, what: str) -> Failure:
+    return Failure(rank, pid, socket.gethostname(), what, time.time())
+
+
+def _caused_by(error: BaseException, cause: BaseException) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+def _main_thread() -> int:
+    ident = threading.main_thread().ident
+    assert ident is not None, "it runs"
+    return ident
+
+
+# SIGURG interrupts the main thread, and a system call that it waits for. Nobody else uses that
+# signal, and one that comes too late is ignored by default.
+
+_watches: list[FailureWatch] = []
+
+
+def _begin_to_interrupt(watch: FailureWatch) -> bool:
+    """Returns False outside of the main thread, or if somebody does use the signal."""
+    handler: Any = signal.getsignal(signal.SIGURG)
+    is_free = handler in (signal.SIG_DFL, signal.SIG_IGN, _on_urgent)
+    if threading.current_thread() is not threading.main_thread() or not is_free:
+        return False
+    _watches.append(watch)
+    signal.signal(signal.SIGURG, _on_urgent)
+    return True
+
+
+def _no_longer_interrupt(watch: FailureWatch) -> None:
+    if watch in _watches:
+        _watches.remove(watch)
+
+
+def _on_urgent(number: int, frame: FrameType | None) -> None:
+    for watch in tuple(_watches):
+        watch.interrupt()
+
+
+def _ignore_sigterm() -> None:
+    """This process ends in time, and has something to say before. In any thread, unlike signal's.
+
+    A launcher that notices that one rank has ended sends SIGTERM to the others.
+    """
+    ctypes.CDLL(None).signal(int(signal.SIGTERM), ctypes.c_void_p(int(signal.SIG_IGN)))
+
+
+def _write(text: str) -> None:
+    # Not through sys.stderr, whose lock the main thread may hold.
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode())
+
+
+def _flush() -> None:
+    """Flush what is buffered, as far as that is possible soon."""
+
+    def flush() -> None:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+    thread = threading.Thread(target=flush, daemon=True)
+    thread.start()
+    thread.join(0.5)
