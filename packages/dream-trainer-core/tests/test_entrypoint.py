@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def test_torchrun_is_told_of_an_error_outside_of_training(tmp_path: Path) -> Non
         [sys.executable, script, "fail"],
         capture_output=True,
         check=False,
-        env={"CUDA_VISIBLE_DEVICES": "", "PATH": "", "TORCHELASTIC_ERROR_FILE": str(error_file)},
+        env=os.environ | {"TORCHELASTIC_ERROR_FILE": str(error_file), "CUDA_VISIBLE_DEVICES": ""},
     )
 
     assert done.returncode == 1

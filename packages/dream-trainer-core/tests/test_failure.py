@@ -152,6 +152,17 @@ def test_callbacks_clean_up_on_every_rank_that_can_be_got_out(
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", [case for case in CASES if "clean_up_collective" in str(case.id)])
+def test_collectives_in_clean_up_raise_and_dont_wait(
+    case: Case, outcomes: dict[str, dict[str, Any]]
+) -> None:
+    said = outcomes[str(case)]["stderr"][case.failing_rank]
+
+    for name in ("barrier", "c10d::allreduce_"):
+        assert f"{name} in the clean-up after an error: the other ranks may be gone" in said
+
+
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", [case for case in CASES if "train_context:1:2" in str(case.id)])
 def test_the_first_error_is_the_earliest_that_torchrun_hears_of(
     case: Case, outcomes: dict[str, dict[str, Any]]
