@@ -33,6 +33,7 @@ PYTEST = ("pytest", "pytest-timeout", "coverage")
 PACKAGES = [nox.param(name, id=name) for name in BY_SHORT_NAME]
 CELLS = [nox.param(cell, id=str(cell), tags=["full"]) for cell in matrix.CELLS]
 QUICK = nox.param(None, id="quick", tags=["quick"])
+CELL_TESTS = ("integration_tests/test_loss_is_layout_independent.py",)
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "none"  # tools/wheels.py makes the environments
@@ -52,7 +53,7 @@ def for_tests(packages: str, torch: str | None = None) -> Environment:
     ours = matrix.Cell(1, "single", packages).distributions
     tested = ours if packages == "all" else ours[-1:]  # core's own tests need more than core does
     needed = {each for distribution in tested for each in distribution.test_requirements}
-    needed |= {"torchmetrics"} if packages == "all" else set()
+    needed |= {"torchmetrics", "pyyaml"} if packages == "all" else set()
     name = packages if torch is None else f"{packages}-{torch.replace('==', '-')}"
     return wheels.installed(name, ours, [*PYTEST, *sorted(needed)], torch=torch)
 
@@ -63,7 +64,14 @@ def unit(session: nox.Session, package: str) -> None:
     """Run one package's tests; installed are its wheel, core's and its extras."""
     environment = for_tests("core" if package == "core" else f"core+{package}")
     tests = BY_SHORT_NAME[package].folder / "tests"
-    run(session, environment, "-m", "pytest", tests, *session.posargs)
+    run(session, environment, "-m", "pytest", tests, "-m", "not full", *session.posargs)
+
+
+@nox.session(tags=["full"])
+def slow(session: nox.Session) -> None:
+    """Run the tests of all kinds that take too long for every change."""
+    folders = [*(each.folder / "tests" for each in DISTRIBUTIONS), "integration_tests"]
+    run(session, for_tests("all"), "-m", "pytest", *folders, "-m", "full", *session.posargs)
 
 
 @nox.session
@@ -77,15 +85,8 @@ def integration(session: nox.Session, cell: matrix.Cell | None) -> None:
     if cell.torch == "oldest" and "OLDEST_TORCH" not in os.environ:
         session.skip(f"installing {cell.torch_requirement} may fetch gigabytes: set OLDEST_TORCH=1")
     environment = for_tests(cell.packages, cell.torch_requirement)
-    run(
-        session,
-        environment,
-        "-m",
-        "pytest",
-        "integration_tests",
-        f"--cell={cell}",
-        *session.posargs,
-    )
+    # The other files import what the environment of a cell doesn't have.
+    run(session, environment, "-m", "pytest", *CELL_TESTS, f"--cell={cell}", *session.posargs)
 
 
 @nox.session(tags=["quick"])
@@ -113,6 +114,7 @@ def lint(session: nox.Session) -> None:
     run(session, environment, "tools/check_layout.py")
     run(session, environment, "tools/check_bounds.py")
     run(session, environment, "tools/lifecycle.py", "--check")
+    run(session, environment, "tools/matrix.py", "--check")
     run(session, environment, "-m", "pytest", "tools/tests", "-q")
 
 

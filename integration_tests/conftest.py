@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]  # toy.py, tools
@@ -20,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "cell" in metafunc.fixturenames:
         name = metafunc.config.getoption("--cell")
-        quick = [cell for cell in matrix.CELLS if "quick" in cell.tags]
+        quick = matrix.quick_cells(torch.cuda.device_count())
         metafunc.parametrize("cell", [matrix.cell_named(name)] if name else quick, ids=str)
 
 
@@ -29,6 +30,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         takes_cell = [item for item in items if "cell" in getattr(item, "fixturenames", ())]
         config.hook.pytest_deselected(items=[item for item in items if item not in takes_cell])
         items[:] = takes_cell
+
+
+@pytest.fixture(autouse=True)
+def _on_its_backend(request: pytest.FixtureRequest) -> None:
+    cell = request.node.callspec.params.get("cell") if hasattr(request.node, "callspec") else None
+    if cell is not None and cell.backend == "nccl" and torch.cuda.device_count() < cell.ranks:
+        pytest.skip(f"{cell.ranks} GPUs are required, and {torch.cuda.device_count()} are here")
 
 
 @pytest.fixture(autouse=True)

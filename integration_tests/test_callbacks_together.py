@@ -27,7 +27,7 @@ from dream_trainer.callbacks import (
     TensorBoardSink,
     TrainerSummary,
 )
-from dream_trainer.configs import TrainingParameters
+from dream_trainer.configs import DeviceParameters, TrainingParameters
 from dream_trainer.testing import run_on_ranks
 
 
@@ -153,8 +153,36 @@ class ReadsEachStep(Callback[Any]):
         result["loss"].item()
 
 
+LOG_EVERY, VALIDATE_EVERY = 10, 25
+
+MAY_READ = {
+    step
+    for step in range(51)
+    # An epoch of 8 steps ends with its mean, which is reported; the next begins with a new loader.
+    if step % LOG_EVERY == 0 or step % VALIDATE_EVERY == 0 or step % 8 in (0, 1)
+}
+"""Of fifty steps, those that log, validate or save, or begin or end an epoch."""
+
+
+def train_fifty_steps(root: Path, device: str, *others: Callback[Any]) -> None:
+    callbacks = stack(*others, log_every=LOG_EVERY)
+    del callbacks["ProgressBar"]  # it reads CPU tensors when it draws, which is a matter of time
+    callbacks["CheckpointCallback"] = CheckpointCallback(
+        CheckpointParameters(every=Every(steps=VALIDATE_EVERY))
+    )
+    config = DreamTrainerConfig(
+        root_dir=root,
+        device_parameters=DeviceParameters.SINGLE_DEVICE(device=device),
+        training_parameters=TrainingParameters(
+            max_steps=50, val_every_n_steps=VALIDATE_EVERY, gradient_clip_val=1.0
+        ),
+        callbacks=callbacks,
+    )
+    WithSGD(config).fit()
+
+
 def steps_that_read(root: Path, *others: Callback[Any]) -> set[int]:
-    """Of fifty steps, those that read on the host and neither log, validate nor save."""
+    """Of fifty steps, those that read on the host and have no reason to."""
     reads = HostReads()
 
     class Notes(Callback[Any]):
@@ -168,29 +196,38 @@ def steps_that_read(root: Path, *others: Callback[Any]) -> set[int]:
         def post_fit(self) -> None:
             reads.__exit__(None, None, None)
 
-    log_every, validate_every = 10, 25
-    callbacks = stack(Notes(), *others, log_every=log_every)
-    del callbacks["ProgressBar"]  # it reads CPU tensors when it draws, which is a matter of time
-    callbacks["CheckpointCallback"] = CheckpointCallback(
-        CheckpointParameters(every=Every(steps=validate_every))
-    )
-    trainer = WithSGD(
-        DreamTrainerConfig(
-            root_dir=root,
-            training_parameters=TrainingParameters(
-                max_steps=50, val_every_n_steps=validate_every, gradient_clip_val=1.0
-            ),
-            callbacks=callbacks,
-        )
-    )
-    trainer.fit()
-
-    may_read = {step for step in range(51) if step % log_every == 0 or step % validate_every == 0}
-    # An epoch of 8 steps ends with its mean, which is reported; the next begins with a new loader.
-    may_read |= {step for step in range(51) if step % 8 in (0, 1)}
-    return set(reads.steps) - may_read
+    train_fifty_steps(root, "cpu", Notes(), *others)
+    return set(reads.steps) - MAY_READ
 
 
 def test_steps_that_do_not_log_read_nothing_on_the_host(tmp_path: Path) -> None:
     assert steps_that_read(tmp_path / "stack") == set()
     assert len(steps_that_read(tmp_path / "control", ReadsEachStep())) > 20
+
+
+class RefusesWaiting(Callback[Any]):
+    """Lets CUDA raise where the host waits for it, in steps that have no reason to."""
+
+    before = {Callback}
+
+    def pre_train_step(self, batch: Any, batch_idx: int) -> None:
+        may_wait = self.trainer.global_step + 1 in MAY_READ
+        torch.cuda.set_sync_debug_mode("default" if may_wait else "error")
+
+    def pre_validation_epoch(self) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+    def pre_epoch(self) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+    def post_fit(self) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_steps_that_do_not_log_never_wait_for_the_gpu(tmp_path: Path) -> None:
+    train_fifty_steps(tmp_path / "stack", "cuda", RefusesWaiting())
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        train_fifty_steps(tmp_path / "control", "cuda", RefusesWaiting(), ReadsEachStep())

@@ -1,126 +1,146 @@
-"""One task, one global batch: every layout gives the losses and weights of one process."""
+"""One task, one global batch: every layout gives the losses and weights of one process.
+
+And, bit for bit, those of the same layout written in plain PyTorch.
+"""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import plain
 import pytest
-import torch
-from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler
-from toy import GLOBAL_BATCH, Transformer, make, next_token_loss, token_data
+from torch import Tensor
+from torch.testing import assert_close
+from toy import make
 
+from dream_trainer import callbacks
 from dream_trainer.testing import run_on_ranks
 from tools.matrix import Cell
+from tools.packages import BY_SHORT_NAME
 
 # Sums of float32 over parts of a batch, in another order: the last bits differ and grow with Adam.
 LOSS_TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = 1e-4
+# GPUs add in an order of their own, in matrix products too.
+CUDA_TOLERANCE = 1e-3
 
-TRAINING: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "accumulation": {"gradient_accumulation_steps": 3},
-    "clipping": {"gradient_clip_val": 0.1},
+STEPS = 20
+ACCUMULATION = {"gradient_accumulation_steps": 3}
+CLIPPING = {"gradient_clip_val": 0.1}
+TRAINING: list[Any] = [
+    pytest.param({}, id="plain"),
+    pytest.param(ACCUMULATION | CLIPPING, id="accumulation+clipping"),
+    pytest.param(ACCUMULATION, id="accumulation", marks=pytest.mark.full),
+    pytest.param(CLIPPING, id="clipping", marks=pytest.mark.full),
+]
+
+# What a run in a cell uses of each package that the cell has.
+CALLBACKS = {
+    "checkpoint": "CheckpointCallback",
+    "fsdp": "OptimizeFSDP",
+    "logging": "LoggerCallback",
+    "profile": "BenchmarkCallback",
+    "summary": "ProgressBar",
 }
 
+Outcome = tuple[list[float], dict[str, Tensor], float]
 
-def trained(layout: str, root: str, training: dict[str, Any]) -> tuple[list[float], Any]:
-    trainer, losses = make(root, layout, n_epochs=3, max_steps=20, **training)
+
+def trained(
+    layout: str,
+    device: Literal["cpu", "cuda"],
+    root: str,
+    training: dict[str, Any],
+    callback_names: tuple[str, ...] = (),
+) -> Outcome:
+    """Losses of the global batches, the final weights, and their loss on the validation set."""
+    own = [getattr(callbacks, name)() for name in callback_names]
+    trainer, losses = make(
+        root, layout, device, own, max_steps=STEPS, val_every_n_steps=STEPS, **training
+    )
     trainer.fit()
-    return losses.losses, weights_of(trainer.model)
+    weights = plain.weights_of(trainer.model)
+    (val_loss,) = losses.val_losses
+    return losses.losses, {name: weight.cpu() for name, weight in weights.items()}, val_loss
 
 
-def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {
-        name: (value.full_tensor() if hasattr(value, "full_tensor") else value).detach().clone()
-        for name, value in model.named_parameters()
-    }
+def device_of(cell: Cell) -> Literal["cpu", "cuda"]:
+    return "cuda" if cell.backend == "nccl" else "cpu"
 
 
-@pytest.mark.parametrize("training", TRAINING.values(), ids=TRAINING)
+@pytest.mark.parametrize("training", TRAINING)
 def test_losses_and_weights_are_those_of_one_process(
     tmp_path: Path, cell: Cell, training: dict[str, Any]
 ) -> None:
-    if cell.backend == "nccl" and torch.cuda.device_count() < cell.ranks:
-        pytest.skip(f"{cell.ranks} GPUs are required, and {torch.cuda.device_count()} are here")
-    root = str(tmp_path)
-    ((losses, weights),) = run_on_ranks(trained, 1, "single", root, training)
-    outcomes = run_on_ranks(trained, cell.ranks, cell.layout, root, training)
+    device, root = device_of(cell), str(tmp_path)
+    ((losses, weights, val_loss),) = run_on_ranks(trained, 1, "single", device, root, training)
+    outcomes = run_on_ranks(trained, cell.ranks, cell.layout, device, root, training)
 
-    assert len(losses) >= 20
-    for found_losses, found_weights in outcomes:
-        assert found_losses == pytest.approx(losses, abs=LOSS_TOLERANCE)
+    tolerances = (LOSS_TOLERANCE, WEIGHT_TOLERANCE)
+    loss_tolerance, weight_tolerance = tolerances if device == "cpu" else [CUDA_TOLERANCE] * 2
+    assert len(losses) >= STEPS
+    for found_losses, found_weights, found_val_loss in outcomes:
+        assert found_losses == pytest.approx(losses, abs=loss_tolerance)
+        assert found_val_loss == pytest.approx(val_loss, abs=loss_tolerance)
         for name, expected in weights.items():
-            torch.testing.assert_close(
-                found_weights[name], expected, atol=WEIGHT_TOLERANCE, rtol=WEIGHT_TOLERANCE
+            assert_close(
+                found_weights[name], expected, atol=weight_tolerance, rtol=weight_tolerance
             )
 
 
-def plain_losses(layout: str, accumulation: int) -> list[float]:
-    """The same training in plain PyTorch."""
-    import torch.distributed as dist
-
-    torch.manual_seed(42)
-    rank, size = 0, 1
-    model: nn.Module = Transformer()
-    if layout != "single":
-        dist.init_process_group("gloo")
-        rank, size = dist.get_rank(), dist.get_world_size()
-        if layout == "ddp":
-            model = nn.parallel.DistributedDataParallel(model)
-        else:
-            from torch.distributed.fsdp import fully_shard
-
-            for block in model.blocks:  # type: ignore[union-attr]  # a ModuleList
-                fully_shard(block)
-            fully_shard(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    sampler = DistributedSampler(token_data(), num_replicas=size, rank=rank)
-    loader = DataLoader(token_data(), batch_size=GLOBAL_BATCH // size, sampler=sampler)
-    losses = []
-    for epoch in range(2):
-        sampler.set_epoch(epoch)
-        batches = list(loader)
-        for start in range(0, len(batches), accumulation):
-            group = batches[start : start + accumulation]
-            for index, (tokens,) in enumerate(group):
-                sync = index == len(group) - 1
-                if layout == "ddp":
-                    model.require_backward_grad_sync = sync  # type: ignore[assignment]
-                elif layout == "fsdp":
-                    model.set_requires_gradient_sync(sync)  # type: ignore[operator]
-                loss = next_token_loss(model, tokens)
-                (loss if len(group) == 1 else loss / len(group)).backward()
-                mean = loss.detach().clone()
-                if size > 1:
-                    dist.all_reduce(mean)
-                    mean /= size
-                losses.append(mean.item())
-            optimizer.step()
-            optimizer.zero_grad()
-    return losses
-
-
-def our_losses(layout: str, root: str, accumulation: int) -> list[float]:
-    trainer, losses = make(
-        root, layout, n_epochs=2, val_steps_per_epoch=0, gradient_accumulation_steps=accumulation
-    )
-    trainer.fit()
-    return losses.losses
-
-
-@pytest.mark.parametrize("accumulation", [1, 3], ids=["plain", "accumulation"])
-@pytest.mark.parametrize(
-    ("layout", "num_ranks"),
-    [("single", 1), ("ddp", 2), ("fsdp", 2)],
-    ids=["w1-single", "w2-ddp", "w2-fsdp"],
-)
-def test_losses_are_bit_for_bit_those_of_plain_pytorch_in_the_same_layout(
-    tmp_path: Path, layout: str, num_ranks: int, accumulation: int
+def test_callbacks_of_the_installed_packages_change_no_bit(
+    tmp_path: Path, cell: Cell, pytestconfig: pytest.Config
 ) -> None:
-    expected = run_on_ranks(plain_losses, num_ranks, layout, accumulation)
-    found = run_on_ranks(our_losses, num_ranks, layout, str(tmp_path), accumulation)
+    installed = {distribution.short_name for distribution in cell.distributions}
+    if pytestconfig.getoption("--cell"):  # in an environment of its own
+        for name in BY_SHORT_NAME.keys() - installed - {"core"}:
+            assert not is_importable(f"dream_callbacks.{name}")
+    names = tuple(CALLBACKS[name] for name in sorted(installed - {"core"}))
+    device = device_of(cell)
 
-    assert found == expected
-    assert len(found[0]) == 16
+    without = run_on_ranks(trained, cell.ranks, cell.layout, device, str(tmp_path / "1"), {})
+    found = run_on_ranks(trained, cell.ranks, cell.layout, device, str(tmp_path / "2"), {}, names)
+
+    assert [losses for losses, *_ in found] == [losses for losses, *_ in without]
+
+
+def is_importable(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent isn't there either
+        return False
+
+
+LAYOUTS = [
+    ("single", 1),
+    ("ddp", 2),
+    ("fsdp", 2),
+    ("tp", 2),
+    ("cp", 2),
+    *(
+        pytest.param(layout, 4, marks=pytest.mark.full)
+        for layout in ("ddp", "fsdp", "hsdp", "tp", "ddp+tp", "fsdp+tp", "cp", "fsdp+cp")
+    ),
+]
+
+
+@pytest.mark.parametrize("training", TRAINING)
+@pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
+def test_losses_and_weights_are_bit_for_bit_those_of_plain_pytorch_in_the_same_layout(
+    tmp_path: Path, layout: str, num_ranks: int, training: dict[str, Any]
+) -> None:
+    accumulation = training.get("gradient_accumulation_steps", 1)
+    clip_norm = training.get("gradient_clip_val")
+    expected = run_on_ranks(plain.train, num_ranks, layout, STEPS, accumulation, clip_norm)
+    found = run_on_ranks(trained, num_ranks, layout, "cpu", str(tmp_path), training)
+
+    assert len(found[0][0]) >= STEPS
+    for (losses, weights, _), (expected_losses, expected_weights) in zip(
+        found, expected, strict=True
+    ):
+        assert losses == expected_losses
+        assert weights.keys() == expected_weights.keys()
+        for name, weight in weights.items():
+            assert weight.equal(expected_weights[name]), name

@@ -9,13 +9,14 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -36,6 +37,8 @@ class Block(nn.Module):
         # No biases: a key's has no gradient but rounding errors, which Adam would scale up.
         self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
         self.out = nn.Linear(WIDTH, WIDTH)
+        self.context: DeviceMesh | None = None
+        """Ranks that have a part of each sequence, in order."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
@@ -43,7 +46,13 @@ class Block(nn.Module):
             part.unflatten(-1, (-1, HEAD_WIDTH)).transpose(1, 2)  # (B, heads, T, head width)
             for part in (self.q(h), self.k(h), self.v(h))
         )
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if self.context is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            k, v = (all_gather_tensor_autograd(part, 2, self.context) for part in (k, v))
+            first = self.context.get_local_rank() * q.size(2)
+            is_seen = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=x.device)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=is_seen.tril(first))
         return x + self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -68,9 +77,38 @@ def token_data() -> TensorDataset:
     return TensorDataset((start + torch.arange(CONTEXT + 1)) % VOCABULARY)
 
 
-def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    logits = model(tokens[:, :-1])  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+def next_token_loss(model: nn.Module, tokens: Tensor, part: int = 0, num_parts: int = 1) -> Tensor:
+    """Mean over one part of the sequences."""
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    logits = model(inputs.chunk(num_parts, dim=1)[part])  # (B, T / num_parts, V)
+    return F.cross_entropy(logits.flatten(0, 1), targets.chunk(num_parts, dim=1)[part].flatten())
+
+
+def divide_layers(model: Transformer, mesh: DeviceMesh) -> None:
+    """Split heads and vocabulary; sequences between them, so that each parameter is split."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        SequenceParallel,
+        parallelize_module,
+    )
+
+    sequence = Shard(1)
+    plan: dict[str, Any] = {
+        "embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=sequence),
+        "blocks.*.norm": SequenceParallel(),
+        **{f"blocks.*.{name}": ColwiseParallel(input_layouts=sequence) for name in "qkv"},
+        "blocks.*.out": RowwiseParallel(output_layouts=sequence),
+        "head": ColwiseParallel(input_layouts=sequence, output_layouts=Replicate()),
+    }
+    parallelize_module(model, mesh, plan)
+
+
+def divide_sequences(model: Transformer, mesh: DeviceMesh) -> None:
+    """Each rank's queries meet the keys and values of all."""
+    for block in model.blocks:
+        block.context = mesh  # type: ignore[assignment]  # a Block
 
 
 class Toy(DreamTrainer):
@@ -78,24 +116,10 @@ class Toy(DreamTrainer):
         self.model = Transformer()
 
     def apply_tensor_parallel(self, mesh: DeviceMesh) -> None:
-        """Split heads and vocabulary; sequences between them, so that each parameter is split."""
-        from torch.distributed.tensor import Replicate, Shard
-        from torch.distributed.tensor.parallel import (
-            ColwiseParallel,
-            RowwiseParallel,
-            SequenceParallel,
-            parallelize_module,
-        )
+        divide_layers(self.model, mesh)
 
-        sequence = Shard(1)
-        plan: dict[str, Any] = {
-            "embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=sequence),
-            "blocks.*.norm": SequenceParallel(),
-            **{f"blocks.*.{name}": ColwiseParallel(input_layouts=sequence) for name in "qkv"},
-            "blocks.*.out": RowwiseParallel(output_layouts=sequence),
-            "head": ColwiseParallel(input_layouts=sequence, output_layouts=Replicate()),
-        }
-        parallelize_module(self.model, mesh, plan)
+    def apply_context_parallel(self, mesh: DeviceMesh) -> None:
+        divide_sequences(self.model, mesh)
 
     def configure_optimizers(self) -> None:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
@@ -107,24 +131,31 @@ class Toy(DreamTrainer):
         return loader, loader
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        loss = next_token_loss(self.model, batch[0])
+        loss = self.loss(batch[0])
         self.backward(loss)
         if not self.is_accumulating_gradients:
             self.step(self.optimizer)
         return {"loss": loss}
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        return {"val_loss": next_token_loss(self.model, batch[0])}
+        return {"val_loss": self.loss(batch[0])}
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        return next_token_loss(self.model, tokens, self.world.cp_rank, self.world.cp_size)
 
 
 class GlobalLosses(Callback[DreamTrainer]):
-    """Keeps the loss of each global batch."""
+    """Keeps the loss of each global batch, and of each validation."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
+        self.val_losses: list[float] = []
 
     def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
         self.losses.append(self.trainer.world.all_reduce(result["loss"]).item())
+
+    def post_validation_epoch(self, result: dict[str, Any]) -> None:
+        self.val_losses.append(result["val_loss"])
 
 
 class Sleeps(Callback[DreamTrainer]):
@@ -145,18 +176,27 @@ LAYOUTS: dict[str, Callable[..., DeviceParameters]] = {
     "ddp": DeviceParameters.DDP,
     "fsdp": DeviceParameters.FSDP,
     "tp": partial(DeviceParameters, dp_replicate=1, tensor_parallel="auto"),
-    "fsdp+tp": partial(DeviceParameters.FSDP, tensor_parallel=2),
     "hsdp": partial(DeviceParameters.HSDP, dp_shard=2),
+    "ddp+tp": partial(DeviceParameters.DDP, tensor_parallel=2),
+    "fsdp+tp": partial(DeviceParameters.FSDP, tensor_parallel=2),
+    "cp": partial(DeviceParameters, dp_replicate=1, context_parallel="auto"),
+    "fsdp+cp": partial(DeviceParameters.FSDP, context_parallel=2),
 }
 
 
-def make(root_dir: str | Path, layout: str = "ddp", **training: Any) -> tuple[Toy, GlobalLosses]:
+def make(
+    root_dir: str | Path,
+    layout: str = "ddp",
+    device: Literal["cpu", "cuda"] = "cpu",
+    callbacks: Iterable[Callback[Any]] = (),
+    **training: Any,
+) -> tuple[Toy, GlobalLosses]:
     losses = GlobalLosses()
     config = DreamTrainerConfig(
         root_dir=root_dir,
-        device_parameters=LAYOUTS[layout](device="cpu"),
+        device_parameters=LAYOUTS[layout](device=device),
         training_parameters=TrainingParameters(**training),
-        callbacks=CallbackCollection([losses]),
+        callbacks=CallbackCollection([losses, *callbacks]),
     )
     return Toy(config), losses
 

@@ -1,7 +1,10 @@
 """The integration matrix: which combinations are tested, and why the others are not.
 
-`python tools/matrix.py` prints it, with the left-out combinations by reason; nox makes a session
-of each cell, and the support table of the documentation is made from the same list.
+    python tools/matrix.py              print it, with the left-out combinations by reason
+    python tools/matrix.py --write      write the table of the documentation from it
+    python tools/matrix.py --check      fail if that table is out of date
+
+nox makes a session of each cell.
 """
 
 from __future__ import annotations
@@ -11,22 +14,27 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.environments import torch_pin
 from tools.packages import BY_SHORT_NAME, CORE, Distribution, requirement_name
 
-Layout = Literal["single", "ddp", "fsdp", "hsdp", "tp", "fsdp+tp"]
+Layout = Literal["single", "ddp", "fsdp", "hsdp", "tp", "cp", "ddp+tp", "fsdp+tp", "fsdp+cp"]
 Torch = Literal["pinned", "oldest"]
 Backend = Literal["gloo", "nccl"]
 
 RANKS = (1, 2, 4)
-LAYOUTS: tuple[Layout, ...] = ("single", "ddp", "fsdp", "hsdp", "tp", "fsdp+tp")
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 PACKAGES = ("core", *(f"core+{name}" for name in BY_SHORT_NAME if name != "core"), "all")
 TORCH: tuple[Torch, ...] = ("pinned", "oldest")
 BACKENDS: tuple[Backend, ...] = ("gloo", "nccl")
+
+OF_TWO_AXES = ("hsdp", "ddp+tp", "fsdp+tp", "fsdp+cp")
+
+PAGE = Path(__file__).resolve().parent.parent / "docs/how-to/layouts.md"
+BEGIN, END = "<!-- begin: made by tools/matrix.py -->", "<!-- end: made by tools/matrix.py -->"
 
 
 @dataclass(frozen=True)
@@ -55,8 +63,11 @@ class Cell:
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """`quick` cells run for every change, all in one environment; `full` is all of them."""
-        is_quick = self.ranks <= 2 and self == Cell(self.ranks, self.layout, "all")
+        """`quick` cells run for every change, all in one environment; `full` is all of them.
+
+        Of the two backends, every change takes the one that the machine has.
+        """
+        is_quick = self.ranks <= 2 and (self.packages, self.torch) == ("all", "pinned")
         return ("quick", "full") if is_quick else ("full",)
 
     @property
@@ -90,7 +101,7 @@ def reason_to_leave_out(cell: Cell) -> str | None:
         (cell.layout == "single" and cell.ranks > 1, "single is one rank"),
         (cell.layout != "single" and cell.ranks == 1, "one rank has nothing to divide"),
         (
-            cell.layout in ("hsdp", "fsdp+tp") and cell.ranks == 2,
+            cell.layout in OF_TWO_AXES and cell.ranks == 2,
             "two axes of two need 4 ranks",
         ),
         (
@@ -133,6 +144,15 @@ def cell_named(name: str) -> Cell:
     raise ValueError(f"there is no cell {name!r}; take one of {', '.join(map(str, CELLS))}")
 
 
+def quick_cells(num_gpus: int) -> list[Cell]:
+    """The quick cells, each with NCCL if there are GPUs for its ranks, else with gloo."""
+    return [
+        cell
+        for cell in CELLS
+        if "quick" in cell.tags and (cell.backend == "nccl") == (num_gpus >= cell.ranks)
+    ]
+
+
 def support_table() -> str:
     """Layouts by number of ranks, as a Markdown table: which backends are tested."""
     header = " | ".join(f"{n} rank{'s' * (n > 1)}" for n in RANKS)
@@ -146,15 +166,53 @@ def support_table() -> str:
     return "\n".join(rows)
 
 
-def main() -> None:
-    """Print the cells, the support table and what is left out."""
+def documentation() -> str:
+    """What the documentation says of the matrix, as Markdown."""
+    sets = ", ".join(f"`{name}`" for name in PACKAGES)
+    reasons = "\n".join(
+        f"- {reason} ({count})" for reason, count in Counter(LEFT_OUT.values()).items()
+    )
+    return (
+        f"{support_table()}\n\n"
+        f"Package sets, each installed alone from wheels: {sets}. "
+        f"torch: the pin, and {oldest_torch()}, the oldest that is admitted. That makes "
+        f"{len(CELLS)} cells. Left out of the {len(CELLS) + len(LEFT_OUT)} combinations:\n\n"
+        f"{reasons}\n"
+    )
+
+
+def page_with(text: str, page: str) -> str:
+    """The page with its part between the marks replaced.
+
+    Raises:
+        ValueError: If the marks aren't there.
+    """
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the page has no {BEGIN} … {END}; put both where the table belongs")
+    return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
+
+
+def main() -> int:
+    """Print the cells, or write or check the documentation; 1 if the check fails."""
+    if sys.argv[1:] in (["--write"], ["--check"]):
+        page = PAGE.read_text(encoding="utf-8")
+        wanted = page_with(documentation(), page)
+        if sys.argv[1] == "--write":
+            PAGE.write_text(wanted, encoding="utf-8")
+        elif page != wanted:
+            print(f"{PAGE.name} isn't what the matrix says: run python tools/matrix.py --write")
+            return 1
+        return 0
     for cell in CELLS:
         print(f"{cell!s:32} {' '.join(cell.tags)}")
     print(f"\n{len(CELLS)} cells; {torch_pin()} is pinned, {oldest_torch()} the oldest ({CORE}).")
     print(f"\n{support_table()}\n\nLeft out:")
     for reason, count in Counter(LEFT_OUT.values()).items():
         print(f"  {count:4}  {reason}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

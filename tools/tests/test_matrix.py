@@ -38,9 +38,7 @@ def test_quick_cells_share_one_environment_and_at_most_two_ranks() -> None:
     quick = [cell for cell in CELLS if "quick" in cell.tags]
 
     assert {cell.layout for cell in quick} >= {"single", "ddp", "fsdp"}
-    assert {(cell.packages, cell.torch, cell.backend) for cell in quick} == {
-        ("all", "pinned", "gloo")
-    }
+    assert {(cell.packages, cell.torch) for cell in quick} == {("all", "pinned")}
     assert max(cell.ranks for cell in quick) == 2
 
 
@@ -63,3 +61,29 @@ def test_the_support_table_has_a_row_for_each_layout() -> None:
     assert table[0] == "| layout | 1 rank | 2 ranks | 4 ranks |"
     assert "| hsdp | – | – | gloo, nccl |" in table
     assert len(table) == 2 + len(matrix.LAYOUTS)
+
+
+@pytest.mark.parametrize("num_gpus", [0, 1, 2, 8])
+def test_each_quick_cell_takes_the_backend_that_the_machine_has(num_gpus: int) -> None:
+    cells = matrix.quick_cells(num_gpus)
+
+    assert len({(cell.ranks, cell.layout) for cell in cells}) == len(cells) == 5
+    for cell in cells:
+        assert cell.backend == ("nccl" if num_gpus >= cell.ranks else "gloo")
+
+
+def test_the_documentation_is_replaced_between_its_marks() -> None:
+    page = f"before\n{matrix.BEGIN}\nold\n{matrix.END}\nafter\n"
+    found = matrix.page_with("new", page)
+
+    assert found == f"before\n{matrix.BEGIN}\n\nnew\n{matrix.END}\nafter\n"
+    assert matrix.page_with("new", found) == found
+    with pytest.raises(ValueError, match="the page has no"):
+        matrix.page_with("new", "no marks")
+
+
+def test_the_documentation_says_why_each_combination_is_left_out() -> None:
+    text = matrix.documentation()
+
+    assert all(reason in text for reason in LEFT_OUT.values())
+    assert f"{len(CELLS)} cells" in text

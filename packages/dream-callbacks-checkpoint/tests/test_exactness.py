@@ -1,112 +1,131 @@
-"""Stopped and resumed equals never stopped, bit for bit."""
+"""Stopped and resumed equals never stopped, bit for bit: `prove`, for every kind of run."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
+import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from training import (
-    CALLBACKS,
-    CrashAt,
-    Everything,
-    History,
-    PlannedError,
-    different,
-    make,
-    moments,
-    weights,
-)
+from training import CALLBACKS, LOADERS, Everything, make
 
+from dream_callbacks.checkpoint.prove import prove
 from dream_trainer.callbacks import Every
-from dream_trainer.testing import run_on_ranks
+
+NUM_RANKS = {"single": 1, "ddp": 2, "fsdp": 2}
+STEPS = {"first_step": (1, 1), "mid_epoch": (4, 3), "second_epoch": (8, 5)}
+"""Steps before the kill, with 6 batches in an epoch: of 1 batch each, of 3."""
 
 
-def finished(
-    root: Path, layout: str, crash: CrashAt | None, num_workers: int, accumulation: int, **save: Any
-) -> dict[str, Any]:
-    """What a run gives that may crash once, and is then started again."""
-    Everything.num_workers = num_workers
-    history = History()
-    training = {"n_epochs": 2, "gradient_accumulation_steps": accumulation}
-    if crash is not None:
-        with pytest.raises(PlannedError):
-            make(root, history, crash, layout=layout, training=training, **save).fit()
-    trainer = make(root, history, layout=layout, training=training, **save)
-    trainer.fit()
-    return {
-        "batches": history.batches,
-        "epochs": history.epochs,
-        "validations": history.validations,
-        "weights": weights(trainer),
-        "moments": moments(trainer),
-        "counters": trainer.counters,
-    }
+@dataclass(frozen=True)
+class Run:
+    """A kind of run, and where it is killed."""
+
+    layout: str
+    stop: str
+    loader: str
+    num_workers: int
+    shuffle: bool
+    augmentation: bool
+    dropout: bool
+    scheduler: bool
+    accumulation: int
+    callback: str
+
+    def __str__(self) -> str:
+        parts = [self.layout, self.stop, self.loader, f"w{self.num_workers}"]
+        parts += [
+            n for n in ("shuffle", "augmentation", "dropout", "scheduler") if getattr(self, n)
+        ]
+        return "-".join([*parts, f"a{self.accumulation}", self.callback])
+
+    @property
+    def is_possible(self) -> bool:
+        if self.loader == "persistent" and not self.num_workers:
+            return False
+        # The state of their workers' random generators can't be had, or had again.
+        keeps_to_itself = self.loader in ("persistent", "stateful")
+        return not (keeps_to_itself and self.num_workers and self.augmentation)
 
 
-def compare(expected: dict[str, Any], found: dict[str, Any]) -> None:
-    assert found["batches"] == expected["batches"]
-    assert found["epochs"] == expected["epochs"]
-    assert found["validations"] == expected["validations"]
-    assert found["counters"] == expected["counters"]
-    assert not different(expected["weights"], found["weights"])
-    assert not different(expected["moments"], found["moments"])
-
-
-CRASHES = {
-    "mid_epoch": (3, False),
-    "epoch_end": (6, False),
-    "inside_validation": (6, True),
-    "second_epoch": (9, False),
+AXES: dict[str, tuple[Any, ...]] = {
+    "layout": tuple(NUM_RANKS),
+    "stop": ("mid_epoch", "epoch_end", "inside_validation", "first_step", "second_epoch"),
+    "loader": tuple(LOADERS),
+    "num_workers": (0, 2),
+    "shuffle": (True, False),
+    "augmentation": (True, False),
+    "dropout": (True, False),
+    "scheduler": (True, False),
+    "accumulation": (1, 3),
+    "callback": tuple(CALLBACKS),
 }
 
 
-@pytest.mark.parametrize("crash", CRASHES.values(), ids=CRASHES)
-@pytest.mark.parametrize("accumulation", [1, 3], ids=["", "accumulation_3"])
+def covering() -> list[Run]:
+    """Few runs in which each value of an axis meets each value of every other."""
+    draw = random.Random(0)
+    missing = {
+        frozenset((pair_a, pair_b))
+        for a, b in itertools.combinations(AXES, 2)
+        for pair_a in ((a, value) for value in AXES[a])
+        for pair_b in ((b, value) for value in AXES[b])
+    }
+    missing -= {
+        frozenset({("loader", "persistent"), other})
+        for other in (("num_workers", 0), ("augmentation", True))
+    }
+    runs = []
+    while missing:
+        drawn = (Run(**{axis: draw.choice(AXES[axis]) for axis in AXES}) for _ in range(300))
+        best = max((run for run in drawn if run.is_possible), key=lambda r: len(_met(r) & missing))
+        missing -= _met(best)
+        runs.append(best)
+    return runs
+
+
+def _met(run: Run) -> set[frozenset[tuple[str, Any]]]:
+    pairs = dataclasses.asdict(run).items()
+    return {frozenset(both) for both in itertools.combinations(pairs, 2)}
+
+
+def product() -> list[Run]:
+    """Every combination on the loader that most people use; both callbacks by turns."""
+    axes = {**AXES, "stop": AXES["stop"][:3], "loader": ("plain",), "callback": ("",)}
+    runs = [Run(*values) for values in itertools.product(*axes.values())]
+    turns = itertools.cycle(CALLBACKS)
+    return [dataclasses.replace(run, callback=next(turns)) for run in runs]
+
+
+def trainer_of(run: Run) -> Any:
+    training = {"max_steps": 1, "gradient_accumulation_steps": run.accumulation}
+    trainer = make(Path("runs"), layout=run.layout, callback=run.callback, training=training)
+    trainer.loader, trainer.num_workers = run.loader, run.num_workers
+    trainer.shuffle, trainer.has_scheduler = run.shuffle, run.scheduler
+    trainer.noise = Everything.noise * run.augmentation
+    trainer.dropout = Everything.dropout * run.dropout
+    return trainer
+
+
 @pytest.mark.parametrize(
-    ("callback", "num_workers"),
-    [("sync", 0), ("async", 0), ("sync", 2), pytest.param("async", 2, marks=pytest.mark.full)],
+    "run", [*covering(), *(pytest.param(run, marks=pytest.mark.full) for run in product())], ids=str
 )
-def test_resumed_equals_never_stopped(
-    tmp_path: Path, callback: str, num_workers: int, accumulation: int, crash: tuple[int, bool]
-) -> None:
-    save = {"every": Every(steps=1), "callback": callback}
-    batch, in_validation = crash
+def test_killed_and_resumed_equals_never_stopped(tmp_path: Path, run: Run) -> None:
+    one, three = STEPS.get(run.stop, (6, 2))  # at the end of the first epoch
 
-    expected = finished(tmp_path / "whole", "single", None, num_workers, accumulation, **save)
-    found = finished(
-        tmp_path / "stopped",
-        "single",
-        CrashAt(batch, in_validation=in_validation),
-        num_workers,
-        accumulation,
-        **save,
+    proof = prove(
+        functools.partial(trainer_of, run),
+        tmp_path,
+        steps=one if run.accumulation == 1 else three,
+        every=Every(epochs=1) if run.stop == "epoch_end" else None,
+        kill_in="validation" if run.stop == "inside_validation" else "step",
+        num_ranks=NUM_RANKS[run.layout],
+        timeout_s=60,
     )
 
-    compare(expected, found)
-    assert len(expected["batches"]) == 12
-
-
-@pytest.mark.parametrize("crash", CRASHES.values(), ids=CRASHES)
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-@pytest.mark.parametrize("callback", CALLBACKS)
-def test_resumed_equals_never_stopped_on_two_ranks(
-    tmp_path: Path, callback: str, layout: str, crash: tuple[int, bool]
-) -> None:
-    results = run_on_ranks(both_ways, 2, tmp_path, callback, layout, crash)
-
-    for expected, found in results:
-        compare(expected, found)
-    first, second = (expected["batches"] for expected, _ in results)
-    assert first != second, "the ranks read different data"
-
-
-def both_ways(root: Path, callback: str, layout: str, crash: tuple[int, bool]) -> tuple[Any, Any]:
-    save = {"every": Every(steps=2), "callback": callback}
-    batch, in_validation = crash
-    return (
-        finished(root / "whole", layout, None, 0, 1, **save),
-        finished(
-            root / "stopped", layout, CrashAt(batch, in_validation=in_validation), 0, 1, **save
-        ),
-    )
+    proof.check()
+    assert proof.num_values > 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import random
@@ -9,9 +10,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
 
 from dream_callbacks.checkpoint import (
     AsyncCheckpointCallback,
@@ -34,7 +36,7 @@ LAYOUTS: dict[str, Callable[[], DeviceParameters]] = {
 
 
 class Augmented(Dataset[Any]):
-    """Vectors that tell their index, with noise from Python's and torch's generators."""
+    """Vectors that tell their index, with noise from Python's, numpy's and torch's generators."""
 
     def __init__(self, num_samples: int, noise: float) -> None:
         self.num_samples = num_samples
@@ -44,22 +46,26 @@ class Augmented(Dataset[Any]):
         return self.num_samples
 
     def __getitem__(self, index: int) -> Tensor:
-        noise = random.random() + torch.rand(()).item()
+        noise = random.random() + float(numpy.random.rand()) + torch.rand(()).item()
         return torch.full((4,), float(index) / self.num_samples) + self.noise * noise
 
 
 class Everything(TinyTrainer):
     """Shuffling, augmentation, dropout, a scheduler, accumulation."""
 
+    loader = "plain"
     num_workers = 0
+    shuffle = True
     noise = 0.1
     dropout = 0.2
+    has_scheduler = True
 
     def configure_schedulers(self) -> None:
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=20)
+        if self.has_scheduler:
+            self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=20)
 
     def configure_dataloaders(self) -> Any:
-        return self._augmented(24, shuffle=True), self._augmented(8, shuffle=False)
+        return self._augmented(24, shuffle=self.shuffle), self._augmented(8, shuffle=False)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         loss = nn.functional.dropout(self.model(batch), self.dropout).square().mean()
@@ -76,12 +82,29 @@ class Everything(TinyTrainer):
         sampler: Any = DistributedSampler(
             dataset, num_replicas=self.world.dp_size, rank=self.world.dp_rank, shuffle=shuffle
         )
-        return DataLoader(
+        if self.world.dp_size == 1 and self.loader == "plain":
+            sampler = RandomSampler(dataset) if shuffle else None
+        return LOADERS[self.loader](
             dataset,
             batch_size=4 // self.world.dp_size,
             sampler=sampler,
             num_workers=self.num_workers,
         )
+
+
+def _stateful(*args: Any, **kwargs: Any) -> Iterable[Any]:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    loader: Iterable[Any] = StatefulDataLoader(*args, **kwargs)
+    return loader
+
+
+LOADERS: dict[str, Callable[..., Iterable[Any]]] = {
+    "plain": DataLoader,
+    "distributed": DataLoader,
+    "persistent": functools.partial(DataLoader, persistent_workers=True),
+    "stateful": _stateful,
+}
 
 
 class History(Callback[Any]):

@@ -181,6 +181,14 @@ def test_a_run_that_ends_before_the_recording_says_which_options_to_lower(tmp_pa
     assert "skip_first=20" in record.message
 
 
+def test_a_run_that_was_finished_before_gets_no_advice(tmp_path, caplog):
+    trainer = fit(tmp_path, ProfileCallback(skip_first=20))
+    caplog.clear()
+    trainer.fit()
+
+    assert [r.message for r in caplog.records if r.levelno == logging.WARNING] == []
+
+
 def test_a_run_that_ends_inside_the_recording_keeps_what_there_is(tmp_path):
     callback = ProfileCallback(skip_first=4, warmup=1, active=100)
 

@@ -56,6 +56,46 @@ def test_set_epoch_is_called_on_the_sampler() -> None:
     assert orders[0] != orders[1]
 
 
+def test_workers_that_stay_take_no_random_numbers_in_their_first_epoch() -> None:
+    def order_of_second_epoch(*, is_first_of_loader: bool) -> list[int]:
+        loader = DataLoader(range(8), shuffle=True, num_workers=1, persistent_workers=True)
+        stream = BatchStream(loader, "training")
+        if not is_first_of_loader:
+            stream.start_epoch(0)
+            stream.finish_epoch()
+        torch.manual_seed(1)
+        stream.start_epoch(1)
+        return [stream.next_batch().item() for _ in range(8)]
+
+    assert order_of_second_epoch(is_first_of_loader=True) == order_of_second_epoch(
+        is_first_of_loader=False
+    )
+
+
+def test_a_loader_that_keeps_its_position_is_told_the_epoch_before_it_gets_it_back() -> None:
+    class Stateful(list[int]):
+        calls: list[tuple[str, Any]] = []
+
+        def set_epoch(self, epoch: int) -> None:
+            self.calls.append(("epoch", epoch))
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"at": 1}
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.calls.append(("position", state_dict["at"]))
+
+    stream = BatchStream(Stateful([1, 2, 3]), "training")
+    stream.start_epoch(3)
+    stream.next_batch()
+    state = stream.state_dict()
+    Stateful.calls.clear()
+
+    BatchStream(Stateful([1, 2, 3]), "training").load_state_dict(state)
+
+    assert Stateful.calls == [("epoch", 3), ("position", 1)]
+
+
 def test_a_loader_that_ends_before_its_length_is_refused() -> None:
     class Lies(list[int]):
         def __len__(self) -> int:

@@ -170,41 +170,6 @@ def test_accumulation_with_a_remainder_gives_the_weights_of_one_rank(
             torch.testing.assert_close(weights[name], alone[name], rtol=1e-5, atol=1e-6)
 
 
-def collectives_per_batch(layout: str, root: str) -> list[int]:
-    from torch.distributed.tensor.debug import CommDebugMode
-
-    counts: list[int] = []
-
-    class Counts(TinyTrainer):
-        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-            with CommDebugMode() as mode:
-                result = super().training_step(batch, batch_idx)
-            counts.append(sum(n for op, n in mode.get_comm_counts().items() if "reduce" in str(op)))
-            return result
-
-    device = getattr(DeviceParameters, layout)(device="cpu")
-    config = tiny_config(root, device=device, gradient_accumulation_steps=2, max_steps=2)
-    Counts(config).fit()
-    return counts
-
-
-def test_gradients_are_reduced_only_with_the_last_batch_of_a_step(tmp_path: Path) -> None:
-    counts = run_on_ranks(collectives_per_batch, 2, "FSDP", str(tmp_path))[0]
-
-    assert counts[0] == counts[2] == 0
-    assert counts[1] == counts[3] > 0
-
-
-def test_layouts_without_a_default_say_what_to_write(tmp_path: Path) -> None:
-    with pytest.raises(RankError, match=r"no apply_tensor_parallel\(mesh\); write one"):
-        run_on_ranks(tensor_parallel, 2, str(tmp_path))
-
-
-def tensor_parallel(root: str) -> None:
-    parameters = DeviceParameters(device="cpu", tensor_parallel=2, dp_replicate=1)
-    TinyTrainer(tiny_config(root, device=parameters)).setup()
-
-
 def test_param_dtype_means_autocast_on_one_device(tmp_path: Path) -> None:
     seen = []
 

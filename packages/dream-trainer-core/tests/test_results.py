@@ -12,7 +12,7 @@ import torch
 
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import RankError, run_on_ranks
-from dream_trainer.trainer.results import EpochMeans, num_samples, step_result
+from dream_trainer.trainer.results import EpochMeans, num_samples
 from dream_trainer.world import World
 
 
@@ -20,16 +20,21 @@ def world() -> World:
     return World(DeviceParameters(device="cpu"))
 
 
+def batch_of(num_samples: int) -> torch.Tensor:
+    return torch.zeros(num_samples, 3)
+
+
 def test_a_bare_tensor_is_the_loss() -> None:
     loss = torch.ones((), requires_grad=True) * 2
 
-    assert step_result(loss, "training_step") == {"loss": torch.tensor(2.0)}
-    assert not step_result(loss, "training_step")["loss"].requires_grad
+    report = EpochMeans("training_step").add(loss, batch_of(2))
+    assert report == {"loss": torch.tensor(2.0)}
+    assert not report["loss"].requires_grad
 
 
 def test_keys_must_be_strings() -> None:
-    with pytest.raises(TypeError, match="the key 3; keys are strings"):
-        step_result({3: 1.0}, "training_step")
+    with pytest.raises(TypeError, match="training_step returned a dict with the key 3; keys are"):
+        EpochMeans("training_step").add({3: 1.0}, batch_of(2))
 
 
 @dataclass
@@ -63,76 +68,80 @@ def test_samples_are_counted_along_dimension_0_of_the_first_tensor(
 
 
 def test_means_are_weighted_by_samples() -> None:
-    means = EpochMeans()
-    means.add({"loss": torch.tensor(1.0), "lr": 0.5}, 1)
-    means.add({"loss": torch.tensor(3.0), "lr": 0.1}, 3)
+    means = EpochMeans("training_step")
+    means.add({"loss": torch.tensor(1.0), "lr": 0.5}, batch_of(1))
+    means.add({"loss": torch.tensor(3.0), "lr": 0.1}, batch_of(3))
 
-    assert means.reduce(world(), "training_step") == {
+    assert means.reduce(world()) == {
         "loss": pytest.approx(2.5),
         "lr": pytest.approx(0.2),
     }
 
 
 def test_means_over_many_batches_are_those_of_float64() -> None:
-    means, generator = EpochMeans(), torch.Generator().manual_seed(0)
+    means, generator = EpochMeans("training_step"), torch.Generator().manual_seed(0)
     values = torch.rand(1000, generator=generator)
     for index, value in enumerate(values):
-        means.add({"loss": value}, index + 1)
+        means.add({"loss": value}, batch_of(index + 1))
 
     weights = torch.arange(1, 1001, dtype=torch.float64)
     expected = (values.double() @ weights / weights.sum()).item()
-    assert means.reduce(world(), "training_step")["loss"] == pytest.approx(expected, rel=1e-12)
+    assert means.reduce(world())["loss"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_key_that_comes_later_or_now_and_then_is_averaged_over_its_own_batches() -> None:
-    means = EpochMeans()
-    means.add({"a": 1.0}, 2)
-    means.add({"a": 2.0, "b": torch.tensor([4.0])}, 2)
-    means.add({"b": torch.tensor([8.0]), "c": torch.zeros(3)}, 6)
+    means = EpochMeans("training_step")
+    means.add({"a": 1.0}, batch_of(2))
+    means.add({"a": 2.0, "b": torch.tensor([4.0])}, batch_of(2))
+    means.add({"b": torch.tensor([8.0]), "c": torch.zeros(3)}, batch_of(6))
 
-    result = means.reduce(world(), "training_step")
+    result = means.reduce(world())
     assert result.pop("c").shape == (3,)
     assert result == {"a": 1.5, "b": pytest.approx(7.0)}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_values_that_are_not_finite_stay_so(value: float) -> None:
-    means = EpochMeans()
-    means.add({"loss": torch.tensor(value)}, 1)
+    means = EpochMeans("training_step")
+    means.add({"loss": torch.tensor(value)}, batch_of(1))
 
-    found = means.reduce(world(), "training_step")["loss"]
+    found = means.reduce(world())["loss"]
     assert found == value or (math.isnan(found) and math.isnan(value))
 
 
 def test_a_key_that_changes_its_kind_is_refused() -> None:
-    means = EpochMeans()
-    means.add({"loss": torch.tensor(1.0)}, 1)
-    means.add({"loss": torch.zeros(2)}, 1)
+    means = EpochMeans("training_step")
+    means.add({"loss": torch.tensor(1.0)}, batch_of(1))
+    means.add({"loss": torch.zeros(2)}, batch_of(1))
 
     with pytest.raises(TypeError, match="reports 'loss' as a single number in some batches"):
-        means.reduce(world(), "training_step")
+        means.reduce(world())
 
 
 def test_means_go_on_from_a_saved_state() -> None:
-    straight, first, second = EpochMeans(), EpochMeans(), EpochMeans()
+    straight, first, second = (
+        EpochMeans("training_step"),
+        EpochMeans("training_step"),
+        EpochMeans("training_step"),
+    )
     for index in range(10):
         for means in (straight, first if index < 4 else second):
             if index == 4 and means is second:
                 second.load_state_dict(first.state_dict())
-            means.add({"loss": torch.tensor(0.1) * index}, 2)
+            means.add({"loss": torch.tensor(0.1) * index}, batch_of(2))
 
-    assert second.reduce(world(), "x") == straight.reduce(world(), "x")
+    assert second.reduce(world()) == straight.reduce(world())
 
 
 def test_nothing_of_earlier_batches_is_kept_but_scalars() -> None:
     import weakref
 
-    means = EpochMeans()
+    means = EpochMeans("training_step")
     alive = []
     for _ in range(3):
         logits = torch.zeros(10)
         alive.append(weakref.ref(logits))
-        means.add({"loss": torch.tensor(1.0), "logits": logits}, 1)
+        means.add({"loss": torch.tensor(1.0), "logits": logits}, batch_of(1))
         del logits
 
     assert [ref() is not None for ref in alive] == [False, False, True]
@@ -141,10 +150,10 @@ def test_nothing_of_earlier_batches_is_kept_but_scalars() -> None:
 def uneven_means() -> dict[str, Any]:
     world = World(DeviceParameters(device="cpu"))
     world.launch()
-    means = EpochMeans()
+    means = EpochMeans("validation_step")
     for _ in range(world.rank + 1):
-        means.add({"loss": torch.tensor(float(world.rank))}, 2)
-    return means.reduce(world, "validation_step")
+        means.add({"loss": torch.tensor(float(world.rank))}, batch_of(2))
+    return means.reduce(world)
 
 
 def test_means_are_over_the_samples_of_all_ranks() -> None:
@@ -155,9 +164,9 @@ def test_means_are_over_the_samples_of_all_ranks() -> None:
 def other_keys() -> None:
     world = World(DeviceParameters(device="cpu"))
     world.launch()
-    means = EpochMeans()
-    means.add({f"loss_{world.rank}": torch.tensor(1.0)}, 2)
-    means.reduce(world, "validation_step")
+    means = EpochMeans("validation_step")
+    means.add({f"loss_{world.rank}": torch.tensor(1.0)}, batch_of(2))
+    means.reduce(world)
 
 
 def test_ranks_that_report_other_keys_are_an_error_on_all_ranks() -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dream_trainer.configs import DeviceParameters
-from dream_trainer.testing import RankError, run_on_ranks
+from dream_trainer.testing import RankError, TinyTrainer, run_on_ranks, tiny_config
 from dream_trainer.world import World
 from dream_trainer.world.mesh import coordinates
 
@@ -173,6 +173,52 @@ def timeouts() -> list[timedelta]:
 
 def test_timeouts_are_tightened() -> None:
     assert run_on_ranks(timeouts, 2) == [[timedelta(seconds=7)] * 4] * 2
+
+
+def timeouts_in_training() -> list[timedelta]:
+    seen = []
+
+    class Looks(TinyTrainer):
+        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            backend = dist.group.WORLD._get_backend(torch.device("cpu"))  # type: ignore[union-attr]  # noqa: SLF001
+            seen.append(backend.options._timeout)  # noqa: SLF001
+            return super().training_step(batch, batch_idx)
+
+    device = DeviceParameters(device="cpu", init_timeout_s=100, train_timeout_s=7)
+    Looks(tiny_config("runs", device=device, max_steps=3)).fit()
+    return seen
+
+
+def test_timeouts_are_tightened_after_the_first_step() -> None:
+    expected = [timedelta(seconds=seconds) for seconds in (100, 7, 7)]
+
+    assert run_on_ranks(timeouts_in_training, 2) == [expected] * 2
+
+
+def groups() -> dict[str, Any]:
+    world = launched()
+    control, saving = world.group(), world.group("saving")
+    box = torch.tensor([float(world.rank)])
+    dist.all_reduce(box, group=saving)
+    return {
+        "backend": dist.get_backend(control),
+        "ranks": dist.get_process_group_ranks(control),  # type: ignore[arg-type]  # not alone
+        "shared": world.group() is control and world.group("saving") is saving,
+        "own": control is not saving and control is not dist.group.WORLD,
+        "sum": box.item(),
+    }
+
+
+def test_callbacks_share_a_cpu_group_of_all_ranks_for_each_kind() -> None:
+    expected = {"backend": "gloo", "ranks": [0, 1], "shared": True, "own": True, "sum": 1.0}
+
+    assert run_on_ranks(groups, 2) == [expected] * 2
+
+
+def test_axes_that_are_not_there_are_refused() -> None:
+    for axes in [("dp",), (), ("tp", "ep")]:
+        with pytest.raises(ValueError, match="some of pp, dp_replicate, dp_shard, cp, tp are req"):
+            world_of_one().get_mesh(*axes)
 
 
 def guarded_collective(kind: str) -> str:

@@ -1,11 +1,14 @@
-"""`python -m dream_callbacks.checkpoint`: look at checkpoints, verify, prune and export them."""
+"""`python -m dream_callbacks.checkpoint`: look at checkpoints, verify, prune, export, prove."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import os
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Sequence
@@ -47,8 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m dream_callbacks.checkpoint",
-        description="Look at the checkpoints of a run, verify, prune and export them. No model is "
-        "built, nothing is unpickled.",
+        description="Look at the checkpoints of a run, verify, prune and export them: no model is "
+        "built, nothing is unpickled. Prove that a trainer resumes bit for bit.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -78,7 +81,21 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--format", choices=tuple(SUFFIXES), default=None)
     for each in (verify, show, export):
         each.add_argument("--step", type=int, default=None, help="which; default: see above")
-    for each in (ls, verify, show, prune):
+    text = "Train a trainer straight through, and killed and resumed; name the first difference."
+    proof = commands.add_parser("prove", help=text, description=text)
+    proof.set_defaults(run=_prove)
+    proof.add_argument(
+        "trainer",
+        metavar="TRAINER",
+        help="module:function or file.py:function; the function returns a trainer, not set up",
+    )
+    proof.add_argument("--steps", type=_count, default=5, help="before the kill, and after it")
+    proof.add_argument("--ranks", type=_count, default=1, help="processes of a run")
+    proof.add_argument("--in-validation", action="store_true", help="kill in a validation")
+    proof.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="of names")
+    proof.add_argument("--folder", type=Path, default=None, help="for the runs; default: temporary")
+    proof.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="of a run")
+    for each in (ls, verify, show, prune, proof):
         each.add_argument("--json", action="store_true", help="for machines")
     return parser
 
@@ -231,6 +248,24 @@ def _export(options: argparse.Namespace) -> int:
     for path in export_checkpoint(disk, checkpoint, options.output, kind):
         print(f"{path}  {spelled_bytes(path.stat().st_size)}  from {checkpoint.name}")
     return 0
+
+
+def _prove(options: argparse.Namespace) -> int:
+    from dream_callbacks.checkpoint.prove import prove
+
+    with contextlib.ExitStack() as stack:
+        folder = options.folder or stack.enter_context(tempfile.TemporaryDirectory())
+        proof = prove(
+            options.trainer,
+            folder,
+            steps=options.steps,
+            kill_in="validation" if options.in_validation else "step",
+            num_ranks=options.ranks,
+            ignore=options.ignore,
+            timeout_s=options.timeout,
+        )
+    print(_json(dataclasses.asdict(proof)) if options.json else proof)
+    return 0 if proof.difference is None else 1
 
 
 # Parts

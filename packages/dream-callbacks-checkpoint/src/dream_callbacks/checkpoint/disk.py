@@ -9,6 +9,7 @@ import shutil
 import stat
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -17,10 +18,13 @@ from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.manifest import FileSum
 
 _CHUNK_BYTES = 1 << 22
+_LARGE_BYTES = 1 << 20
 
 
 class SummedFile:
     """A new file that keeps its size and checksum while it is written, front to back.
+
+    Closing it waits until the disk has it.
 
     Args:
         path: Must not exist yet.
@@ -34,6 +38,7 @@ class SummedFile:
         self.path = path
         self.first_error: OSError | None = None
         self._sums = FileSum(0, 0)
+        self._summing: ThreadPoolExecutor | None = None
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         self._file = open(os.open(path, flags, 0o666), "wb", buffering=1 << 20)  # noqa: SIM115
 
@@ -45,34 +50,42 @@ class SummedFile:
     def write(self, data: Any) -> int:
         """Append bytes, or anything that holds them."""
         view = memoryview(data).cast("B")
-        with self._noting_errors():
-            self._file.write(view)
-        self._sums = FileSum(self._sums.num_bytes + len(view), zlib.crc32(view, self._sums.crc32))
+        if len(view) < _LARGE_BYTES:
+            crc32 = zlib.crc32(view, self._sums.crc32)
+            with self._noting_errors():
+                self._file.write(view)
+        else:
+            # Both let go of the interpreter, so that the checksum takes no time of its own.
+            if self._summing is None:
+                self._summing = ThreadPoolExecutor(1, "checksum")
+            future = self._summing.submit(zlib.crc32, view, self._sums.crc32)
+            try:
+                with self._noting_errors():
+                    self._file.write(view)
+            finally:
+                crc32 = future.result()
+        self._sums = FileSum(self._sums.num_bytes + len(view), crc32)
         return len(view)
 
     def tell(self) -> int:
         """How many bytes were written so far."""
         return self._sums.num_bytes
 
-    def fileno(self) -> int:
-        """The file's descriptor."""
-        return self._file.fileno()
-
     def flush(self) -> None:
         """Hand what was written to the operating system."""
         with self._noting_errors():
             self._file.flush()
 
-    def sync(self) -> None:
-        """Wait until the disk has it."""
-        self.flush()
-        with self._noting_errors():
-            os.fsync(self.fileno())
-
     def close(self) -> None:
-        """Close the file; a second call does nothing."""
-        with self._noting_errors():
-            self._file.close()
+        """Close the file, once the disk has all of it; a second call does nothing."""
+        if self._file.closed:
+            return
+        try:
+            self.flush()
+            with self._noting_errors():
+                os.fsync(self._file.fileno())
+        finally:
+            self._let_go()
 
     def __enter__(self) -> SummedFile:
         return self
@@ -83,7 +96,17 @@ class SummedFile:
         exc_value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        if exc_value is None:
+            self.close()
+        else:
+            with contextlib.suppress(OSError):  # what is buffered has no room either
+                self._let_go()
+
+    def _let_go(self) -> None:
+        if self._summing is not None:
+            self._summing.shutdown()
+        with self._noting_errors():
+            self._file.close()
 
     @contextlib.contextmanager
     def _noting_errors(self) -> Iterator[None]:
@@ -202,7 +225,6 @@ class LocalDisk:
         """Write a new file; the disk has it when this returns."""
         with self.create(folder, name) as file:
             file.write(data)
-            file.sync()
         return file.sums
 
     def sync(self, folder: str = "") -> None:

@@ -143,7 +143,11 @@ class ProfileCallback(Callback):
         self._end_recording()
         if len(self._traces) > self._num_traces_before:
             logger.info("%s", self.report())
-        elif isinstance(recording, WindowRecording) and self.trainer.exception is None:
+        elif (
+            isinstance(recording, WindowRecording)
+            and recording.num_steps  # none: the run was finished before
+            and self.trainer.exception is None
+        ):
             logger.warning(
                 "fit ended after %d optimizer steps, and the first to be recorded was number %d; "
                 "lower skip_first=%d, wait=%d or warmup=%d to get a trace",

@@ -78,8 +78,7 @@ def _precision(trainer: BaseTrainer) -> str:
     dtypes = dict.fromkeys(_dtype(tensor.dtype) for tensor in tensors)
     texts = [f"{' and '.join(dtypes) or 'no'} parameters"]
     if parameters.param_dtype is not None:
-        is_sharded = trainer.world.shape.dp_shard > 1
-        how = "computed in" if is_sharded else "autocast to"
+        how = "computed in" if trainer.world.shape.uses_fsdp else "autocast to"
         texts.append(f"{how} {_dtype(parameters.param_dtype)}")
     if parameters.reduce_dtype is not None:
         texts.append(f"gradients reduced in {_dtype(parameters.reduce_dtype)}")

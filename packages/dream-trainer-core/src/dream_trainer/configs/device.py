@@ -46,8 +46,17 @@ class MeshShape:
         return self.dp_replicate * self.dp_shard
 
     @property
+    def uses_fsdp(self) -> bool:
+        """Whether FSDP holds the parameters and averages their gradients.
+
+        It does so for plain copies too, as shards of one, where layers or sequences are divided:
+        torch's composable DDP silently loses parameters that are DTensors.
+        """
+        return self.dp_shard > 1 or self.cp > 1 or (self.dp_replicate > 1 and self.tp > 1)
+
+    @property
     def layout(self) -> str:
-        """Name of the layout: "single", "ddp", "fsdp", "hsdp", "tp", "fsdp+tp", …"""
+        """Name of the layout: "single", "ddp", "fsdp", "hsdp", "tp", "fsdp+tp", "cp", …"""
         names = []
         if self.dp_shard > 1:
             names.append("hsdp" if self.dp_replicate > 1 else "fsdp")
@@ -71,7 +80,8 @@ class DeviceParameters:
         dp_shard: Shards of parameters, gradients and optimizer state (FSDP); HSDP with both.
         tensor_parallel: Ranks that share each layer's matrices.
         context_parallel: Ranks that share each sequence.
-        pipeline_parallel: Stages of consecutive layers.
+        pipeline_parallel: Stages of consecutive layers. The mesh has this axis; the trainer
+            refuses more than one stage.
         param_dtype: Compute in this dtype: FSDP's mixed precision, autocast elsewhere.
             Default: the dtype that the model has.
         reduce_dtype: Reduce gradients in this dtype (FSDP). Default: as `param_dtype`.

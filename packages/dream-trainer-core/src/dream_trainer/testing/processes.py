@@ -84,7 +84,7 @@ def _run(work: bytes, num_ranks: int, timeout_s: float, stacks: Path) -> list[An
         process = context.Process(
             target=_run_rank,
             args=(sender, work, rank, num_ranks, store.port, stacks / str(rank)),
-            daemon=True,
+            daemon=False,  # a loader may have workers
         )
         process.start()
         sender.close()
@@ -126,6 +126,8 @@ def _run_rank(
     """Body of a rank's process: make the call in `work` and send what became of it."""
     import torch
 
+    # A loader's workers start as they do in a script, not from yet another server.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     faulthandler.enable(stack.open("w"))  # for SIGABRT, and for crashes
     torch.set_num_threads(1)

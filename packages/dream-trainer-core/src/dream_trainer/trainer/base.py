@@ -21,7 +21,6 @@ from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfi
 from dream_trainer.trainer.batches import BatchStream
 from dream_trainer.trainer.optimization import Optimization
 from dream_trainer.trainer.results import EpochMeans
-from dream_trainer.world.determinism import seed_all
 from dream_trainer.world.world import World
 
 
@@ -60,7 +59,7 @@ class BaseTrainer(AbstractTrainer):
         self.training_parameters.validate()
         self.world = World(config.device_parameters)
         self.counters = Counters()
-        self.epoch_means = EpochMeans()
+        self.epoch_means = EpochMeans("training_step")
         self.seed: int | None = None
         self.first_step_done = False
         self.moves_batches = (
@@ -194,12 +193,12 @@ class BaseTrainer(AbstractTrainer):
             is_distributed=self.world.is_distributed,
         )
         dtype = self.config.device_parameters.param_dtype
-        if dtype is not None and self.world.shape.dp_shard == 1:
+        if dtype is not None and not self.world.shape.uses_fsdp:
             self.precision_context = functools.partial(
                 torch.autocast, self.world.device.type, dtype=dtype
             )
         if self.world.is_distributed and self.seed is not None:
-            seed_all(self.seed + self.world.dp_rank)  # dropout differs between data ranks
+            self.world.seed_parts(self.seed)  # dropout differs with the data
 
     @property
     def validates(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, Protocol, runtime_checkable
 
-from dream_trainer.world.determinism import random_state, set_random_state
+from dream_trainer.world.determinism import random_state, random_state_kept, set_random_state
 from dream_trainer.world.world import World
 
 
@@ -102,13 +102,10 @@ class BatchStream:
             return self._paused
         if self._iterator is None:
             return {}
+        position = {"position": self._position, "epoch": self._epoch_at_start}
         if isinstance(self.loader, StatefulLoader):
-            return {"loader": self.loader.state_dict(), "position": self._position}
-        return {
-            "position": self._position,
-            "epoch": self._epoch_at_start,
-            "random_state": self._random_state_at_start,
-        }
+            return {**position, "loader": self.loader.state_dict()}
+        return {**position, "random_state": self._random_state_at_start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a position: the next batch is the one after it."""
@@ -116,6 +113,7 @@ class BatchStream:
         if not state_dict:
             return
         if isinstance(self.loader, StatefulLoader) and "loader" in state_dict:
+            self._set_epoch(state_dict["epoch"])
             self.loader.load_state_dict(state_dict["loader"])
             self._iterator = iter(self.loader)
         else:
@@ -128,14 +126,18 @@ class BatchStream:
         self._position = state_dict["position"]
 
     def _begin(self, epoch: int) -> None:
-        self._epoch_at_start, self._paused = epoch, None
+        self._paused = None
+        self._set_epoch(epoch)
+        self._random_state_at_start = random_state()
+        self._iterator = begin(self.loader)
+        self._position = 0
+
+    def _set_epoch(self, epoch: int) -> None:
+        self._epoch_at_start = epoch
         for owner in (self.loader, *(getattr(self.loader, name, None) for name in _EPOCH_OWNERS)):
             set_epoch = getattr(owner, "set_epoch", None)
             if callable(set_epoch):
                 set_epoch(epoch)
-        self._random_state_at_start = random_state()
-        self._iterator = iter(self.loader)
-        self._position = 0
 
     def _next_of_new_pass(self) -> Any:
         length = length_of(self.loader)
@@ -151,6 +153,18 @@ class BatchStream:
                 "is begun again; return an iterable that can be iterated again, or train for "
                 "fewer steps"
             ) from None
+
+
+def begin(loader: Iterable[Any]) -> Iterator[Any]:
+    """An iterator over a loader, which takes the same random numbers the first time as later.
+
+    Workers that stay (`persistent_workers`) are seeded when they are made: the random number that
+    this takes would be missing in every later epoch, and a resumed run couldn't give the same.
+    """
+    if getattr(loader, "persistent_workers", False) and getattr(loader, "_iterator", None) is None:
+        with random_state_kept():
+            iter(loader)
+    return iter(loader)
 
 
 def batches_together(
@@ -173,7 +187,7 @@ def batches_together(
     length = length_of(loader)
     end = min((n for n in (limit, length) if n is not None), default=None)
     asks = length is None and world.is_distributed
-    iterator = iter(loader)
+    iterator = begin(loader)
     position = 0
     while end is None or position < end:
         try:

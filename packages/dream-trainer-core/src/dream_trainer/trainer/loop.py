@@ -16,7 +16,7 @@ from torch import nn
 from dream_trainer.trainer.agreement import agree_on_models, agree_on_plan
 from dream_trainer.trainer.batches import batches_together
 from dream_trainer.trainer.divergence import refuse_divergence
-from dream_trainer.trainer.results import EpochMeans, num_samples, step_result
+from dream_trainer.trainer.results import EpochMeans
 from dream_trainer.world.determinism import random_state_kept, set_random_state
 
 if TYPE_CHECKING:
@@ -133,9 +133,9 @@ def _run_epoch(trainer: BaseTrainer) -> None:
     if counters.epoch_stage == "train":
         if not _train_epoch(trainer):
             return
-        result = trainer.epoch_means.reduce(trainer.world, "training_step")
+        result = trainer.epoch_means.reduce(trainer.world)
         refuse_divergence(trainer, result, "training_step")
-        trainer.epoch_means = EpochMeans()
+        trainer.epoch_means = EpochMeans("training_step")
         counters.epoch_stage = "validate"
         callbacks.post_train_epoch(result)
     if trainer.training_parameters.val_every_n_steps is None:
@@ -150,7 +150,11 @@ def _train_epoch(trainer: BaseTrainer) -> bool:
     Returns:
         False if training ended before.
     """
-    counters, batches = trainer.counters, trainer.train_batches
+    counters, batches, optimization = (
+        trainer.counters,
+        trainer.train_batches,
+        trainer.optimization,
+    )
     accumulation = trainer.training_parameters.gradient_accumulation_steps
     num_batches = trainer.num_train_batches
     assert num_batches is not None, "the loaders are built in setup"
@@ -164,8 +168,8 @@ def _train_epoch(trainer: BaseTrainer) -> bool:
     while counters.epoch_batches < num_batches:
         group_size = min(accumulation, num_batches - counters.epoch_batches)
         for index_in_group in range(group_size):
-            if group_size != trainer.optimization.group_size or group_size != 1:
-                trainer.optimization.begin_batch(index_in_group, group_size)
+            if group_size != 1 or optimization.group_size != 1:
+                optimization.begin_batch(index_in_group, group_size)
             train_step(trainer, batches.next_batch())
         if _ends_after_step(trainer) and counters.epoch_batches < num_batches:
             return False
@@ -194,7 +198,7 @@ def train_step(trainer: BaseTrainer, batch: Any) -> None:
             result = _in_contexts(
                 trainer, callbacks.train_context, trainer.training_step, batch, batch_idx
             )
-        result = step_result(result, "training_step")
+        result = trainer.epoch_means.add(result, batch)
     except BaseException as error:
         _note_place(error, trainer, "training_step", batch_idx)
         raise
@@ -202,20 +206,20 @@ def train_step(trainer: BaseTrainer, batch: Any) -> None:
     counters.local_batches += 1
     if optimization.num_steps != steps_before:
         counters.global_step += 1
-    trainer.epoch_means.add(result, num_samples(batch))
     callbacks.post_train_step(result, batch_idx)
 
 
 def _ends_after_step(trainer: BaseTrainer) -> bool:
     """Validate if it is time. Whether the run ends with the step that was just completed."""
-    max_steps = trainer.training_parameters.max_steps
+    parameters = trainer.training_parameters
     if not trainer.first_step_done:
         trainer.first_step_done = True
         trainer.world.tighten_timeouts()
-    _validate_if_due(trainer)
+    if parameters.val_every_n_steps is not None:
+        _validate_if_due(trainer)
     if trainer.may_be_stopped and trainer.agree_to_stop():
         return True
-    return max_steps is not None and trainer.counters.global_step >= max_steps
+    return parameters.max_steps is not None and trainer.global_step >= parameters.max_steps
 
 
 # Validation
@@ -247,7 +251,7 @@ def _validate(trainer: BaseTrainer, max_batches: int | None) -> None:
     callbacks = trainer.callbacks
     callbacks.pre_validation_epoch()
     trainer.reset_metrics()
-    means = EpochMeans()
+    means = EpochMeans("validation_step")
     limits = [n for n in (max_batches, trainer.num_val_batches) if n is not None]
     with torch.no_grad(), _eval_mode(trainer):
         batch_idx = 0
@@ -260,7 +264,7 @@ def _validate(trainer: BaseTrainer, max_batches: int | None) -> None:
             "the validation loader gave no batch; at least 1 is required: return an iterable "
             "that can be iterated again, or no validation loader"
         )
-    result = means.reduce(trainer.world, "validation_step")
+    result = means.reduce(trainer.world)
     refuse_divergence(trainer, result, "validation_step")
     result |= trainer.compute_metrics()
     if max_batches is None:
@@ -280,11 +284,10 @@ def _validation_step(trainer: BaseTrainer, batch: Any, batch_idx: int, means: Ep
             result = _in_contexts(
                 trainer, callbacks.validation_context, trainer.validation_step, batch, batch_idx
             )
-        result = step_result({} if result is None else result, "validation_step")
+        result = means.add({} if result is None else result, batch)
     except BaseException as error:
         _note_place(error, trainer, "validation_step", batch_idx)
         raise
-    means.add(result, num_samples(batch))
     callbacks.post_validation_step(result, batch_idx)
 
 

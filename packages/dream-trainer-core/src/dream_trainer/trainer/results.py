@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,29 +14,6 @@ from dream_trainer.world.world import World
 
 _FOLD_EVERY = 128
 """Batches whose scalars are kept before they are added up in one operation."""
-
-
-def step_result(result: Any, step_name: str) -> dict[str, Any]:
-    """What a step returned, as a dict of detached values. No host synchronization.
-
-    Raises:
-        TypeError: If it is neither a dict with string keys nor a tensor.
-    """
-    if isinstance(result, Tensor):
-        return {"loss": result.detach()}
-    if type(result) is not dict and not isinstance(result, Mapping):
-        raise TypeError(
-            f"{step_name} returned {_described(result)}; return what it should report: a dict "
-            'such as {"loss": loss}, or the loss as a tensor'
-        )
-    detached = {}
-    for key, value in result.items():
-        if type(key) is not str:
-            raise TypeError(f"{step_name} returned a dict with the key {key!r}; keys are strings")
-        detached[key] = (
-            value.detach() if isinstance(value, Tensor) and value.requires_grad else value
-        )
-    return detached
 
 
 def num_samples(batch: Any) -> int:
@@ -49,7 +27,8 @@ def num_samples(batch: Any) -> int:
             batch = getattr(batch, dataclasses.fields(batch)[0].name)
         else:
             return 1
-    return batch.size(0) if batch.dim() else 1
+    shape = batch.shape
+    return shape[0] if shape else 1
 
 
 class EpochMeans:
@@ -57,37 +36,49 @@ class EpochMeans:
 
     Adding costs no device operation: scalars are kept for some batches and then stacked and
     added up at once. Nothing else of a batch is kept, except other values of the last one.
+
+    Args:
+        step_name: Of the method whose results these are, for errors.
     """
 
-    def __init__(self) -> None:
-        # Pending values by key; None for a key whose values aren't scalars.
-        self._columns: dict[str, list[Tensor | float] | None] = {}
+    def __init__(self, step_name: str) -> None:
+        self.step_name = step_name
+        # Pending values by key; of a key whose values aren't scalars, the last one.
+        self._columns: dict[str, list[Tensor | float] | deque[Any]] = {}
         self._pending_weights: list[int] = []
         self._sums: dict[str, Tensor | float] = {}
         self._weights: dict[str, int] = {}
         self._last: dict[str, Any] = {}
 
-    def add(self, result: dict[str, Any], weight: int) -> None:
-        """Take in the result of a batch of `weight` samples. No host synchronization."""
+    def add(self, result: Any, batch: Any) -> dict[str, Any]:
+        """Take in what a step returned for a batch. No host synchronization.
+
+        Returns:
+            The result as a dict of detached values.
+
+        Raises:
+            TypeError: If it is neither a dict with string keys nor a tensor.
+        """
+        if type(result) is not dict:
+            result = _as_dict(result, self.step_name)
         if result.keys() != self._columns.keys():
-            self._fold()
-            self._columns = {key: [] if _is_scalar(result[key]) else None for key in result}
+            self._begin_columns(result)
+        detached = {}
         for key, value in result.items():
-            column = self._columns[key]
-            if column is None:
-                self._last[key] = value
-            else:
-                column.append(value)
-        self._pending_weights.append(weight)
+            if isinstance(value, Tensor) and value.requires_grad:
+                value = value.detach()
+            detached[key] = value
+            self._columns[key].append(value)
+        self._pending_weights.append(num_samples(batch))
         if len(self._pending_weights) == _FOLD_EVERY:
             self._fold()
+        return detached
 
-    def reduce(self, world: World, what: str) -> dict[str, Any]:
+    def reduce(self, world: World) -> dict[str, Any]:
         """The means over all samples of all ranks; waits for the device. Collective.
 
         Args:
             world: Whose ranks took part. Ranks that read the same data count alike.
-            what: Named in the error.
 
         Returns:
             A float for each scalar, in the order in which keys first came; of other values the
@@ -97,7 +88,7 @@ class EpochMeans:
             ValueError: On all ranks, if they report different keys.
         """
         self._fold()
-        world.agree(sorted(self._sums), f"the scalars that {what} reports")
+        world.agree(sorted(self._sums), f"the scalars that {self.step_name} reports")
         if not self._sums:
             return dict(self._last)
         keys = sorted(self._sums)
@@ -120,10 +111,25 @@ class EpochMeans:
         self._sums = {key: total for key, (total, _) in state_dict.items()}
         self._weights = {key: weight for key, (_, weight) in state_dict.items()}
 
+    def _begin_columns(self, result: dict[str, Any]) -> None:
+        """Make room for the keys of a result, which aren't those of the one before it."""
+        for key in result:
+            if type(key) is not str:
+                raise TypeError(
+                    f"{self.step_name} returned a dict with the key {key!r}; keys are strings"
+                )
+        self._fold()
+        self._columns = {
+            key: [] if _is_scalar(value) else deque(maxlen=1) for key, value in result.items()
+        }
+
     def _fold(self) -> None:
         """Add the pending scalars to the sums."""
         for key, column in self._columns.items():
             if not column:
+                continue
+            if isinstance(column, deque):
+                self._last[key] = column[0]
                 continue
             values = _stacked(key, column)
             weights = torch.tensor(self._pending_weights, dtype=torch.float64)
@@ -131,6 +137,18 @@ class EpochMeans:
             self._weights[key] = self._weights.get(key, 0) + sum(self._pending_weights)
             column.clear()
         self._pending_weights.clear()
+
+
+def _as_dict(result: Any, step_name: str) -> dict[str, Any]:
+    """What a step returned, if it isn't a dict itself."""
+    if isinstance(result, Tensor):
+        return {"loss": result}
+    if isinstance(result, Mapping):
+        return dict(result)
+    raise TypeError(
+        f"{step_name} returned {_described(result)}; return what it should report: a dict "
+        'such as {"loss": loss}, or the loss as a tensor'
+    )
 
 
 def _is_scalar(value: Any) -> bool:

@@ -215,10 +215,12 @@ def sharded_gradient_norm(
 
 
 def _refuse_without_gradient(parameters: Sequence[nn.Parameter]) -> None:
-    if all(parameter.grad is None for parameter in parameters):
-        raise ValueError(
-            "no parameter has a gradient; call self.backward(loss) before self.step(optimizer)"
-        )
+    for parameter in parameters:
+        if parameter.grad is not None:
+            return
+    raise ValueError(
+        "no parameter has a gradient; call self.backward(loss) before self.step(optimizer)"
+    )
 
 
 def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -23,6 +23,19 @@ def build_mesh(shape: MeshShape, device_type: str) -> DeviceMesh:
     return init_device_mesh(device_type, shape.sizes, mesh_dim_names=AXES)
 
 
+def fsdp_mesh(mesh: DeviceMesh, shape: MeshShape) -> DeviceMesh:
+    """The part of the mesh that FSDP works on: copies × shards, or shards alone.
+
+    Ranks that share a sequence are shards too: each has a part of the batch's gradient.
+    Collective the first time, with `cp`.
+    """
+    shards = "dp_shard"
+    if shape.cp > 1:
+        shards = "dp_shard_cp"
+        mesh["dp_shard", "cp"]._flatten(shards)  # noqa: SLF001  # there is no public one
+    return mesh["dp_replicate", shards] if shape.dp_replicate > 1 else mesh[shards]
+
+
 def coordinates(rank: int, shape: MeshShape) -> dict[str, int]:
     """Place of a rank on each axis, as in the mesh; needs no process group."""
     place = {}

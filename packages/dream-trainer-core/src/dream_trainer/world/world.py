@@ -19,7 +19,7 @@ from dream_trainer.configs.device import AXES, DeviceParameters, MeshShape
 from dream_trainer.world import collectives, launcher
 from dream_trainer.world.collectives import ReduceOp
 from dream_trainer.world.determinism import seed_all, use_deterministic_algorithms
-from dream_trainer.world.mesh import build_mesh, coordinates
+from dream_trainer.world.mesh import build_mesh, coordinates, fsdp_mesh
 from dream_trainer.world.watch import Alone, FailureWatch
 
 if TYPE_CHECKING:
@@ -104,6 +104,11 @@ class World:
         return self.shape.cp
 
     @property
+    def data_part(self) -> int:
+        """Which part of a global batch this rank computes; dropout is alike where it is."""
+        return self.dp_rank * self.cp_size + self.cp_rank
+
+    @property
     def pp_rank(self) -> int:
         return self.place["pp"]
 
@@ -181,6 +186,15 @@ class World:
         seed_all(seed)
         return seed
 
+    def seed_parts(self, seed: int) -> None:
+        """Seed all generators by this rank's part of the data: alike where layers are shared."""
+        seed_all(seed + self.data_part)
+        if self.tp_size > 1 and self.device.type == "cuda":
+            from torch.distributed.tensor._random import manual_seed
+
+            # Else the first random operation on a DTensor gives all ranks rank 0's state.
+            manual_seed(seed + self.data_part, self.get_mesh("tp"))
+
     def tighten_timeouts(self) -> None:
         """Let collectives take `train_timeout_s` from now on instead of `init_timeout_s`."""
         if not self.is_distributed:
@@ -224,6 +238,15 @@ class World:
             )
         ordered = tuple(axis for axis in AXES if axis in axes)
         return self.mesh[ordered] if len(ordered) > 1 else self.mesh[ordered[0]]
+
+    @property
+    def fsdp_mesh(self) -> DeviceMesh:
+        """The part of the mesh to give to `fully_shard`. Collective the first time.
+
+        Raises:
+            RuntimeError: As `mesh`.
+        """
+        return fsdp_mesh(self.mesh, self.shape)
 
     def group(self, kind: str = "control") -> ProcessGroup | None:
         """A CPU group of all ranks that callbacks may share; None in a world of one.

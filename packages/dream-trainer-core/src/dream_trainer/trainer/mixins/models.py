@@ -1,7 +1,7 @@
 """Models: from the user's structure to sharded, compiled, initialized weights on the device.
 
-The order is: tensor parallelism, activation checkpointing, compile, FSDP or DDP, materialize,
-initialize. Each comes after what would otherwise undo it or be traced through it.
+The order is: tensor and context parallelism, activation checkpointing, compile, FSDP or DDP,
+materialize, initialize. Each comes after what would otherwise undo it or be traced through it.
 """
 
 from __future__ import annotations
@@ -60,6 +60,19 @@ class ModelSetupMixin(AbstractTrainer):
             "tensor_parallel=1"
         )
 
+    def apply_context_parallel(self, mesh: DeviceMesh) -> None:
+        """Make the models' attention see whole sequences, of which each rank of `mesh` has a part.
+
+        Has no default: which modules attend, and how, is known to the model's author, as is the
+        dimension along which `training_step` takes this rank's part, `world.cp_rank` of
+        `world.cp_size`, of a batch. Gradients of the parts are averaged.
+        """
+        raise NotImplementedError(
+            f"context_parallel={self.world.cp_size}, and {type(self).__name__} has no "
+            "apply_context_parallel(mesh); write one that makes attention work over the mesh, or "
+            "set context_parallel=1"
+        )
+
     def apply_activation_checkpointing(self) -> None:
         """Recompute activations in backward: each block of a ModuleList."""
         from torch.distributed._composable.checkpoint_activation import checkpoint
@@ -90,6 +103,9 @@ class ModelSetupMixin(AbstractTrainer):
     def apply_replicate(self, mesh: DeviceMesh) -> None:
         """Keep the models' copies equal with DDP, without wrapping them.
 
+        Copies of models that are divided in another way too go to `apply_fully_shard`, as shards
+        of one: DDP loses parameters that are DTensors.
+
         Args:
             mesh: The axis of copies.
         """
@@ -114,6 +130,12 @@ class ModelSetupMixin(AbstractTrainer):
 
     def build_models(self) -> None:
         """Call `configure_models` on the right device and remember what it assigned."""
+        if self.world.pp_size > 1:
+            raise NotImplementedError(
+                f"pipeline_parallel={self.world.pp_size}: torch's pipeline schedules run forward "
+                "and backward themselves, which is training_step's part here; set "
+                "pipeline_parallel=1 and divide the model with dp_shard or tensor_parallel"
+            )
         on_meta = self._is_sharded and self._has_init_weights
         device = torch.device("meta") if on_meta else self.world.device
         drawing = FullTensorRandom(self.world.device) if on_meta else nullcontext()
@@ -129,18 +151,15 @@ class ModelSetupMixin(AbstractTrainer):
     def prepare_models(self) -> None:
         """Parallelize, compile, shard, materialize and initialize the models."""
         parameters, shape = self.config.device_parameters, self.world.shape
-        for axis, degree in (("context_parallel", shape.cp), ("pipeline_parallel", shape.pp)):
-            if degree > 1:
-                raise NotImplementedError(
-                    f"{axis}={degree}: there is no layout with it yet; set {axis}=1"
-                )
         if shape.tp > 1:
             self.apply_tensor_parallel(self.world.get_mesh("tp"))
+        if shape.cp > 1:
+            self.apply_context_parallel(self.world.get_mesh("cp"))
         if parameters.checkpoint_activations:
             self.apply_activation_checkpointing()
         if parameters.compile_model:
             self.apply_compile()
-        if shape.dp_shard > 1:
+        if shape.uses_fsdp:
             self.apply_fully_shard(self._fully_shard_config())
         elif shape.dp_replicate > 1:
             self.apply_replicate(self.world.get_mesh("dp_replicate"))
@@ -148,7 +167,7 @@ class ModelSetupMixin(AbstractTrainer):
 
     @property
     def _is_sharded(self) -> bool:
-        return self.world.shape.dp_shard > 1 or self.world.shape.tp > 1
+        return self.world.shape.uses_fsdp or self.world.shape.tp > 1
 
     @property
     def _has_init_weights(self) -> bool:
@@ -158,9 +177,8 @@ class ModelSetupMixin(AbstractTrainer):
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
         parameters = self.config.device_parameters
-        axes = ("dp_replicate", "dp_shard") if self.world.shape.dp_replicate > 1 else ("dp_shard",)
         config: dict[str, Any] = {
-            "mesh": self.world.get_mesh(*axes),
+            "mesh": self.world.fsdp_mesh,
             "mp_policy": MixedPrecisionPolicy(
                 param_dtype=parameters.param_dtype, reduce_dtype=parameters.reduce_dtype
             ),
@@ -171,7 +189,7 @@ class ModelSetupMixin(AbstractTrainer):
 
     def _materialize(self) -> None:
         device = self.world.device
-        if self.config.device_parameters.cpu_offload and self.world.shape.dp_shard > 1:
+        if self.config.device_parameters.cpu_offload and self.world.shape.uses_fsdp:
             device = torch.device("cpu")
         empty: list[tuple[str, Tensor]] = []
         for name, model in self.named_models().items():

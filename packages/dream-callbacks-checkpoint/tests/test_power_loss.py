@@ -1,0 +1,120 @@
+"""Power failures: what the disk has at any moment holds every checkpoint that was called saved.
+
+A file system in a file is the disk. The run on it is halted, the file is copied, as a computer
+that loses power would leave it, and the copy is mounted: its journal is replayed as at a start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import training
+from test_kills import last_acknowledged, resumed_step
+
+from dream_trainer.testing import run_on_ranks
+
+OPTIONS = ["commit=1", "commit=5", "commit=5,data=writeback"]
+
+
+CLONE_NEWNS = 0x00020000
+"""Of unshare(2): mounts of a process that nobody else sees, and that end with it."""
+
+
+@pytest.fixture(autouse=True)
+def _can_mount(tmp_path: Path) -> None:
+    """Skips where a file system in a file can't be made or mounted, and says why."""
+    image, folder = tmp_path / "try.img", tmp_path / "try"
+    folder.mkdir()
+    try:
+        new_image(image, 4 << 20)
+        command = ["unshare", "--mount", "mount", "-o", "loop", str(image), str(folder)]
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"needs root, mkfs.ext4, unshare and loop devices: {error}")
+
+
+def new_image(path: Path, num_bytes: int) -> Path:
+    """A file with an empty file system in it."""
+    with path.open("wb") as file:
+        file.truncate(num_bytes)
+    subprocess.run(["mkfs.ext4", "-q", "-F", str(path)], check=True, capture_output=True)
+    return path
+
+
+@contextlib.contextmanager
+def mounted(image: Path, folder: Path, options: str) -> Iterator[Path]:
+    folder.mkdir(exist_ok=True)
+    command = ["mount", "-o", f"loop,{options}", str(image), str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def power_lost_repeatedly(folder: Path, callback: str, options: str, times: int) -> list[int]:
+    """Steps that were resumed from what the disk had; each at least the last one called saved."""
+    assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    draw = random.Random(times)
+    image, copy = new_image(folder / "disk.img", 64 << 20), folder / "copy.img"
+    outside = folder / "outside"
+    outside.mkdir()
+    steps = []
+    with mounted(image, folder / "disk", options) as disk:
+        process = os.fork()
+        if process == 0:
+            # What is called saved is written down on another disk.
+            (disk / "acknowledged").symlink_to(outside / "acknowledged")
+            with contextlib.suppress(BaseException):
+                training.train_until_killed(disk, callback)
+            os._exit(1)
+        try:
+            deadline = time.monotonic() + 30
+            while not last_acknowledged(outside) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            for _ in range(times):
+                time.sleep(draw.uniform(0, 0.3))
+                os.kill(process, signal.SIGSTOP)
+                acknowledged = last_acknowledged(outside)
+                shutil.copyfile(image, copy)
+                os.kill(process, signal.SIGCONT)
+                with mounted(copy, folder / "copy", options) as found:
+                    steps.append(resumed_step(found))
+                assert steps[-1] >= acknowledged > 0
+        finally:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+    return steps
+
+
+@pytest.mark.parametrize("callback", training.CALLBACKS)
+@pytest.mark.parametrize(
+    ("options", "times"),
+    [
+        ("commit=5", 5),
+        *(
+            pytest.param(options, 35, marks=[pytest.mark.full, pytest.mark.timeout(900)])
+            for options in OPTIONS
+        ),
+    ],
+)
+def test_power_loss_loses_nothing_that_was_called_saved(
+    tmp_path: Path, callback: str, options: str, times: int
+) -> None:
+    (steps,) = run_on_ranks(
+        power_lost_repeatedly, 1, tmp_path, callback, options, times, timeout_s=30 + 15 * times
+    )
+
+    assert len(steps) == times
+    assert steps == sorted(steps)
