@@ -25,9 +25,8 @@ from dream_callbacks.checkpoint.catalog import (
     read_catalog,
 )
 from dream_callbacks.checkpoint.choosing import choose
-from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.directory import directory_of
 from dream_callbacks.checkpoint.errors import CheckpointError
-from dream_callbacks.checkpoint.lock import DirectoryLock
 from dream_callbacks.checkpoint.manifest import FileSum, Manifest
 from dream_callbacks.checkpoint.ranks import Ranks, described
 from dream_callbacks.checkpoint.resume import ResumeMode
@@ -84,18 +83,18 @@ class Store:
     """A checkpoint directory, for the ranks of one run. Methods are collective unless they say so.
 
     Args:
-        root: The directory.
+        root: The directory, or its URL.
         world: Launched.
         rules: What to keep.
     """
 
-    def __init__(self, root: Path, world: World, rules: KeepRules) -> None:
-        self.disk = LocalDisk(root)
+    def __init__(self, root: str | Path, world: World, rules: KeepRules) -> None:
+        self.disk = directory_of(root)
         self.world = world
         self.rules = rules
         self.ranks = Ranks(world, "checkpoint")
         self.run = self.ranks.broadcast(uuid.uuid4().hex)
-        self.lock = DirectoryLock(root / layout.LOCK, self.run)
+        self.lock = self.disk.lock(self.run)
         self._dp_ranks = tuple(self.ranks.all_gather(world.dp_rank))
         self._catalog = Catalog()
         self._was_opened = False
