@@ -23,6 +23,7 @@ import os
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -35,10 +36,9 @@ from torch import nn
 
 from dream_callbacks.checkpoint import (
     AsyncCheckpointCallback,
-    CheckpointCallback,
     CheckpointParameters,
 )
-from dream_trainer.callbacks import Every
+from dream_trainer.callbacks import Callback, Every
 from dream_trainer.testing import TinyTrainer, tiny_config
 
 SYNC_GOAL = 0.9
@@ -49,14 +49,17 @@ COMMIT_GOAL = 1.25
 
 
 class Large(TinyTrainer):
-    """A model of layers of 4 MB, trained for one step."""
+    """A model of layers of 4 MB, or of one smaller one, trained for one step."""
 
     num_layers = 1
+    num_rows = 1024
 
     def configure_models(self) -> None:
         super().configure_models()
         for number in range(self.num_layers):
-            self.model.register_parameter(f"p{number}", nn.Parameter(torch.randn(1024, 1024)))
+            self.model.register_parameter(
+                f"p{number}", nn.Parameter(torch.randn(self.num_rows, 1024))
+            )
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         for name, parameter in self.model.named_parameters():
@@ -65,8 +68,8 @@ class Large(TinyTrainer):
         return super().training_step(batch, batch_idx)
 
 
-def trained(folder: Path, callbacks: Iterable[CheckpointCallback]) -> Large:
-    trainer = Large(tiny_config(folder, callbacks, max_steps=1))
+def trained(folder: Path, callbacks: Iterable[Callback[Any]], max_steps: int = 1) -> Large:
+    trainer = Large(tiny_config(folder, callbacks, max_steps=max_steps))
     trainer.fit()
     return trainer
 
@@ -107,14 +110,9 @@ class Waited(logging.Handler):
             self.seconds = float(record.args[1])  # type: ignore[arg-type]
 
 
-def one_save(trainer: Large) -> None:
-    """One more step, and the save that is due after it."""
-    trainer.training_parameters.max_steps = trainer.global_step + 1
-    trainer.fit()
-
-
 def measure(model_mb: int, folder: Path, rounds: int) -> dict[str, Any]:
     Large.num_layers = max(model_mb // 4, 1)
+    Large.num_rows = min(model_mb * 256, 1024)
     parameters = CheckpointParameters(every=Every(steps=1), keep_last=1)
     plain = trained(folder / "plain", [])
     state = {key: plain.state_dict()[key] for key in ("models", "optimizers")}
@@ -175,21 +173,27 @@ def note_async(
     logger = logging.getLogger("dream_callbacks.checkpoint")
     logger.addHandler(waited)
     logger.setLevel(logging.DEBUG)
-    ours = trained(folder / "async", [AsyncCheckpointCallback(parameters)])
     state = {key: plain.state_dict()[key] for key in ("models", "optimizers")}
-    store = dist.HashStore()
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     stager = DefaultStager(StagingOptions(False, False, False, False))
-    for number in range(rounds + 1):
-        shutil.rmtree(folder / "dcp", ignore_errors=True)
-        began_s = time.perf_counter()
-        future: Any = dcp.async_save(state, checkpoint_id=folder / "dcp", async_stager=stager)
-        blocked_s = time.perf_counter() - began_s
-        getattr(future, "upload_completion", future).result()
-        one_save(ours)
-        if number:  # the first one gets its memory
-            note("dcp.async_save", blocked_s)
-            note("AsyncCheckpointCallback", waited.seconds)
+
+    class Turn(Callback[Any]):
+        """Before each step: wait for our save, let DCP make one, and wait for that."""
+
+        def pre_train_step(self, batch: Any, batch_idx: int) -> None:
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":
+                    thread.join()
+            shutil.rmtree(folder / "dcp", ignore_errors=True)
+            began_s = time.perf_counter()
+            future: Any = dcp.async_save(state, checkpoint_id=folder / "dcp", async_stager=stager)
+            blocked_s = time.perf_counter() - began_s
+            getattr(future, "upload_completion", future).result()
+            if self.trainer.global_step > 1:  # the first one gets its memory
+                note("dcp.async_save", blocked_s)
+                note("AsyncCheckpointCallback", waited.seconds)
+
+    trained(folder / "async", [AsyncCheckpointCallback(parameters), Turn()], rounds + 2)
     stager.close()
     dist.destroy_process_group()
 

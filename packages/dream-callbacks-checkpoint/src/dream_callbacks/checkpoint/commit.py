@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import uuid
+from collections.abc import Collection
 
 from dream_callbacks.checkpoint import layout
 from dream_callbacks.checkpoint.directory import Directory, Lock
@@ -23,10 +24,23 @@ def begin(disk: Directory, step: int, run: str) -> str:
     return name
 
 
-def publish(disk: Directory, temporary: str, manifest: Manifest, lock: Lock) -> str:
-    """Make a written folder a checkpoint, by giving it its name. All its files are on the disk.
+def publish(
+    disk: Directory,
+    temporary: str,
+    manifest: Manifest,
+    lock: Lock,
+    unsynced: Collection[str],
+) -> str:
+    """Make a written folder a checkpoint, by giving it its name.
 
     Another checkpoint of the same step, of a run that went on from an earlier one, is replaced.
+
+    Args:
+        disk: Where.
+        temporary: The folder.
+        manifest: What is in it.
+        lock: Held.
+        unsynced: Files that the disk may not have yet. It has all the others.
 
     Returns:
         The name. The disk has it when this returns.
@@ -40,7 +54,7 @@ def publish(disk: Directory, temporary: str, manifest: Manifest, lock: Lock) -> 
         disk.write(name, layout.MANIFEST, manifest.encode())  # which makes it one
         return name
     disk.write(temporary, layout.MANIFEST, manifest.encode())
-    disk.sync(temporary)
+    disk.sync(temporary, [*unsynced, layout.MANIFEST])
     lock.check()
     replaced = layout.replaced_name(manifest.step, uuid.uuid4().hex)
     if name in disk.entries():
@@ -113,6 +127,7 @@ def probe(disk: Directory) -> None:
     name = layout.probe_name(uuid.uuid4().hex)
     try:
         disk.write("", name, b"probe")
+        disk.sync("", [name])
         renamed = layout.probe_name(uuid.uuid4().hex)
         disk.rename(name, renamed)
         name = renamed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -62,7 +63,7 @@ class Directory(Protocol):
 
     def write(self, folder: str, name: str, data: bytes) -> FileSum: ...
 
-    def sync(self, folder: str = "") -> None: ...
+    def sync(self, folder: str = "", names: Iterable[str] = ()) -> None: ...
 
     def rename(self, old: str, new: str) -> None: ...
 

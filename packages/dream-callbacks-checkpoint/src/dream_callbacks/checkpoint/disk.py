@@ -7,6 +7,8 @@ import errno
 import os
 import shutil
 import stat
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -122,21 +124,24 @@ class LocalDisk:
         path = self.root / folder / name
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         file = open(os.open(path, flags, 0o666), "wb", buffering=1 << 20)  # noqa: SIM115
-        return SummedFile(str(path), file, lambda file: os.fsync(file.fileno()))
+        return SummedFile(str(path), file, lambda file: os.fdatasync(file.fileno()))
 
     def write(self, folder: str, name: str, data: bytes) -> FileSum:
-        """Write a new file; the disk has it when this returns."""
+        """Write a new file."""
         with self.create(folder, name) as file:
             file.write(data)
         return file.sums
 
-    def sync(self, folder: str = "") -> None:
-        """Wait until the disk has the names in a folder."""
-        descriptor = os.open(self.root / folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    def sync(self, folder: str = "", names: Iterable[str] = ()) -> None:
+        """Wait until the disk has what a folder lists, and these files of it."""
+        paths = [self.root / folder, *(self.root / folder / name for name in names)]
+        if len(paths) == 1:
+            _sync(paths[0])
+            return
+        # At once, so that one commit of the file system's journal serves them all.
+        with ThreadPoolExecutor(len(paths), "checkpoint-sync") as threads:
+            for synced in [threads.submit(_sync, path) for path in paths]:
+                synced.result()
 
     def rename(self, old: str, new: str) -> None:
         """Give a folder or file another name, at once; the disk has it when this returns."""
@@ -148,6 +153,7 @@ class LocalDisk:
         temporary = f"{name}.{unique}.tmp"
         self.unlink(temporary)
         self.write("", temporary, data)
+        self.sync("", [temporary])
         (self.root / temporary).replace(self.root / name)
         self.sync()
 
@@ -159,3 +165,11 @@ class LocalDisk:
         """Delete a folder with all that is in it, if it is there."""
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.root / folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -8,6 +8,7 @@ import math
 import os
 import socket
 import time
+from collections.abc import Iterable
 from typing import Any, BinaryIO, cast
 
 from dream_callbacks.checkpoint import layout
@@ -132,12 +133,12 @@ class RemoteDirectory:
         return SummedFile(f"{self.url}/{folder}/{name}", self._fs.open(path, "wb"))
 
     def write(self, folder: str, name: str, data: bytes) -> FileSum:
-        """Write a new file; it lasts when this returns."""
+        """Write a new file."""
         with self.create(folder, name) as file:
             file.write(data)
         return file.sums
 
-    def sync(self, folder: str = "") -> None:
+    def sync(self, folder: str = "", names: Iterable[str] = ()) -> None:
         """Nothing to wait for: a file that was closed lasts."""
 
     def rename(self, old: str, new: str) -> None:

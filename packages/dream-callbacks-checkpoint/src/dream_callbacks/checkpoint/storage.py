@@ -122,7 +122,7 @@ class TensorsToWrite:
         return bool(largest) and bool(torch.stack(largest).isnan().any())
 
     def write(self, disk: Directory, folder: str) -> tuple[list[WriteResult], dict[str, FileSum]]:
-        """Write this rank's pieces; the disk has them when this returns.
+        """Write this rank's pieces.
 
         Returns:
             Where each piece is, and the sums of the files.
@@ -212,7 +212,7 @@ class _TensorsOnly(DefaultLoadPlanner):
 
 
 def _writer(disk: Directory, folder: str, files: _Files) -> FileSystemWriter:
-    # DCP's own syncing leaves out what is still buffered of .metadata; `files` does it.
+    # Files are synced together in the end.
     writer = FileSystemWriter("", overwrite=False, sync_files=False)
     writer.fs = files
     writer.set_up_storage_writer(is_coordinator=True)

@@ -308,14 +308,16 @@ class Store:
         results, sums = save.tensors.write(self.disk, save.folder)
         name = layout.rank_name(self.ranks.rank)
         sums[name] = self.disk.write(save.folder, name, _json(save.parts.local))
+        self.disk.sync(save.folder, sums)
         return _Part(results, sums, save.tensors.has_nan("models."))
 
     def _commit(self, save: Save, parts: Sequence[_Part]) -> None:
         sums: dict[str, FileSum] = {}
         for part in parts:
             sums.update(part.sums)
-        sums.update(save.tensors.finish(self.disk, save.folder, [part.results for part in parts]))
-        sums[layout.STATE] = self.disk.write(save.folder, layout.STATE, _json(save.parts.shared))
+        own = save.tensors.finish(self.disk, save.folder, [part.results for part in parts])
+        own[layout.STATE] = self.disk.write(save.folder, layout.STATE, _json(save.parts.shared))
+        sums.update(own)
         facts = save.facts
         manifest = Manifest(
             step=facts.step,
@@ -334,7 +336,7 @@ class Store:
             torch_version=torch.__version__,
             files=sums,
         )
-        name = commit.publish(self.disk, save.folder, manifest, self.lock)
+        name = commit.publish(self.disk, save.folder, manifest, self.lock, own)
         with self._changing:
             self._take_in(Checkpoint(name, manifest))
 

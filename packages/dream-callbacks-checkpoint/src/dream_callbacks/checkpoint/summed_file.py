@@ -5,25 +5,25 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, BinaryIO
 
 from dream_callbacks.checkpoint.manifest import FileSum
 
 _LARGE_BYTES = 1 << 20
+_EARLY_BYTES = 1 << 25
 _CHUNK_BYTES = 1 << 22
 
 
 class SummedFile:
     """A new file that keeps its size and checksum while it is written, front to back.
 
-    Closing it waits until it lasts.
-
     Args:
         name: For errors.
         file: Open, empty.
-        sync: Waits until the disk has what was flushed.
+        push: Sends to the disk what was written so far. Of a large file it is called beside the
+            writing, so that little is left to wait for in the end.
 
     Attributes:
         first_error: What the file system said first. Whoever writes may hide it: torch says
@@ -31,14 +31,16 @@ class SummedFile:
     """
 
     def __init__(
-        self, name: str, file: BinaryIO, sync: Callable[[BinaryIO], None] = lambda file: None
+        self, name: str, file: BinaryIO, push: Callable[[BinaryIO], None] | None = None
     ) -> None:
         self.name = name
         self.first_error: OSError | None = None
-        self._sums = FileSum(0, 0)
-        self._summing: ThreadPoolExecutor | None = None
         self._file = file
-        self._sync = sync
+        self._push = push
+        self._sums = FileSum(0, 0)
+        self._threads: ThreadPoolExecutor | None = None
+        self._pushed_bytes = 0
+        self._pushing: Future[None] | None = None
 
     @property
     def sums(self) -> FileSum:
@@ -53,15 +55,7 @@ class SummedFile:
             with self._noting_errors():
                 self._file.write(view)
         else:
-            # Both let go of the interpreter, so that the checksum takes no time of its own.
-            if self._summing is None:
-                self._summing = ThreadPoolExecutor(1, "checksum")
-            future = self._summing.submit(zlib.crc32, view, self._sums.crc32)
-            try:
-                with self._noting_errors():
-                    self._file.write(view)
-            finally:
-                crc32 = future.result()
+            crc32 = self._write_large(view)
         self._sums = FileSum(self._sums.num_bytes + len(view), crc32)
         return len(view)
 
@@ -75,13 +69,14 @@ class SummedFile:
             self._file.flush()
 
     def close(self) -> None:
-        """Close the file, once all of it lasts; a second call does nothing."""
+        """Close the file; a second call does nothing."""
         if self._file.closed:
             return
         try:
             self.flush()
-            with self._noting_errors():
-                self._sync(self._file)
+            if self._pushing is not None:
+                with self._noting_errors():
+                    self._pushing.result()
         finally:
             self._let_go()
 
@@ -100,9 +95,32 @@ class SummedFile:
             with contextlib.suppress(OSError):  # what is buffered has no room either
                 self._let_go()
 
+    def _write_large(self, view: memoryview) -> int:
+        """Write, and compute the checksum meanwhile: both let go of the interpreter."""
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(2, "checkpoint-file")
+        summing = self._threads.submit(zlib.crc32, view, self._sums.crc32)
+        try:
+            with self._noting_errors():
+                self._file.write(view)
+                self._push_early()
+        finally:
+            crc32 = summing.result()
+        return crc32
+
+    def _push_early(self) -> None:
+        if self._push is None or self.tell() - self._pushed_bytes < _EARLY_BYTES:
+            return
+        if self._pushing is None or self._pushing.done():
+            if self._pushing is not None:
+                self._pushing.result()
+            assert self._threads is not None, "only after a large write"
+            self._pushed_bytes = self.tell()
+            self._pushing = self._threads.submit(self._push, self._file)
+
     def _let_go(self) -> None:
-        if self._summing is not None:
-            self._summing.shutdown()
+        if self._threads is not None:
+            self._threads.shutdown()
         with self._noting_errors():
             self._file.close()
 
