@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,6 +141,16 @@ def test_an_error_of_one_rank_is_raised_with_its_traceback() -> None:
     assert list(caught.value.tracebacks) == [1]
     assert "in fails_on_one" in caught.value.tracebacks[1]
     assert "ZeroDivisionError: planned" in str(caught.value)
+
+
+def test_the_frames_of_an_error_hold_nothing_that_has_threads() -> None:
+    with pytest.raises(RankError) as caught:
+        run_on_ranks(fails_on_one, 2)
+
+    frames = [frame for frame, _ in traceback.walk_tb(caught.value.__traceback__)]
+    held = [value for frame in frames for value in frame.f_locals.values()]
+    assert len(frames) > 1
+    assert not [value for value in held if isinstance(value, dist.Store)]
 
 
 def waits_for_one() -> None:
