@@ -108,8 +108,8 @@ def _run(work: bytes, num_ranks: int, timeout_s: float, stacks: Path) -> list[An
             process.join(timeout=1.0 if connections else 10.0)
             process.kill()
             process.join()
-        # It has threads. Held by the frames of an error until the garbage collector comes, it would
-        # abort each process that is forked meanwhile, such as a loader's worker, when that collects.
+        # It has threads. Held by the frames of an error until the garbage collector comes, it
+        # would abort each process forked meanwhile, such as a loader's worker, when that collects.
         del store
     tracebacks = {rank: text for rank, (succeeded, text) in outcomes.items() if not succeeded}
     for rank in sorted(connections.values()):
