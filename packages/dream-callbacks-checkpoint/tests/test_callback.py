@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import pickle
 from pathlib import Path
@@ -26,6 +27,8 @@ from training import (
 from dream_callbacks.checkpoint import CheckpointCallback, CheckpointError, CheckpointParameters
 from dream_callbacks.checkpoint.catalog import Checkpoint, read_catalog
 from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.loading import SavedState
+from dream_callbacks.checkpoint.prove import prove
 from dream_trainer.callbacks import Callback, Every, RankLocal
 from dream_trainer.testing import TinyTrainer, run_on_ranks
 
@@ -246,6 +249,40 @@ def test_a_training_result_can_be_monitored(tmp_path: Path) -> None:
     assert len(steps(tmp_path)) <= 2
 
 
+class Disagreeing(TinyTrainer):
+    """Rank 0 says that step 4 is best, rank 1 that step 12 is."""
+
+    def compute_metrics(self) -> dict[str, Any]:
+        best = 4 if self.world.rank == 0 else 12
+        return {"score": float(abs(self.global_step - best))}
+
+
+def fit_disagreeing(root: Path) -> None:
+    fields: dict[str, Any] = {"monitor": "score", "keep_top_k": 1, "keep_last": 1}
+    training = {"val_every_n_steps": 4, "n_epochs": 2}
+    tiny(root, kind=Disagreeing, layout="ddp", training=training, **fields).fit()
+
+
+def test_where_results_differ_across_ranks_that_of_rank_0_counts(tmp_path: Path) -> None:
+    run_on_ranks(fit_disagreeing, 2, tmp_path)
+
+    assert steps(tmp_path) == [4, 16]
+    assert saved(tmp_path)[0].metrics["score"] == 0.0
+
+
+def test_a_validation_without_the_result_is_never_best(tmp_path: Path) -> None:
+    class Sometimes(TinyTrainer):
+        def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            has_score = self.global_step != 8
+            score = {"score": torch.tensor(1.0)} if has_score else {}
+            return {"other": torch.tensor(0.0), **score}
+
+    fields: dict[str, Any] = {"monitor": "score", "keep_top_k": 4, "keep_last": 1}
+    tiny(tmp_path, kind=Sometimes, training={"val_every_n_steps": 4}, **fields).fit()
+
+    assert steps(tmp_path) == [4, 12, 16]
+
+
 def test_a_try_of_validation_before_training_isnt_a_result(tmp_path: Path) -> None:
     trainer = tiny(tmp_path, keep_top_k=1, training={"num_sanity_val_steps": 1})
 
@@ -453,6 +490,32 @@ def test_weights_and_average_are_saved_each_under_its_name(
     assert found.steps == 16
     assert not different(found.average, expected.average)
     assert not different(weights(trainer), weights(whole))
+
+
+def averaging(layout: str, is_listed_after: bool) -> TinyTrainer:
+    trainer: TinyTrainer = make(Path("runs"), kind=TinyTrainer, layout=layout)
+    trainer.callbacks.append(Average())
+    if not is_listed_after:
+        trainer.callbacks.append(trainer.callbacks.pop("CheckpointCallback"))
+    return trainer
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+@pytest.mark.parametrize("is_listed_after", [False, True], ids=["before", "after"])
+def test_weights_and_average_come_back_on_two_ranks(
+    tmp_path: Path, layout: str, is_listed_after: bool
+) -> None:
+    make_trainer = functools.partial(averaging, layout, is_listed_after)
+
+    prove(make_trainer, tmp_path, steps=3, num_ranks=2).check()
+
+    disk = LocalDisk(directory(tmp_path / "stopped"))
+    newest = SavedState(disk, read_catalog(disk).checkpoints[-1])
+    names = ("models.model.head.weight", "trainer.callbacks.Average.average.head.weight")
+    weight, average = (newest.new_tensor(name) for name in names)
+    newest.read(dict(zip(names, (weight, average), strict=True)))
+    assert weight.shape == average.shape
+    assert not torch.equal(weight, average)
 
 
 def test_it_runs_after_everyone_else(tmp_path: Path) -> None:

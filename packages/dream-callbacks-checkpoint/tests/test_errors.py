@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mounts import have_mounts_of_its_own, mount, skip_unless_mountable
 from test_callback import saved, steps, tiny
 from training import directory
 
@@ -42,7 +44,7 @@ class Limit(Callback[Any]):
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
 
-def full_disk(root: Path, limit: Limit | None = None, **fields: Any) -> list[str]:
+def full_disk(root: Path, limit: Callback[Any] | None = None, **fields: Any) -> list[str]:
     """Messages of a run for which the disk is full from step 5 to 9. In a process of its own."""
     limit = limit or Limit(5, 20_000, until=9)
     fields = {"every": Every(steps=2), **fields}
@@ -94,16 +96,60 @@ def full_disk_raises(root: Path) -> str:
     return str(caught.value)
 
 
-def test_room_is_looked_for_before_anything_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+class Fill(Callback[Any]):
+    """Fills the disk at step 5, and makes room again at step 9."""
 
-    tiny(tmp_path).fit()
+    def __init__(self, disk: Path, num_free: int) -> None:
+        self.disk = disk
+        self.num_free = num_free
 
-    assert steps(tmp_path) == []
-    assert "no space left for it: it needs 1.0 MiB, and 1000 bytes are free" in caplog.text
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        if self.trainer.global_step == 5:
+            num_bytes = shutil.disk_usage(self.disk).free - self.num_free
+            (self.disk / "filler").write_bytes(bytes(num_bytes))
+        elif self.trainer.global_step == 9:
+            (self.disk / "filler").unlink()
+
+
+def on_small_disk(disk: Path, num_free: int) -> list[str]:
+    have_mounts_of_its_own()
+    mount("tmpfs", "size=8m", "tmpfs", disk)
+    messages = full_disk(disk, Fill(disk, num_free))
+    assert steps(disk) == [2, 4, 10, 12, 14, 16]
+    assert not [p for p in directory(disk).iterdir() if p.name.startswith(".")]
+    return messages
+
+
+def test_room_is_looked_for_before_anything_is_written(tmp_path: Path) -> None:
+    skip_unless_mountable(tmp_path, "tmpfs")
+
+    (messages,) = run_on_ranks(on_small_disk, 1, tmp_path / "disk", 100_000)
+
+    assert len(messages) == 2
+    assert re.search(
+        r"no space left for it: it needs 1.0 MiB, and \d+.\d KiB are free", messages[0]
+    )
+    assert "the newest one is step-0000000004" in messages[0]
+
+
+def on_read_only_disk(disk: Path) -> str:
+    have_mounts_of_its_own()
+    mount("tmpfs", "size=8m", "tmpfs", disk)
+    tiny(disk).fit()
+    mount("tmpfs", "remount,ro", "tmpfs", disk)
+    with pytest.raises(CheckpointError) as caught:
+        tiny(disk).setup()
+    return str(caught.value)
+
+
+def test_a_read_only_disk_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    skip_unless_mountable(tmp_path, "tmpfs")
+
+    (message,) = run_on_ranks(on_read_only_disk, 1, tmp_path / "disk")
+
+    assert "can't be written to" in message
+    assert "Read-only file system" in message
+    assert "give root_dir a directory that this user may write to" in message
 
 
 def as_nobody(function: Callable[[], object]) -> int:

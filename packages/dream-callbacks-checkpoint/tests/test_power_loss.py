@@ -7,7 +7,6 @@ that loses power would leave it, and the copy is mounted: its journal is replaye
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import random
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import training
+from mounts import have_mounts_of_its_own, mount, new_image, skip_unless_mountable
 from test_kills import last_acknowledged, resumed_step
 
 from dream_trainer.testing import run_on_ranks
@@ -26,36 +26,14 @@ from dream_trainer.testing import run_on_ranks
 OPTIONS = ["commit=1", "commit=5", "commit=5,data=writeback"]
 
 
-CLONE_NEWNS = 0x00020000
-"""Of unshare(2): mounts of a process that nobody else sees, and that end with it."""
-
-
 @pytest.fixture(autouse=True)
 def _can_mount(tmp_path: Path) -> None:
-    """Skips where a file system in a file can't be made or mounted, and says why."""
-    image, folder = tmp_path / "try.img", tmp_path / "try"
-    folder.mkdir()
-    try:
-        new_image(image, 4 << 20)
-        command = ["unshare", "--mount", "mount", "-o", "loop", str(image), str(folder)]
-        subprocess.run(command, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"needs root, mkfs.ext4, unshare and loop devices: {error}")
-
-
-def new_image(path: Path, num_bytes: int) -> Path:
-    """A file with an empty file system in it."""
-    with path.open("wb") as file:
-        file.truncate(num_bytes)
-    subprocess.run(["mkfs.ext4", "-q", "-F", str(path)], check=True, capture_output=True)
-    return path
+    skip_unless_mountable(tmp_path, "ext4")
 
 
 @contextlib.contextmanager
 def mounted(image: Path, folder: Path, options: str) -> Iterator[Path]:
-    folder.mkdir(exist_ok=True)
-    command = ["mount", "-o", f"loop,{options}", str(image), str(folder)]
-    subprocess.run(command, check=True, capture_output=True)
+    mount("ext4", f"loop,{options}", image, folder)
     try:
         yield folder
     finally:
@@ -64,8 +42,7 @@ def mounted(image: Path, folder: Path, options: str) -> Iterator[Path]:
 
 def power_lost_repeatedly(folder: Path, callback: str, options: str, times: int) -> list[int]:
     """Steps that were resumed from what the disk had; each at least the last one called saved."""
-    assert ctypes.CDLL(None).unshare(CLONE_NEWNS) == 0
-    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    have_mounts_of_its_own()
     draw = random.Random(times)
     image, copy = new_image(folder / "disk.img", 64 << 20), folder / "copy.img"
     outside = folder / "outside"

@@ -14,7 +14,7 @@ from dream_callbacks.checkpoint.tree import decode_plain, encode_plain
 
 logger = logging.getLogger(__name__)
 
-_MAX_MANIFEST_BYTES = 1 << 28
+_MAX_MANIFEST_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,7 @@ logger = logging.getLogger(__name__)
 
 def begin(disk: Directory, step: int, run: str) -> str:
     """Make the folder in which a checkpoint is written, and return its name."""
-    name = layout.checkpoint_name(step)
-    if disk.renames_at_once or disk.size(name, layout.MANIFEST) is not None:
-        name = layout.temporary_name(step, run)
+    name = layout.temporary_name(step, run)
     disk.delete(name)  # of an attempt that failed
     disk.make(name)
     return name
@@ -48,14 +46,10 @@ def publish(
     Raises:
         CheckpointError: If the lock was lost.
     """
-    name = layout.checkpoint_name(manifest.step)
-    if temporary == name:
-        lock.check()
-        disk.write(name, layout.MANIFEST, manifest.encode())  # which makes it one
-        return name
     disk.write(temporary, layout.MANIFEST, manifest.encode())
     disk.sync(temporary, [*unsynced, layout.MANIFEST])
     lock.check()
+    name = layout.checkpoint_name(manifest.step)
     replaced = layout.replaced_name(manifest.step, uuid.uuid4().hex)
     if name in disk.entries():
         # Two renames: after a crash between them, `recover` gives the old one its name again.

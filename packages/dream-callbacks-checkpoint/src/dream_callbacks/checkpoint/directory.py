@@ -33,8 +33,8 @@ class Directory(Protocol):
 
     Attributes:
         renames_at_once: Whether a folder gets another name at once or not at all. Where it
-            doesn't, a checkpoint is written under its own name, and its manifest, which comes
-            last, makes it one.
+            doesn't, its files are copied, and the manifest, which comes last, makes a checkpoint
+            of the copy.
     """
 
     renames_at_once: bool

@@ -23,8 +23,9 @@ _MARK = ".folder"
 class RemoteDirectory:
     """A checkpoint directory on whatever fsspec knows.
 
-    A file is there whole or not at all, as object stores have it. Folders aren't renamed at once,
-    so that a folder counts as a checkpoint once it has a manifest.
+    A file is there whole or not at all, as object stores have it. Folders aren't renamed at once:
+    their files are copied, inside of the store, and a folder counts as a checkpoint once it has a
+    manifest.
 
     Args:
         url: Of the directory; what comes after "://" is for the library of the protocol.

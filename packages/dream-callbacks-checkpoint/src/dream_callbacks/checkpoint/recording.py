@@ -1,0 +1,168 @@
+"""Recorder and Killer: what `prove` adds to the callbacks of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from dream_callbacks.checkpoint import layout
+from dream_callbacks.checkpoint.callback import CheckpointCallback
+from dream_callbacks.checkpoint.errors import CheckpointError
+from dream_callbacks.checkpoint.tree import split
+from dream_trainer.callbacks import Callback
+from dream_trainer.trainer import BaseTrainer
+
+KillIn: TypeAlias = Literal["step", "validation"]
+
+KINDS = ("loaded", "batch", "result", "state", "validation")
+"""Of records, as they come."""
+
+LOADED = ("models.", "optimizers.")
+"""What must be there again before the first step is taken."""
+
+_LEFT_OUT = ("dataloaders.", "trainer.callbacks.CheckpointCallback")
+"""The position in the data shows in the batches; each loader spells it in its own way."""
+
+_DURABLE_WITHIN_S = 30.0
+
+
+class Recorder(Callback[BaseTrainer]):
+    """Writes down a digest of everything that two runs should have in common.
+
+    Args:
+        path: A line is added for each batch, result, state and validation, at once.
+        resumed_at: The step at which the run must go on; 0 if it begins.
+    """
+
+    after: ClassVar = {Callback}
+
+    def __init__(self, path: Path, resumed_at: int = 0) -> None:
+        self.path = path
+        self.resumed_at = resumed_at
+
+    def pre_fit(self) -> None:
+        self.path.unlink(missing_ok=True)
+        step = self.trainer.global_step
+        if step != self.resumed_at:
+            raise CheckpointError(
+                f"the run should have gone on at step {self.resumed_at} and did at step {step}"
+            )
+        if self.resumed_at:
+            state = self._state()
+            self._write("loaded", {k: v for k, v in state.items() if k.startswith(LOADED)})
+
+    def pre_train_step(self, batch: Any, batch_idx: int) -> None:
+        self._write("batch", dict(_digests(batch, "batch")))
+
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        self._write("result", dict(_digests(result, "result")))
+        if not self.trainer.is_accumulating_gradients:
+            self._write("state", self._state())
+
+    def post_validation_epoch(self, result: dict[str, Any]) -> None:
+        self._write("validation", dict(_digests(result, "result")))
+
+    def _state(self) -> dict[str, str]:
+        parts = split(self.trainer.state_dict(), self.trainer.world.rank)
+        values = {**dict(_digests(parts.tensors, "")), **dict(_leaves(parts.shared, ""))}
+        for name, document in parts.local.items():
+            values |= dict(_leaves(document, name))
+        return {name: v for name, v in values.items() if not name.startswith(_LEFT_OUT)}
+
+    def _write(self, kind: str, values: Mapping[str, str]) -> None:
+        counters = self.trainer.counters
+        place = [counters.global_step, counters.local_batches]
+        line = json.dumps({"kind": kind, "place": place, "values": values}) + "\n"
+        # At once, and in one piece: the process may be killed.
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+
+class Killer(Callback[BaseTrainer]):
+    """Kills its process after the checkpoint of a step, once that lasts.
+
+    Args:
+        step: Which.
+        kill_in: "step" or "validation", whichever comes next.
+        mark: File to make before.
+    """
+
+    def __init__(self, step: int, kill_in: KillIn, mark: Path) -> None:
+        self.step = step
+        self.kill_in = kill_in
+        self.mark = mark
+
+    def pre_train_step(self, batch: Any, batch_idx: int) -> None:
+        if self.kill_in == "step" and self.trainer.global_step == self.step:
+            self._kill()
+
+    def post_validation_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        if self.kill_in == "validation" and self.trainer.global_step == self.step:
+            self._kill()
+
+    def _kill(self) -> None:
+        (callback,) = [
+            c
+            for c in self.trainer.callbacks.values()
+            if isinstance(c, CheckpointCallback) and c.parameters.enable
+        ]
+        folder = Path(callback.directory, layout.checkpoint_name(self.step))
+        deadline = time.monotonic() + _DURABLE_WITHIN_S
+        while not folder.is_dir():
+            if time.monotonic() > deadline:
+                raise CheckpointError(f"{folder} wasn't saved; `every` must be due at that step")
+            time.sleep(0.01)
+        self.mark.touch()
+        for worker in multiprocessing.active_children():
+            worker.kill()  # a loader's would only notice after seconds
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+# Digests
+
+
+def _digests(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    """A digest of each tensor in a value, and of whatever else is in it."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _digests(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _digests(item, f"{name}.{index}")
+    else:
+        yield name, _digest(value)
+
+
+def _digest(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return _hash(repr(value).encode())
+    local = cast("Tensor", value.to_local() if hasattr(value, "to_local") else value)
+    flat = local.detach().cpu().contiguous().reshape(-1)
+    kind = f"{local.dtype} {tuple(local.shape)} "
+    return _hash(kind.encode() + flat.view(torch.uint8).numpy().tobytes())
+
+
+def _leaves(document: Any, name: str) -> Iterator[tuple[str, str]]:
+    """A digest of each value in JSON of a state; tensors are left to `_digests`."""
+    if isinstance(document, dict) and not any(key.startswith("$") for key in document):
+        for key, item in document.items():
+            yield from _leaves(item, f"{name}.{key}" if name else key)
+    elif not (isinstance(document, dict) and {"$tensor", "$rank_local"} & set(document)):
+        yield name, _hash(json.dumps(document).encode())
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
