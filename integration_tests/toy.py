@@ -49,7 +49,9 @@ class Block(nn.Module):
         if self.context is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            k, v = (all_gather_tensor_autograd(part, 2, self.context) for part in (k, v))
+            k, v = (
+                all_gather_tensor_autograd(part.contiguous(), 2, self.context) for part in (k, v)
+            )
             first = self.context.get_local_rank() * q.size(2)
             is_seen = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=x.device)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=is_seen.tril(first))

@@ -151,6 +151,7 @@ def test_only_sharded_parameters_can_be_offloaded() -> None:
         DeviceParameters.DDP(cpu_offload=True)
 
     assert DeviceParameters.FSDP(cpu_offload=True).cpu_offload
+    assert DeviceParameters.DDP(context_parallel=2, cpu_offload=True).cpu_offload
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -111,6 +111,55 @@ def test_reductions_on_two_ranks() -> None:
     }
 
 
+def mixed_numbers() -> tuple[Any, ...]:
+    """Rank 0 counted nothing, so it has whole numbers where rank 1 has not."""
+    world = launched()
+    value = 0 if world.rank == 0 else 0.5
+    results = [world.all_reduce(value, op) for op in ("mean", "sum", "min", "max")]
+    return *results, *(world.all_reduce(-3 - world.rank, op) for op in ("sum", "min", "max"))
+
+
+def test_whole_numbers_and_floats_reduce_together() -> None:
+    for results in run_on_ranks(mixed_numbers, 2):
+        assert results == (0.25, 0.5, 0.0, 0.5, -7, -4, -3)
+        assert [type(result) for result in results] == [float] * 4 + [int] * 3
+
+
+def test_a_whole_number_that_would_be_rounded_is_refused() -> None:
+    assert world_of_one().all_reduce(2**53, "max") == 2**53
+    with pytest.raises(ValueError, match=r"up to 2\*\*53 are required; give a tensor"):
+        world_of_one().all_reduce(2**53 + 1, "max")
+
+
+def dicts_in_another_order() -> dict[str, Any]:
+    world = launched()
+    keys = ["loss", "accuracy"][:: -1 if world.rank else 1]
+    found: dict[str, Any] = world.all_reduce(
+        {key: {"loss": 1.0, "accuracy": 10}[key] + world.rank for key in keys}, "sum"
+    )
+    assert list(found) == keys
+    return found
+
+
+def test_dicts_are_reduced_by_key() -> None:
+    assert run_on_ranks(dicts_in_another_order, 2) == [{"loss": 3.0, "accuracy": 21}] * 2
+
+
+def dicts_of_other_keys() -> None:
+    world = launched()
+    world.all_reduce({"loss": 1.0} if world.rank else {"loss": 1.0, "accuracy": torch.ones(2)})
+
+
+def test_dicts_of_other_keys_are_an_error_on_all_ranks() -> None:
+    with pytest.raises(RankError) as caught:
+        run_on_ranks(dicts_of_other_keys, 2)
+
+    for text in caught.value.tracebacks.values():
+        assert "ranks disagree on what is reduced" in text
+        assert "rank 0: {'accuracy': 'torch.float32 (2,)', 'loss': 'a number'}" in text
+        assert "rank 1: {'loss': 'a number'}" in text
+
+
 def disagree() -> None:
     world = launched()
     world.agree(10 + (world.rank == 2), "the number of batches")

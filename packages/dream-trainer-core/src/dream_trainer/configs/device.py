@@ -137,7 +137,7 @@ class DeviceParameters:
         for name in ("init_timeout_s", "train_timeout_s", "cleanup_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: seconds above 0 are required")
-        if self.cpu_offload and self.dp_shard == 1:
+        if self.cpu_offload and self.dp_shard == 1 and self.context_parallel == 1:
             raise ValueError(
                 "cpu_offload=True with dp_shard=1: only sharded parameters can be offloaded; "
                 "use DeviceParameters.FSDP(cpu_offload=True)"

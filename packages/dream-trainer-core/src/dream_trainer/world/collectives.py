@@ -25,6 +25,10 @@ _OPS = {
 }
 
 
+_LARGEST_EXACT = 2**53
+"""Of whole numbers, in float64."""
+
+
 def reduced(value: Any, op: ReduceOp, group: ProcessGroup | None) -> Any:
     """The value reduced over a group; `None` is a group of one.
 
@@ -34,26 +38,50 @@ def reduced(value: Any, op: ReduceOp, group: ProcessGroup | None) -> Any:
         group: Whom to reduce over.
 
     Returns:
-        The same kind as `value`; a mean of whole numbers or booleans is a float.
+        The same kind as `value`; a mean of whole numbers or booleans is a float, and so is what
+        is reduced with another rank's float.
 
     Raises:
-        ValueError: If `op` is none of the four.
+        ValueError: If `op` is none of the four, or a whole number isn't exact in float64.
         TypeError: If `value` can't be reduced.
     """
     if op not in _OPS:
         raise ValueError(f"op={op!r}: one of {', '.join(map(repr, _OPS))} is required")
     if isinstance(value, Mapping):
-        return {key: reduced(item, op, group) for key, item in value.items()}
+        # Each rank may have filled its own in another order.
+        results = {key: reduced(value[key], op, group) for key in sorted(value, key=str)}
+        return {key: results[key] for key in value}
     if isinstance(value, Tensor):
         return _reduced_tensor(value, op, group)
     if isinstance(value, (bool, int, float)):
-        exact = torch.float64 if isinstance(value, float) or op == "mean" else torch.int64
-        result = _reduced_tensor(torch.tensor(value, dtype=exact), op, group).item()
-        return bool(result) if isinstance(value, bool) and op in ("min", "max") else result
+        return _reduced_number(value, op, group)
     raise TypeError(
         f"a {type(value).__qualname__} can't be reduced over ranks; "
         "a tensor, a number or a dict of them is required"
     )
+
+
+def kinds(value: Any) -> Any:
+    """What has to be alike on all ranks for a value to be reduced: keys, shapes, dtypes."""
+    if isinstance(value, Mapping):
+        return {key: kinds(value[key]) for key in sorted(value, key=str)}
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else "a number"
+
+
+def _reduced_number(value: float, op: ReduceOp, group: ProcessGroup | None) -> float:
+    is_float = isinstance(value, float)
+    if not is_float and abs(value) > _LARGEST_EXACT:
+        raise ValueError(
+            f"{value} can't be reduced exactly: whole numbers up to 2**53 are required; "
+            "give a tensor of dtype int64"
+        )
+    # A rank that counted nothing may give 0 where the others give 0.5: one dtype for both.
+    pair = torch.tensor([value, -is_float if op == "min" else is_float], dtype=torch.float64)
+    number, any_float = _reduced_tensor(pair, op, group).tolist()
+    if op == "mean" or any_float:
+        return float(number)
+    is_flag = isinstance(value, bool) and op in ("min", "max")
+    return bool(number) if is_flag else int(number)
 
 
 def _reduced_tensor(value: Tensor, op: ReduceOp, group: ProcessGroup | None) -> Tensor:

@@ -271,13 +271,19 @@ class World:
         """The value reduced over all ranks. Collective; doesn't change `value`.
 
         Args:
-            value: A tensor (reduced on its device), a number, or a dict of them.
+            value: A tensor (reduced on its device; of the same shape and dtype on all ranks), a
+                number, or a dict of them.
             op: "mean", "sum", "min" or "max".
 
         Returns:
             The same kind as `value`, equal on all ranks; a mean of whole numbers is a float.
+
+        Raises:
+            ValueError: On all ranks, if they give dicts of other keys or kinds.
         """
         self._refuse_if_guarded("all_reduce")
+        if isinstance(value, Mapping):
+            self.agree(collectives.kinds(value), "what is reduced")
         return collectives.reduced(value, op, self._default_group)
 
     def all_gather(self, value: Any) -> Any:
