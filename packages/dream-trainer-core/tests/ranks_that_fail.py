@@ -3,8 +3,9 @@
 python ranks_that_fail.py FOLDER JOBS CASE…    a case is WHAT:FAILING_RANK:NUM_RANKS
 
 The processes are forked from this one, which has imported torch, in its main thread: an error
-leaves them through the end of this script, past Python's own handlers. Writes
-FOLDER/CASE/RANK.stderr, and FOLDER/CASE.json with what became of each rank.
+leaves them through the end of this script, past Python's own handlers. When one has ended, the
+others get SIGTERM, as from torchrun. Writes FOLDER/CASE/RANK.stderr, and FOLDER/CASE.json with what
+became of each rank.
 """
 
 from __future__ import annotations
@@ -275,6 +276,10 @@ def run_all(root: Path, num_jobs: int, cases: list[str]) -> None:
         case = next(case for case, ranks in running.items() if pid in ranks)
         rank = running[case].pop(pid)
         outcomes[case][rank] = (os.waitstatus_to_exitcode(status), time.time())
+        if running[case] and len(outcomes[case]) == 1:
+            time.sleep(0.1)  # as torchrun, which looks ten times a second
+            for other in running[case]:
+                os.kill(other, signal.SIGTERM)
         if not running[case]:
             del running[case]
             (root / f"{case}.json").write_text(json.dumps(ended(root / case, outcomes[case])))

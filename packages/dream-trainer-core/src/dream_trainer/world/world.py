@@ -171,6 +171,9 @@ class World:
 
     def abandon(self) -> None:
         """Shut down after an error, without waiting for collectives that will never end."""
+        if not self.is_distributed:
+            self.shutdown()
+            return
         thread = threading.Thread(target=self.shutdown, daemon=True)
         thread.start()
         thread.join(_ABANDON_S)
