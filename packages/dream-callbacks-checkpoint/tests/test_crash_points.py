@@ -75,6 +75,11 @@ def forked(function: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
+def fields_of(root: Path, callback: str) -> dict[str, Any]:
+    """The callback's kind; "url" for one that saves through fsspec, to the same place."""
+    return {"root_dir": f"file://{root}"} if callback == "url" else {"callback": callback}
+
+
 def stopped_everywhere(root: Path, callback: str, stride: int) -> int:
     """Stop a run at each of its changes; how many there were."""
     number = 1 - stride
@@ -82,10 +87,11 @@ def stopped_everywhere(root: Path, callback: str, stride: int) -> int:
         number += stride
         here = root / str(number)
         (here / "dream-trainer").mkdir(parents=True)
+        fields = fields_of(here, callback)
 
-        def stop(here: Path = here, number: int = number) -> None:
+        def stop(here: Path = here, number: int = number, fields: Any = fields) -> None:
             at_change(here, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
-            run(here, 4, callback=callback)
+            run(here, 4, **fields)
 
         status = forked(stop)
         acknowledged = last_acknowledged(here)
@@ -93,9 +99,10 @@ def stopped_everywhere(root: Path, callback: str, stride: int) -> int:
             assert acknowledged == 4
             return number - 1
         assert status == -signal.SIGKILL
-        found = resumed_step(here) if acknowledged else None
+        found = resumed_step(here, **fields) if acknowledged else None
         assert found is None or acknowledged <= found <= acknowledged + 1, f"change {number}"
-        assert forked(lambda here=here: run(here, 5)) == 0, f"change {number}"  # type: ignore[misc]
+        went_on = forked(lambda here=here, fields=fields: run(here, 5, **fields))  # type: ignore[misc]
+        assert went_on == 0, f"change {number}"
         check_directory(here, last=5)
 
 
@@ -115,7 +122,7 @@ STRIDES = [
 ]
 
 
-@pytest.mark.parametrize("callback", training.CALLBACKS)
+@pytest.mark.parametrize("callback", [*training.CALLBACKS, "url"])
 @pytest.mark.parametrize("stride", STRIDES)
 def test_a_stop_at_any_change_loses_nothing(tmp_path: Path, callback: str, stride: int) -> None:
     (num_changes,) = run_on_ranks(stopped_everywhere, 1, tmp_path, callback, stride, timeout_s=550)
@@ -159,32 +166,35 @@ def test_an_error_at_any_change_is_survived(tmp_path: Path, stride: int) -> None
     assert max(ended) < 20
 
 
-def replaced_everywhere(root: Path, stride: int) -> int:
+def replaced_everywhere(root: Path, callback: str, stride: int) -> int:
     """Stop a run that replaces the checkpoints of an abandoned branch at each change."""
     number = 1 - stride
     while True:
         number += stride
         here = root / str(number)
         (here / "dream-trainer").mkdir(parents=True)
-        assert forked(lambda here=here: run(here, 3)) == 0  # type: ignore[misc]
+        fields = fields_of(here, callback)
+        assert forked(lambda here=here, fields=fields: run(here, 3, **fields)) == 0  # type: ignore[misc]
         (here / "acknowledged").unlink()
 
-        def stop(here: Path = here, number: int = number) -> None:
+        def stop(here: Path = here, number: int = number, fields: Any = fields) -> None:
             at_change(here, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
-            run(here, 3, resume_mode=2)
+            run(here, 3, resume_mode=2, **fields)
 
         status = forked(stop)
         if status == 0:
             return number - 1
-        assert resumed_step(here) == 3, f"change {number}: the old one or the new one"
-        assert forked(lambda here=here: run(here, 5)) == 0, f"change {number}"  # type: ignore[misc]
+        assert resumed_step(here, **fields) == 3, f"change {number}: the old one or the new one"
+        went_on = forked(lambda here=here, fields=fields: run(here, 5, **fields))  # type: ignore[misc]
+        assert went_on == 0, f"change {number}"
         check_directory(here, last=5)
 
 
+@pytest.mark.parametrize("callback", ["sync", "url"])
 @pytest.mark.parametrize("stride", STRIDES)
 def test_a_stop_while_one_checkpoint_replaces_another_leaves_one_of_them(
-    tmp_path: Path, stride: int
+    tmp_path: Path, callback: str, stride: int
 ) -> None:
-    (num_changes,) = run_on_ranks(replaced_everywhere, 1, tmp_path, stride, timeout_s=550)
+    (num_changes,) = run_on_ranks(replaced_everywhere, 1, tmp_path, callback, stride, timeout_s=550)
 
     assert num_changes > 10

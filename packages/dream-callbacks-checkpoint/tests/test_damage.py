@@ -70,13 +70,18 @@ def test_an_untouched_checkpoint_is_whole(root: Path) -> None:
     assert problems(directory(root) / NEWER) == []
 
 
-def test_any_flipped_bit_is_seen(root: Path) -> None:
+FULL = [pytest.mark.full, pytest.mark.timeout(600)]
+
+
+@pytest.mark.parametrize("num_flips", [600, pytest.param(10_000, marks=FULL)])
+def test_any_flipped_bit_is_seen(root: Path, num_flips: int) -> None:
     draw = random.Random(0)
     folder = directory(root) / NEWER
-    for file in files_of(folder):
+    files = files_of(folder)
+    for file in files:
         whole = file.read_bytes()
         assert whole
-        for _ in range(100):
+        for _ in range(-(-num_flips // len(files))):
             bit = draw.randrange(len(whole) * 8)
             flipped = bytearray(whole)
             flipped[bit // 8] ^= 1 << bit % 8
@@ -97,12 +102,15 @@ def test_every_bit_of_a_manifest_counts(root: Path) -> None:
             unsealed(bytes(flipped))
 
 
-def test_any_truncation_is_seen(root: Path) -> None:
+@pytest.mark.parametrize("num_lengths", [120, pytest.param(1000, marks=FULL)])
+def test_any_truncation_is_seen(root: Path, num_lengths: int) -> None:
     draw = random.Random(1)
     folder = directory(root) / NEWER
-    for file in files_of(folder):
+    files = files_of(folder)
+    for file in files:
         whole = file.read_bytes()
-        for length in {0, 1, len(whole) - 1, *(draw.randrange(len(whole)) for _ in range(20))}:
+        drawn = (draw.randrange(len(whole)) for _ in range(-(-num_lengths // len(files))))
+        for length in {0, 1, len(whole) - 1, *drawn}:
             file.write_bytes(whole[:length])
 
             assert problems(folder), f"{length} bytes of {file.name}"
@@ -188,8 +196,9 @@ def test_a_step_that_was_asked_for_has_no_substitute(root: Path) -> None:
         trainer.setup()
 
 
-def test_the_model_is_untouched_when_a_checkpoint_is_refused(root: Path) -> None:
-    damage(directory(root) / NEWER / "__0_0.distcp")
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "index.json", "rank-00000.json"])
+def test_the_model_is_untouched_when_a_checkpoint_is_refused(root: Path, name: str) -> None:
+    damage(directory(root) / NEWER / name)
     fresh = tiny(root.parent / "elsewhere")
     fresh.setup()
     trainer = tiny(root, resume_mode=8)

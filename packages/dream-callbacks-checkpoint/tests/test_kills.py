@@ -91,9 +91,9 @@ def last_acknowledged(root: Path) -> int:
     return int(lines[-1]) if lines else 0
 
 
-def resumed_step(root: Path) -> int:
+def resumed_step(root: Path, **fields: Any) -> int:
     """The step that a new trainer continues from, all of whose numbers must be that step."""
-    trainer = make(root, kind=Filled, every=Every(steps=1))
+    trainer = make(root, kind=Filled, every=Every(steps=1), **fields)
     trainer.setup()
     step = int(trainer.global_step)
     tensors = [*training.weights(trainer).values(), *training.moments(trainer).values()]

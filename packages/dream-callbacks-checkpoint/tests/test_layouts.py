@@ -7,6 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from training import Everything, History, different, make, moments, weights
 
 from dream_trainer.callbacks import Callback, Every
@@ -30,6 +37,12 @@ class Plain(Everything):
     noise = 0.0
     dropout = 0.0
 
+    def apply_tensor_parallel(self, mesh: DeviceMesh) -> None:
+        whole = Replicate()
+        columns = ColwiseParallel(output_layouts=whole)
+        rows = RowwiseParallel(input_layouts=whole)
+        parallelize_module(self.model, mesh, {"embed": columns, "blocks.*": columns, "head": rows})
+
 
 def part(root: Path, layout: str, until: int | None) -> dict[str, Any]:
     """Continue a run in a layout, to a step or to its end."""
@@ -40,10 +53,11 @@ def part(root: Path, layout: str, until: int | None) -> dict[str, Any]:
     loaded = weights(trainer), moments(trainer) if trainer.global_step else {}
     trainer.fit()
     seen = {}
+    world = trainer.world
+    ranks_per_part = world.world_size // world.dp_size  # that read the same samples
     for batch, (loss, inputs) in history.batches.items():
-        reduced = trainer.world.all_reduce(
-            {"loss": loss / trainer.world.dp_size, "in": inputs}, "sum"
-        )
+        mine = {"loss": loss / world.world_size, "in": inputs / ranks_per_part}
+        reduced = world.all_reduce(mine, "sum")
         seen[batch] = (reduced["loss"], reduced["in"])
     return {
         "loaded": loaded,
@@ -58,6 +72,8 @@ WAYS = [
     [("single", 1, 3), ("fsdp", 2, None)],
     [("ddp", 2, 8), ("fsdp", 2, None)],
     [("fsdp", 2, 4), ("ddp", 2, 7), ("single", 1, None)],
+    [("fsdp", 4, 3), ("fsdp", 2, 5), ("single", 1, 8), ("fsdp", 4, None)],
+    [("fsdp", 2, 3), ("ddp", 2, 7), ("fsdp+tp", 4, 9), ("single", 1, None)],
 ]
 
 

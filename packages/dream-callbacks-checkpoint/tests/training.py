@@ -32,6 +32,7 @@ LAYOUTS: dict[str, Callable[[], DeviceParameters]] = {
     "single": lambda: DeviceParameters.SINGLE_DEVICE(device="cpu"),
     "ddp": lambda: DeviceParameters.DDP(device="cpu"),
     "fsdp": lambda: DeviceParameters.FSDP(device="cpu"),
+    "fsdp+tp": lambda: DeviceParameters.FSDP(device="cpu", tensor_parallel=2),
 }
 
 
@@ -53,7 +54,7 @@ class Augmented(Dataset[Any]):
 class Everything(TinyTrainer):
     """Shuffling, augmentation, dropout, a scheduler, accumulation."""
 
-    loader = "plain"
+    loader = "distributed"
     num_workers = 0
     shuffle = True
     noise = 0.1

@@ -194,7 +194,7 @@ def run(folder: Path, what: str) -> None:
     if what == "backward":
         callbacks.append(FailsInBackward())
     Trainer.what = what
-    train_timeout_s = HANG_TIMEOUT_S if what == "hangs" else 60
+    train_timeout_s = HANG_TIMEOUT_S if "hang" in what else 60
     device = DeviceParameters(
         device="cpu", init_timeout_s=60, train_timeout_s=train_timeout_s, cleanup_timeout_s=4
     )

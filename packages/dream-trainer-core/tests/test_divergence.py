@@ -87,6 +87,6 @@ def test_a_broken_shard_of_one_rank_ends_all(tmp_path: Path) -> None:
         run_on_ranks(break_one_shard, 2, str(tmp_path))
 
     # In the last step of the epoch; the bias has one element, which rank 0 holds.
-    assert "FloatingPointError: " in caught.value.tracebacks[0]
     assert "finite: model.head.bias." in caught.value.tracebacks[0]
-    assert "finite: those of another rank." in caught.value.tracebacks[1]
+    for text in caught.value.tracebacks.values():
+        assert "FloatingPointError: at step 8 (epoch 0), validation_step reports" in text

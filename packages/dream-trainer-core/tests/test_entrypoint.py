@@ -122,7 +122,7 @@ def test_torchrun_is_told_of_an_error_outside_of_training(tmp_path: Path) -> Non
         [sys.executable, script, "fail"],
         capture_output=True,
         check=False,
-        env={"CUDA_VISIBLE_DEVICES": "", "PATH": "", "TORCHELASTIC_ERROR_FILE": str(error_file)},
+        env=os.environ | {"TORCHELASTIC_ERROR_FILE": str(error_file), "CUDA_VISIBLE_DEVICES": ""},
     )
 
     assert done.returncode == 1

@@ -45,11 +45,14 @@ class Case:
         """A regular expression for what each rank says last."""
         hook = f"FailsInHook.{self.what}" if self.what in HOOKS else self.what
         place = self.place or f"failed in {hook}"
-        rank = rf"rank {self.failing_rank} \(pid \d+ on \S+\)"
+        # A rank that hangs doesn't say so itself.
+        failing_rank = 1 - self.failing_rank if self.place == HUNG else self.failing_rank
+        rank = rf"rank {failing_rank} \(pid \d+ on \S+\)"
         return rf"(\[rank\d\]: )?\S*( ?RemoteError: )?{rank} {place}.*{self.said}.*"
 
 
 IN_STEP = r"failed in training_step at step 1 \(epoch 0, batch 1\)"
+HUNG = "failed in"
 KILLED = r"ended without a word"
 LOADER = r"failed in the training loader, at batch \d of epoch 0"
 
@@ -70,7 +73,8 @@ SPECIAL = [
     Case("thread_hangs", 0, place=IN_STEP),
     Case("backward", 1, place=IN_STEP),
     Case("sigkill", 1, place=KILLED, said="killed"),
-    Case("hangs", 1, place="failed in", said="Timed out waiting"),
+    Case("hangs", 1, place=HUNG, said="Timed out waiting"),
+    Case("loader_hang", 0, place=HUNG, said="Timed out waiting"),
     Case("os_exit", 0, place=KILLED, said="killed"),
     Case("system_exit", 1, place=IN_STEP, said="SystemExit: 3"),
 ]
@@ -85,7 +89,7 @@ ON_FOUR_RANKS = [
 ALL = [*IN_HOOKS, *SPECIAL, *ON_FOUR_RANKS]
 QUICK = {
     *("pre_launch:1:2", "post_setup:0:2", "train_context:1:2", "post_validation_epoch:0:2"),
-    *("post_fit:1:2", "training_step:0:2", "loader_kill:0:2", "others_compute:1:2"),
+    *("post_fit:1:2", "training_step:0:2", "loader_kill:0:2", "others_compute:1:2", "hangs:1:2"),
     *("clean_up_hangs:1:2", "clean_up_collective:1:2", "finally_collective:1:2"),
     *("sigkill:1:2", "system_exit:1:2", "post_train_step:2:4"),
 }
@@ -149,6 +153,17 @@ def test_callbacks_clean_up_on_every_rank_that_can_be_got_out(
     for rank, error in errors.items():
         assert (folder / f"on_exception-{rank}").read_text() == error
         assert (folder / f"post_fit-{rank}").read_text() == error
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", [case for case in CASES if "clean_up_collective" in str(case.id)])
+def test_collectives_in_clean_up_raise_and_dont_wait(
+    case: Case, outcomes: dict[str, dict[str, Any]]
+) -> None:
+    said = outcomes[str(case)]["stderr"][case.failing_rank]
+
+    for name in ("barrier", "c10d::allreduce_"):
+        assert f"{name} in the clean-up after an error: the other ranks may be gone" in said
 
 
 @pytest.mark.timeout(600)

@@ -18,11 +18,10 @@ from typing import Any
 from dream_callbacks.checkpoint import commit, layout
 from dream_callbacks.checkpoint.catalog import Catalog, Checkpoint, damage_of, read_catalog
 from dream_callbacks.checkpoint.choosing import directory_at
-from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.directory import Directory, directory_of
 from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from dream_callbacks.checkpoint.export import SUFFIXES, Format, export_checkpoint
 from dream_callbacks.checkpoint.loading import SavedState
-from dream_callbacks.checkpoint.lock import DirectoryLock
 from dream_callbacks.checkpoint.retention import KeepRules, to_delete
 from dream_callbacks.checkpoint.spelling import json_value, spelled_bytes, table
 from dream_callbacks.checkpoint.tree import decode_plain
@@ -216,7 +215,12 @@ def _prune(options: argparse.Namespace) -> int:
     disk, _, step = _opened(options)
     if step is not None:
         raise CheckpointError(f"prune takes a directory of checkpoints: give {disk}")
-    lock = DirectoryLock(disk.root / layout.LOCK, uuid.uuid4().hex)
+    if not disk.renames_at_once and not options.dry_run:
+        raise CheckpointError(
+            f"nobody can tell whether a run still saves to {disk}, so nothing is deleted there; "
+            "--dry-run says what could be"
+        )
+    lock = disk.lock(uuid.uuid4().hex)
     if not options.dry_run:
         lock.acquire()
     try:
@@ -271,14 +275,14 @@ def _prove(options: argparse.Namespace) -> int:
 # Parts
 
 
-def _opened(options: argparse.Namespace) -> tuple[LocalDisk, Catalog, int | None]:
+def _opened(options: argparse.Namespace) -> tuple[Directory, Catalog, int | None]:
     root, step = directory_at(options.directory)
     step = getattr(options, "step", None) if step is None else step
-    disk = LocalDisk(root)
+    disk = directory_of(root)
     return disk, read_catalog(disk), step
 
 
-def _one(disk: LocalDisk, catalog: Catalog, step: int | None) -> Checkpoint:
+def _one(disk: Directory, catalog: Catalog, step: int | None) -> Checkpoint:
     """The checkpoint of a step, or the newest one, with its files verified."""
     steps = ", ".join(str(c.step) for c in catalog.checkpoints[-10:]) or "none"
     found = catalog.of_step(step) if step is not None else None
@@ -293,7 +297,7 @@ def _one(disk: LocalDisk, catalog: Catalog, step: int | None) -> Checkpoint:
     return found
 
 
-def _document(disk: LocalDisk, checkpoint: Checkpoint) -> dict[str, Any]:
+def _document(disk: Directory, checkpoint: Checkpoint) -> dict[str, Any]:
     manifest = checkpoint.manifest
     return {
         "path": f"{disk}/{checkpoint.name}",

@@ -14,6 +14,7 @@ import torch
 
 from dream_callbacks.checkpoint.agreement import Agreement
 from dream_callbacks.checkpoint.config import CheckpointParameters
+from dream_callbacks.checkpoint.directory import below
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.loading import load_into
 from dream_callbacks.checkpoint.ranks import described
@@ -73,13 +74,13 @@ class CheckpointCallback(Callback[BaseTrainer]):
         return {k: v for k, v in state.items() if k not in ("_session", "_saved_step")}
 
     @property
-    def directory(self) -> Path:
-        """Where the checkpoints are. Known once the callback is attached."""
+    def directory(self) -> str | Path:
+        """Where the checkpoints are; text if that is a URL. Known once the callback is attached."""
         trainer = self.trainer
         root = self.parameters.root_dir
         if root is None:
             return trainer.run_dir / "checkpoints"
-        return Path(root) / trainer.project / trainer.group / trainer.experiment / "checkpoints"
+        return below(root, trainer.project, trainer.group, trainer.experiment, "checkpoints")
 
     # The run's life
 

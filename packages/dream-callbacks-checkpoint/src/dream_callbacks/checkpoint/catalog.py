@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 
 from dream_callbacks.checkpoint import layout
-from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.directory import Directory
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.manifest import FileSum, Manifest, sealed, unsealed
 from dream_callbacks.checkpoint.tree import decode_plain, encode_plain
@@ -66,7 +66,7 @@ class Catalog:
         return next((c for c in self.checkpoints if c.step == step), None)
 
 
-def read_catalog(disk: LocalDisk) -> Catalog:
+def read_catalog(disk: Directory) -> Catalog:
     """Look into a directory; an empty catalog if it isn't there."""
     names = disk.entries()
     with_metrics = {layout.step_of_metrics(name) for name in names}
@@ -86,7 +86,7 @@ def read_catalog(disk: LocalDisk) -> Catalog:
     return Catalog(tuple(checkpoints), dict(sorted(damaged.items())))
 
 
-def read_manifest(disk: LocalDisk, name: str) -> Manifest:
+def read_manifest(disk: Directory, name: str) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
@@ -111,7 +111,7 @@ def late_metrics_document(manifest: Manifest, metrics: dict[str, float]) -> byte
     return sealed({"run": manifest.run, "seq": manifest.seq, "metrics": encode_plain(metrics)})
 
 
-def read_late_metrics(disk: LocalDisk, manifest: Manifest) -> dict[str, float]:
+def read_late_metrics(disk: Directory, manifest: Manifest) -> dict[str, float]:
     """Results that came after a save; none, with a warning, if they can't be read."""
     name = layout.metrics_name(manifest.step)
     try:
@@ -130,7 +130,7 @@ def read_late_metrics(disk: LocalDisk, manifest: Manifest) -> dict[str, float]:
 
 
 def damage_of(
-    disk: LocalDisk,
+    disk: Directory,
     checkpoint: Checkpoint,
     *,
     checksums: bool,
@@ -155,7 +155,7 @@ def damage_of(
 
 
 def _damage_of_file(
-    disk: LocalDisk, folder: str, name: str, saved: FileSum, *, checksums: bool
+    disk: Directory, folder: str, name: str, saved: FileSum, *, checksums: bool
 ) -> str | None:
     num_bytes = disk.size(folder, name)
     if num_bytes is None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from dream_callbacks.checkpoint import layout
 from dream_callbacks.checkpoint.catalog import Catalog, Checkpoint, damage_of
-from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.directory import Directory, directory_of, is_url
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.ranks import Ranks
 from dream_callbacks.checkpoint.resume import ResumeMode, candidates
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def choose(
-    disk: LocalDisk,
+    disk: Directory,
     catalog: Catalog,
     ranks: Ranks,
     resume_mode: ResumeMode,
@@ -67,7 +67,7 @@ def choose(
 
 
 def damage_seen(
-    disk: LocalDisk, checkpoint: Checkpoint, ranks: Ranks, *, checksums: bool
+    disk: Directory, checkpoint: Checkpoint, ranks: Ranks, *, checksums: bool
 ) -> list[str]:
     """What is wrong with a checkpoint's files; each rank looks at some of them. Collective."""
     share = (ranks.rank, ranks.size)
@@ -75,15 +75,18 @@ def damage_seen(
     return [problem for part in found for problem in part]
 
 
-def directory_at(path: str | Path) -> tuple[Path, int | None]:
+def directory_at(path: str | Path) -> tuple[str | Path, int | None]:
     """The checkpoint directory that a user means, and the step if it is one checkpoint.
 
     Args:
-        path: A checkpoint directory, the run directory that it is in, or a checkpoint in it.
+        path: A checkpoint directory, the run directory that it is in, or a checkpoint in it; or
+            a URL of one of them.
 
     Raises:
         CheckpointError: If it is none of them; it says what is there.
     """
+    if is_url(path):
+        return _directory_at_url(str(path).rstrip("/"))
     path = Path(path).expanduser()
     step = layout.step_of(path.name)
     if step is not None and path.is_dir():
@@ -101,4 +104,19 @@ def directory_at(path: str | Path) -> tuple[Path, int | None]:
     raise CheckpointError(
         f"there are no checkpoints in {path}{hint}; give a run directory, or the folder "
         f"checkpoints in it"
+    )
+
+
+def _directory_at_url(url: str) -> tuple[str, int | None]:
+    above, _, name = url.rpartition("/")
+    step = layout.step_of(name)
+    if step is not None:
+        return above, step
+    for place in (url, f"{url}/checkpoints"):
+        names = directory_of(place).entries()
+        if layout.LOCK in names or any(layout.step_of(each) is not None for each in names):
+            return place, None
+    raise CheckpointError(
+        f"there are no checkpoints in {url}; give the URL of a run directory, or of the folder "
+        "checkpoints in it"
     )

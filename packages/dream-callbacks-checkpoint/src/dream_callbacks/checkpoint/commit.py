@@ -5,27 +5,42 @@ from __future__ import annotations
 import contextlib
 import logging
 import uuid
+from collections.abc import Collection
 
 from dream_callbacks.checkpoint import layout
-from dream_callbacks.checkpoint.disk import LocalDisk
-from dream_callbacks.checkpoint.lock import DirectoryLock
+from dream_callbacks.checkpoint.directory import Directory, Lock
 from dream_callbacks.checkpoint.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
 
-def begin(disk: LocalDisk, step: int, run: str) -> str:
+def begin(disk: Directory, step: int, run: str) -> str:
     """Make the folder in which a checkpoint is written, and return its name."""
-    name = layout.temporary_name(step, run)
+    name = layout.checkpoint_name(step)
+    if disk.renames_at_once or disk.size(name, layout.MANIFEST) is not None:
+        name = layout.temporary_name(step, run)
     disk.delete(name)  # of an attempt that failed
     disk.make(name)
     return name
 
 
-def publish(disk: LocalDisk, temporary: str, manifest: Manifest, lock: DirectoryLock) -> str:
-    """Make a written folder a checkpoint, by giving it its name. All its files are on the disk.
+def publish(
+    disk: Directory,
+    temporary: str,
+    manifest: Manifest,
+    lock: Lock,
+    unsynced: Collection[str],
+) -> str:
+    """Make a written folder a checkpoint, by giving it its name.
 
     Another checkpoint of the same step, of a run that went on from an earlier one, is replaced.
+
+    Args:
+        disk: Where.
+        temporary: The folder.
+        manifest: What is in it.
+        lock: Held.
+        unsynced: Files that the disk may not have yet. It has all the others.
 
     Returns:
         The name. The disk has it when this returns.
@@ -33,10 +48,14 @@ def publish(disk: LocalDisk, temporary: str, manifest: Manifest, lock: Directory
     Raises:
         CheckpointError: If the lock was lost.
     """
-    disk.write(temporary, layout.MANIFEST, manifest.encode())
-    disk.sync(temporary)
-    lock.check()
     name = layout.checkpoint_name(manifest.step)
+    if temporary == name:
+        lock.check()
+        disk.write(name, layout.MANIFEST, manifest.encode())  # which makes it one
+        return name
+    disk.write(temporary, layout.MANIFEST, manifest.encode())
+    disk.sync(temporary, [*unsynced, layout.MANIFEST])
+    lock.check()
     replaced = layout.replaced_name(manifest.step, uuid.uuid4().hex)
     if name in disk.entries():
         # Two renames: after a crash between them, `recover` gives the old one its name again.
@@ -48,25 +67,31 @@ def publish(disk: LocalDisk, temporary: str, manifest: Manifest, lock: Directory
     return name
 
 
-def discard(disk: LocalDisk, name: str) -> None:
+def discard(disk: Directory, name: str) -> None:
     """Delete a checkpoint: it is gone at once, or still whole."""
-    trash = layout.trash_name(uuid.uuid4().hex)
-    disk.rename(name, trash)
+    trash = name  # the manifest goes first
+    if disk.renames_at_once:
+        trash = layout.trash_name(uuid.uuid4().hex)
+        disk.rename(name, trash)
     step = layout.step_of(name)
     if step is not None:
         disk.unlink(layout.metrics_name(step))
     disk.delete(trash)
 
 
-def abandon(disk: LocalDisk, temporary: str) -> None:
+def abandon(disk: Directory, temporary: str) -> None:
     """Delete what a failed save has written; what can't be deleted now is left for `recover`."""
     with contextlib.suppress(OSError):
         disk.delete(temporary)
 
 
-def recover(disk: LocalDisk) -> None:
+def recover(disk: Directory) -> None:
     """Finish or undo what an earlier run left unfinished. Needs the directory's lock."""
     names = set(disk.entries())
+    if not disk.renames_at_once:
+        for name in [name for name in names if _is_unfinished(disk, name)]:
+            disk.delete(name)
+            names.remove(name)
     for name in sorted(names):
         replaced_step = layout.step_of_replaced(name)
         metrics_step = layout.step_of_metrics(name)
@@ -87,7 +112,13 @@ def recover(disk: LocalDisk) -> None:
             disk.unlink(name)
 
 
-def probe(disk: LocalDisk) -> None:
+def _is_unfinished(disk: Directory, name: str) -> bool:
+    """Whether a checkpoint's folder has no manifest, where nothing but that makes it one."""
+    is_named = layout.step_of(name) is not None or layout.step_of_replaced(name) is not None
+    return is_named and disk.size(name, layout.MANIFEST) is None
+
+
+def probe(disk: Directory) -> None:
     """Make sure that files can be written, synced and renamed; leaves nothing behind.
 
     Raises:
@@ -96,6 +127,7 @@ def probe(disk: LocalDisk) -> None:
     name = layout.probe_name(uuid.uuid4().hex)
     try:
         disk.write("", name, b"probe")
+        disk.sync("", [name])
         renamed = layout.probe_name(uuid.uuid4().hex)
         disk.rename(name, renamed)
         name = renamed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +21,8 @@ class CheckpointParameters:
 
     Args:
         root_dir: Where run directories lie: checkpoints are in
-            `root_dir/project/group/experiment/checkpoints`. Default: the trainer's root_dir.
+            `root_dir/project/group/experiment/checkpoints`. Default: the trainer's root_dir. May
+            be a URL that fsspec knows, such as "s3://bucket/runs".
         every: How often to save. Default: each epoch, and every half hour.
         checkpoint_every_n_train_epochs: Instead of `every`: after so many epochs, before their
             validation.
@@ -90,7 +90,6 @@ class CheckpointParameters:
         _check_count("keep_top_k", self.keep_top_k, 0)
         _check_choice("mode", self.mode, ("min", "max"))
         _check_choice("on_save_error", self.on_save_error, ("warn", "raise"))
-        refuse_url("root_dir", self.root_dir)
         mode = self.resume_mode
         if isinstance(mode, bool) or (isinstance(mode, int) and mode < 0):
             raise ValueError(f"resume_mode={mode!r}: a step is a whole number of at least 0")
@@ -146,19 +145,6 @@ class CheckpointParameters:
             every=self.keep_every,
             monitor=self.monitor,
             mode=self.best_mode,
-        )
-
-
-def refuse_url(name: str, path: str | Path | None) -> None:
-    """Raise if a path is a URL, of which pathlib would make a folder called "s3:".
-
-    Raises:
-        ValueError: If it is.
-    """
-    if path is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
-        raise ValueError(
-            f"{name}={str(path)!r} is a URL, and only paths of mounted file systems are supported; "
-            "mount it, or save to a local path and copy"
         )
 
 

@@ -7,116 +7,16 @@ import errno
 import os
 import shutil
 import stat
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from dream_callbacks.checkpoint import layout
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
+from dream_callbacks.checkpoint.lock import DirectoryLock
 from dream_callbacks.checkpoint.manifest import FileSum
-
-_CHUNK_BYTES = 1 << 22
-_LARGE_BYTES = 1 << 20
-
-
-class SummedFile:
-    """A new file that keeps its size and checksum while it is written, front to back.
-
-    Closing it waits until the disk has it.
-
-    Args:
-        path: Must not exist yet.
-
-    Attributes:
-        first_error: What the file system said first. Whoever writes may hide it: torch says
-            "unexpected pos" where the disk is full.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.first_error: OSError | None = None
-        self._sums = FileSum(0, 0)
-        self._summing: ThreadPoolExecutor | None = None
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._file = open(os.open(path, flags, 0o666), "wb", buffering=1 << 20)  # noqa: SIM115
-
-    @property
-    def sums(self) -> FileSum:
-        """Of what was written so far."""
-        return self._sums
-
-    def write(self, data: Any) -> int:
-        """Append bytes, or anything that holds them."""
-        view = memoryview(data).cast("B")
-        if len(view) < _LARGE_BYTES:
-            crc32 = zlib.crc32(view, self._sums.crc32)
-            with self._noting_errors():
-                self._file.write(view)
-        else:
-            # Both let go of the interpreter, so that the checksum takes no time of its own.
-            if self._summing is None:
-                self._summing = ThreadPoolExecutor(1, "checksum")
-            future = self._summing.submit(zlib.crc32, view, self._sums.crc32)
-            try:
-                with self._noting_errors():
-                    self._file.write(view)
-            finally:
-                crc32 = future.result()
-        self._sums = FileSum(self._sums.num_bytes + len(view), crc32)
-        return len(view)
-
-    def tell(self) -> int:
-        """How many bytes were written so far."""
-        return self._sums.num_bytes
-
-    def flush(self) -> None:
-        """Hand what was written to the operating system."""
-        with self._noting_errors():
-            self._file.flush()
-
-    def close(self) -> None:
-        """Close the file, once the disk has all of it; a second call does nothing."""
-        if self._file.closed:
-            return
-        try:
-            self.flush()
-            with self._noting_errors():
-                os.fsync(self._file.fileno())
-        finally:
-            self._let_go()
-
-    def __enter__(self) -> SummedFile:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if exc_value is None:
-            self.close()
-        else:
-            with contextlib.suppress(OSError):  # what is buffered has no room either
-                self._let_go()
-
-    def _let_go(self) -> None:
-        if self._summing is not None:
-            self._summing.shutdown()
-        with self._noting_errors():
-            self._file.close()
-
-    @contextlib.contextmanager
-    def _noting_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.filename is None:
-                error.filename = str(self.path)
-            self.first_error = self.first_error or error
-            raise
+from dream_callbacks.checkpoint.summed_file import SummedFile, sums_of
 
 
 class LocalDisk:
@@ -128,11 +28,17 @@ class LocalDisk:
         root: Made when it is needed.
     """
 
+    renames_at_once = True
+
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def __str__(self) -> str:
         return str(self.root)
+
+    def lock(self, run: str) -> DirectoryLock:
+        """The lock of this directory, not yet held."""
+        return DirectoryLock(self.root / layout.LOCK, run)
 
     # Looking
 
@@ -159,7 +65,7 @@ class LocalDisk:
             return None
         return found.st_size if stat.S_ISREG(found.st_mode) else None
 
-    def free_bytes(self) -> int:
+    def free_bytes(self) -> float:
         """What this user may still write."""
         return shutil.disk_usage(self.root).free
 
@@ -200,12 +106,8 @@ class LocalDisk:
 
     def sums(self, folder: str, name: str) -> FileSum:
         """Size and checksum of a file, read from front to back."""
-        num_bytes, crc32 = 0, 0
-        buffer = memoryview(bytearray(_CHUNK_BYTES))
         with self.open(folder, name) as file:
-            while count := file.readinto(buffer):  # type: ignore[attr-defined]  # a BufferedReader
-                num_bytes, crc32 = num_bytes + count, zlib.crc32(buffer[:count], crc32)
-        return FileSum(num_bytes, crc32)
+            return sums_of(file)
 
     # Writing
 
@@ -219,21 +121,27 @@ class LocalDisk:
 
     def create(self, folder: str, name: str) -> SummedFile:
         """A new file to write."""
-        return SummedFile(self.root / folder / name)
+        path = self.root / folder / name
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        file = open(os.open(path, flags, 0o666), "wb", buffering=1 << 20)  # noqa: SIM115
+        return SummedFile(str(path), file, lambda file: os.fdatasync(file.fileno()))
 
     def write(self, folder: str, name: str, data: bytes) -> FileSum:
-        """Write a new file; the disk has it when this returns."""
+        """Write a new file."""
         with self.create(folder, name) as file:
             file.write(data)
         return file.sums
 
-    def sync(self, folder: str = "") -> None:
-        """Wait until the disk has the names in a folder."""
-        descriptor = os.open(self.root / folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    def sync(self, folder: str = "", names: Iterable[str] = ()) -> None:
+        """Wait until the disk has what a folder lists, and these files of it."""
+        paths = [self.root / folder, *(self.root / folder / name for name in names)]
+        if len(paths) == 1:
+            _sync(paths[0])
+            return
+        # At once, so that one commit of the file system's journal serves them all.
+        with ThreadPoolExecutor(len(paths), "checkpoint-sync") as threads:
+            for synced in [threads.submit(_sync, path) for path in paths]:
+                synced.result()
 
     def rename(self, old: str, new: str) -> None:
         """Give a folder or file another name, at once; the disk has it when this returns."""
@@ -245,6 +153,7 @@ class LocalDisk:
         temporary = f"{name}.{unique}.tmp"
         self.unlink(temporary)
         self.write("", temporary, data)
+        self.sync("", [temporary])
         (self.root / temporary).replace(self.root / name)
         self.sync()
 
@@ -256,3 +165,11 @@ class LocalDisk:
         """Delete a folder with all that is in it, if it is there."""
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.root / folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dream_callbacks.checkpoint.catalog import Checkpoint
-from dream_callbacks.checkpoint.config import refuse_url
+from dream_callbacks.checkpoint.directory import Directory, is_url
 from dream_callbacks.checkpoint.disk import LocalDisk
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.ranks import Ranks
@@ -51,7 +51,11 @@ class ExportCallback(Callback[ModelSetupMixin]):
     def __init__(self, path: str | Path, format: Format = "safetensors") -> None:  # noqa: A002  # the contract's name
         if format not in SUFFIXES:
             raise ValueError(f'format={format!r}: "safetensors" or "torch" is required')
-        refuse_url("path", path)
+        if is_url(path):
+            raise ValueError(
+                f"path={str(path)!r} is a URL, and weights are exported to files of this machine; "
+                "give a path, and copy"
+            )
         self.path = path
         self.format: Format = format
 
@@ -129,7 +133,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], kind: Format) -> No
 
 
 def export_checkpoint(
-    disk: LocalDisk,
+    disk: Directory,
     checkpoint: Checkpoint,
     path: Path,
     kind: Format,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dream_callbacks.checkpoint import layout, reshard
 from dream_callbacks.checkpoint.catalog import Checkpoint
-from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.directory import Directory
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.index import TensorIndex
 from dream_callbacks.checkpoint.manifest import parsed_json
@@ -42,7 +42,7 @@ class SavedState:
         DamagedCheckpointError: If a file isn't what it should be.
     """
 
-    def __init__(self, disk: LocalDisk, checkpoint: Checkpoint) -> None:
+    def __init__(self, disk: Directory, checkpoint: Checkpoint) -> None:
         self.disk = disk
         self.checkpoint = checkpoint
         self.shared = parsed_json(disk.read(checkpoint.name, layout.STATE))
@@ -68,7 +68,7 @@ class SavedState:
 
 def load_into(
     trainer: BaseTrainer,
-    disk: LocalDisk,
+    disk: Directory,
     checkpoint: Checkpoint,
     ranks: Ranks,
     *,

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from dream_callbacks.checkpoint.catalog import read_catalog
 from dream_callbacks.checkpoint.choosing import choose, directory_at
-from dream_callbacks.checkpoint.config import refuse_url
-from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.directory import below, directory_of
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.loading import SavedState
 from dream_callbacks.checkpoint.ranks import Ranks
@@ -36,7 +35,7 @@ class PartialLoad:
         mismatched: Tensors of another shape: saved shape and live shape, by name.
     """
 
-    checkpoint: Path
+    checkpoint: str | Path
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
     unused: tuple[str, ...]
@@ -64,7 +63,7 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
     source is only read, and verified before. `report` says what was loaded and what wasn't.
 
     Args:
-        path: A checkpoint, a directory of checkpoints, or a run directory.
+        path: A checkpoint, a directory of checkpoints, or a run directory; or a URL of one.
         resume_mode: Which of several: "last", "best", "min", "max" or a step.
         monitor: The result that "best", "min" and "max" go by.
         mode: Whether "best" means low or high.
@@ -84,7 +83,6 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
         mode: Literal["min", "max"] = "min",
         verify: bool = True,
     ) -> None:
-        refuse_url("path", path)
         self.path = path
         self.resume_mode = resume_mode
         self.monitor = monitor
@@ -94,7 +92,7 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
     def post_setup(self) -> None:
         ranks = Ranks(self.trainer.world, "checkpoint")
         root, step = ranks.on_zero(lambda: directory_at(self.path))
-        disk = LocalDisk(root)
+        disk = directory_of(root)
         checkpoint = choose(
             disk,
             ranks.on_zero(lambda: read_catalog(disk)),
@@ -116,7 +114,7 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
             if name in names and saved.index[names[name]].shape == tensor.shape
         }
         self.report = PartialLoad(
-            disk.root / checkpoint.name,
+            below(root, checkpoint.name),
             tuple(sorted(map(_short, fits))),
             tuple(sorted(_short(name) for name in live if name not in names)),
             tuple(sorted(_short(there) for here, there in names.items() if here not in live)),

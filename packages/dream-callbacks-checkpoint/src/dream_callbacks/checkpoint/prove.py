@@ -325,7 +325,7 @@ class Killer(Callback[BaseTrainer]):
             for c in self.trainer.callbacks.values()
             if isinstance(c, CheckpointCallback) and c.parameters.enable
         ]
-        folder = callback.directory / layout.checkpoint_name(self.step)
+        folder = Path(callback.directory, layout.checkpoint_name(self.step))
         deadline = time.monotonic() + _DURABLE_WITHIN_S
         while not folder.is_dir():
             if time.monotonic() > deadline:

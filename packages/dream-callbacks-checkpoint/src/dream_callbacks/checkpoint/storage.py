@@ -24,11 +24,12 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config
 
 from dream_callbacks.checkpoint import layout
-from dream_callbacks.checkpoint.disk import LocalDisk, SummedFile
+from dream_callbacks.checkpoint.directory import Directory
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.index import TensorIndex
 from dream_callbacks.checkpoint.manifest import FileSum
 from dream_callbacks.checkpoint.ranks import Ranks
+from dream_callbacks.checkpoint.summed_file import SummedFile
 from dream_callbacks.checkpoint.tree import Path as TreePath
 
 
@@ -120,8 +121,8 @@ class TensorsToWrite:
                     largest.append(piece.max().float().cpu())
         return bool(largest) and bool(torch.stack(largest).isnan().any())
 
-    def write(self, disk: LocalDisk, folder: str) -> tuple[list[WriteResult], dict[str, FileSum]]:
-        """Write this rank's pieces; the disk has them when this returns.
+    def write(self, disk: Directory, folder: str) -> tuple[list[WriteResult], dict[str, FileSum]]:
+        """Write this rank's pieces.
 
         Returns:
             Where each piece is, and the sums of the files.
@@ -140,7 +141,7 @@ class TensorsToWrite:
         return results, files.sums
 
     def finish(
-        self, disk: LocalDisk, folder: str, results: Sequence[list[WriteResult]]
+        self, disk: Directory, folder: str, results: Sequence[list[WriteResult]]
     ) -> dict[str, FileSum]:
         """Write where everything is. On rank 0, with the results of all ranks.
 
@@ -156,7 +157,7 @@ class TensorsToWrite:
 
 
 def read_tensors(
-    disk: LocalDisk, folder: str, index: TensorIndex, wanted: Mapping[str, Tensor]
+    disk: Directory, folder: str, index: TensorIndex, wanted: Mapping[str, Tensor]
 ) -> None:
     """Fill tensors from a checkpoint, each rank its own shards. Not collective.
 
@@ -173,7 +174,7 @@ def read_tensors(
     if not wanted:
         return
     metadata = index.as_metadata(wanted)
-    reader = FileSystemReader(disk.root / folder)
+    reader = FileSystemReader("")
     reader.fs = _Files(disk, folder)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     planner = _TensorsOnly(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -210,18 +211,21 @@ class _TensorsOnly(DefaultLoadPlanner):
         raise DamagedCheckpointError(f"{read_item.dest_index.fqn!r} isn't a tensor")
 
 
-def _writer(disk: LocalDisk, folder: str, files: _Files) -> FileSystemWriter:
-    # DCP's own syncing leaves out what is still buffered of .metadata; `files` does it.
-    writer = FileSystemWriter(disk.root / folder, overwrite=False, sync_files=False)
+def _writer(disk: Directory, folder: str, files: _Files) -> FileSystemWriter:
+    # Files are synced together in the end.
+    writer = FileSystemWriter("", overwrite=False, sync_files=False)
     writer.fs = files
     writer.set_up_storage_writer(is_coordinator=True)
     return writer
 
 
 class _Files(FileSystem):
-    """DCP's view of a folder: new files that keep their sums, regular files to read."""
+    """DCP's view of a folder: new files that keep their sums, regular files to read.
 
-    def __init__(self, disk: LocalDisk, folder: str) -> None:
+    Of DCP's paths, only the names count.
+    """
+
+    def __init__(self, disk: Directory, folder: str) -> None:
         self._disk = disk
         self._folder = folder
         self._written: list[SummedFile] = []
@@ -229,7 +233,8 @@ class _Files(FileSystem):
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        name = Path(path).name
+        # The folder gets its name last, so that no file needs a temporary one.
+        name = Path(path).name.removesuffix(".tmp")
         if mode == "rb":
             with self._disk.open(self._folder, name) as saved:
                 yield saved
@@ -239,9 +244,14 @@ class _Files(FileSystem):
             yield file
         self.sums[name] = file.sums
 
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        """The folder is there."""
+
+    def exists(self, path: str | os.PathLike[str]) -> bool:
+        return False  # it was made empty
+
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        super().rename(path, new_path)
-        self.sums[Path(new_path).name] = self.sums.pop(Path(path).name)
+        """Done: it was written under its last name."""
 
     @contextlib.contextmanager
     def first_error_raised(self) -> Iterator[None]:

@@ -25,9 +25,8 @@ from dream_callbacks.checkpoint.catalog import (
     read_catalog,
 )
 from dream_callbacks.checkpoint.choosing import choose
-from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.directory import directory_of
 from dream_callbacks.checkpoint.errors import CheckpointError
-from dream_callbacks.checkpoint.lock import DirectoryLock
 from dream_callbacks.checkpoint.manifest import FileSum, Manifest
 from dream_callbacks.checkpoint.ranks import Ranks, described
 from dream_callbacks.checkpoint.resume import ResumeMode
@@ -84,18 +83,18 @@ class Store:
     """A checkpoint directory, for the ranks of one run. Methods are collective unless they say so.
 
     Args:
-        root: The directory.
+        root: The directory, or its URL.
         world: Launched.
         rules: What to keep.
     """
 
-    def __init__(self, root: Path, world: World, rules: KeepRules) -> None:
-        self.disk = LocalDisk(root)
+    def __init__(self, root: str | Path, world: World, rules: KeepRules) -> None:
+        self.disk = directory_of(root)
         self.world = world
         self.rules = rules
         self.ranks = Ranks(world, "checkpoint")
         self.run = self.ranks.broadcast(uuid.uuid4().hex)
-        self.lock = DirectoryLock(root / layout.LOCK, self.run)
+        self.lock = self.disk.lock(self.run)
         self._dp_ranks = tuple(self.ranks.all_gather(world.dp_rank))
         self._catalog = Catalog()
         self._was_opened = False
@@ -309,14 +308,16 @@ class Store:
         results, sums = save.tensors.write(self.disk, save.folder)
         name = layout.rank_name(self.ranks.rank)
         sums[name] = self.disk.write(save.folder, name, _json(save.parts.local))
+        self.disk.sync(save.folder, sums)
         return _Part(results, sums, save.tensors.has_nan("models."))
 
     def _commit(self, save: Save, parts: Sequence[_Part]) -> None:
         sums: dict[str, FileSum] = {}
         for part in parts:
             sums.update(part.sums)
-        sums.update(save.tensors.finish(self.disk, save.folder, [part.results for part in parts]))
-        sums[layout.STATE] = self.disk.write(save.folder, layout.STATE, _json(save.parts.shared))
+        own = save.tensors.finish(self.disk, save.folder, [part.results for part in parts])
+        own[layout.STATE] = self.disk.write(save.folder, layout.STATE, _json(save.parts.shared))
+        sums.update(own)
         facts = save.facts
         manifest = Manifest(
             step=facts.step,
@@ -335,7 +336,7 @@ class Store:
             torch_version=torch.__version__,
             files=sums,
         )
-        name = commit.publish(self.disk, save.folder, manifest, self.lock)
+        name = commit.publish(self.disk, save.folder, manifest, self.lock, own)
         with self._changing:
             self._take_in(Checkpoint(name, manifest))
 

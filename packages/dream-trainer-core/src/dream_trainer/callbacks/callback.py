@@ -50,7 +50,7 @@ The whole loop, with each hook in its place::
         post_validation_step(result, batch_idx)
       post_validation_epoch(result)
 
-    after an error, Ctrl-C or SystemExit, from wherever it came:
+    after an error, Ctrl-C or SystemExit, from wherever it came, another rank included:
       on_exception(exception)                   # every callback
       post_fit                                  # every callback whose pre_fit ran
 
@@ -185,7 +185,8 @@ class Callback(Generic[TrainerT]):
     def on_exception(self, exception: BaseException) -> None:
         """After anything left the loop as an exception, Ctrl-C included, before `post_fit`.
 
-        Other ranks may have failed or still run: no collectives.
+        On every rank, whichever failed: elsewhere `exception` is a RemoteError that names the
+        first. Other ranks may be gone, so collectives raise.
         """
 
     def post_fit(self) -> None:

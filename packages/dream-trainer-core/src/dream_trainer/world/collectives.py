@@ -158,12 +158,8 @@ def disagreements(said: Sequence[Mapping[str, Any]]) -> str:
     ]
     parts = []
     for name in different[:_MAX_DISAGREEMENTS]:
-        ranks_by_value: dict[str, list[int]] = {}
-        for rank, values in enumerate(said):
-            value = repr(values[name]) if name in values else "nothing"
-            ranks_by_value.setdefault(value, []).append(rank)
-        lines = [f"  rank {_ranges(ranks)}: {value}" for value, ranks in ranks_by_value.items()]
-        parts.append("\n".join([f"ranks disagree on {name}:", *lines]))
+        values = [repr(values[name]) if name in values else "nothing" for values in said]
+        parts.append(f"ranks disagree on {name}:\n  " + grouped(values, "\n  "))
     more = len(different) - len(parts)
     parts.append(
         f"{f'and on {more} more; ' if more else ''}it must be the same on all of them: look for "
@@ -173,6 +169,15 @@ def disagreements(said: Sequence[Mapping[str, Any]]) -> str:
 
 
 _MAX_DISAGREEMENTS = 4
+
+
+def grouped(values: Sequence[str], separator: str = "; ") -> str:
+    """What each rank said, once for all that said the same: `rank 0–6: 10; rank 7: 11`."""
+    ranks_by_value: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks_by_value.setdefault(value, []).append(rank)
+    said = (f"rank {_ranges(ranks)}: {value}" for value, ranks in ranks_by_value.items())
+    return separator.join(said)
 
 
 def _ranges(ranks: Sequence[int]) -> str:

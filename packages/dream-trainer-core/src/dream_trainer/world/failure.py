@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import sysconfig
 import threading
 import traceback
 from dataclasses import dataclass
@@ -66,6 +67,11 @@ def is_lost_connection(error: BaseException) -> bool:
     return False
 
 
+def is_timeout(error: BaseException) -> bool:
+    """Whether a collective has waited in vain for another rank."""
+    return isinstance(error, RuntimeError) and "Timed out waiting" in str(error)
+
+
 def described(error: BaseException, step: int) -> str:
     """Where an error was raised, and what it is, in one line."""
     text = " ".join(str(error).split())[:300]
@@ -80,6 +86,7 @@ def described(error: BaseException, step: int) -> str:
 
 _OURS = str(Path(__file__).parents[1])
 _TORCHS = str(Path(torch.__file__).parent)
+_PYTHONS = sysconfig.get_paths()["stdlib"]
 
 
 def _place(stack: traceback.StackSummary) -> str:
@@ -92,12 +99,23 @@ def _place(stack: traceback.StackSummary) -> str:
 
 
 def place_of_main_thread() -> str:
-    """Where the main thread is, in the words of an error."""
+    """Where the main thread is: the innermost function that isn't torch's or Python's, and it."""
     ident = threading.main_thread().ident
     frame = sys._current_frames().get(ident or 0)  # noqa: SLF001  # documented, despite its name
     if frame is None:
         return "Python's shutdown"
-    return f"{frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}, line {frame.f_lineno})"
+    stack = [
+        (
+            each.f_code.co_filename,
+            f"{each.f_code.co_name} ({Path(each.f_code.co_filename).name}, line {line})",
+        )
+        for each, line in traceback.walk_stack(frame)
+    ]
+    _, innermost = stack[0]
+    caller = next(
+        (place for name, place in stack if not name.startswith((_TORCHS, _PYTHONS, "<"))), innermost
+    )
+    return innermost if caller == innermost else f"{innermost}, called in {caller}"
 
 
 def was_shown(failure: Failure) -> bool:

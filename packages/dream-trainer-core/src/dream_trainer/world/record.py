@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ASKS_PER_S = 5000
 """How often all ranks together may ask the store."""
 _ANSWER_S = 3.0
+_PLACES_S = 1.0
 _STARTED_AT_S = time.time()
 _OLDER_S = 2.0
 
@@ -69,6 +70,29 @@ class FailureRecord:
         with self.may_be_lost():
             record = self.store.compare_set("first", self._stale.decode(), text)
         return _failure(record)
+
+    def where_ranks_are(self) -> list[str]:
+        """Ask all ranks where their main threads are; "unknown" of those that don't answer soon."""
+        places = ["unknown"] * self._world_size
+        keys = [f"place/{rank}" for rank in range(self._world_size)]
+        with self.may_be_lost():
+            self.store.set("where", "")
+            give_up_s = time.monotonic() + _PLACES_S
+            while not self.store.check(keys) and time.monotonic() < give_up_s:
+                time.sleep(0.05)
+            for rank, key in enumerate(keys):
+                if self.store.check([key]):
+                    places[rank] = self.store.get(key).decode()
+        return places
+
+    def is_asked_where(self) -> bool:
+        """Whether a rank wants to know where the others are."""
+        return self.store.check(["where"])
+
+    def tell_place(self, rank: int, place: str) -> None:
+        """Answer `where_ranks_are`."""
+        with self.may_be_lost():
+            self.store.set(f"place/{rank}", place)
 
     def say_goodbye(self, rank: int, span: int) -> None:
         """Note that a rank may end from here on, in a span of the run, without being missed."""

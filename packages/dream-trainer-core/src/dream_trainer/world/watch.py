@@ -28,11 +28,13 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dream_trainer.world import launcher
+from dream_trainer.world.collectives import grouped
 from dream_trainer.world.failure import (
     Failure,
     RemoteError,
     described,
     is_lost_connection,
+    is_timeout,
     place_of_main_thread,
     was_shown,
 )
@@ -97,6 +99,7 @@ class FailureWatch:
         self._depth = 0
         self._span = 0  # number of watches that have ended with success
         self._is_out = False
+        self._place: str | None = None  # where the main thread was; by default where it is
         self._thread: threading.Thread | None = None
         self._neighbours: Neighbours | None = None
         self._interrupts = False
@@ -141,7 +144,8 @@ class FailureWatch:
             error.__notes__ = []  # where it came upon this rank; it isn't the cause
         else:
             lost = is_lost_connection(error)
-            first = self._first_failure(error, step, wait_s=_PATIENCE_S if lost else 0.0)
+            wait_s = _PATIENCE_S if lost and not is_timeout(error) else 0.0
+            first = self._first_failure(error, step, wait_s)
             if first.rank != self._rank and lost:
                 error = _caused_by(RemoteError(first), error)
             else:
@@ -200,6 +204,10 @@ class FailureWatch:
         if first is not None:
             return first
         what = f"failed in {described(error, step)}"
+        if is_timeout(error):
+            self._place = "waiting"
+            self._record.tell_place(self._rank, self._place)
+            what += f"; where each rank was: {grouped(self._record.where_ranks_are())}"
         return self._record.publish(_failure(self._rank, self._pid, what))
 
     def _see(self, first: Failure) -> None:
@@ -237,6 +245,7 @@ class FailureWatch:
 
     def _watch(self, neighbours: Neighbours) -> None:
         interval_s = max(_LOOK_EVERY_S, self._world_size / ASKS_PER_S)
+        has_told_place = False
         while self._first is None:
             ended = neighbours.wait(interval_s)
             if self._thread is not threading.current_thread():
@@ -247,6 +256,9 @@ class FailureWatch:
             with self._record.may_be_lost():
                 for rank, pid in (*ended, *neighbours.look_for_new()):
                     self._on_end_of(rank, pid)
+                if not has_told_place and self._record.is_asked_where():
+                    has_told_place = True
+                    self._record.tell_place(self._rank, self._place or place_of_main_thread())
             first = self._record.first()
             if first is not None:
                 self._see(first)

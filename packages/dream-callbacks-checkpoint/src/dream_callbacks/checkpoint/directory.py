@@ -1,0 +1,97 @@
+"""Directory: what checkpoints ask of the place where they are, on a disk or behind a URL."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.manifest import FileSum
+from dream_callbacks.checkpoint.summed_file import SummedFile
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+class Lock(Protocol):
+    """Makes sure that one run at a time writes; each holder has a higher fence."""
+
+    fence: int
+
+    def acquire(self) -> None: ...
+
+    def check(self) -> None: ...
+
+    def release(self) -> None: ...
+
+
+class Directory(Protocol):
+    """A checkpoint directory. Folders in it have files, and no folders.
+
+    `LocalDisk` and `RemoteDirectory` say what each method does.
+
+    Attributes:
+        renames_at_once: Whether a folder gets another name at once or not at all. Where it
+            doesn't, a checkpoint is written under its own name, and its manifest, which comes
+            last, makes it one.
+    """
+
+    renames_at_once: bool
+
+    def lock(self, run: str) -> Lock: ...
+
+    def entries(self, folder: str = "") -> list[str]: ...
+
+    def is_folder(self, name: str) -> bool: ...
+
+    def size(self, folder: str, name: str) -> int | None: ...
+
+    def free_bytes(self) -> float: ...
+
+    def open(self, folder: str, name: str) -> BinaryIO: ...
+
+    def read(self, folder: str, name: str, max_bytes: int | None = None) -> bytes: ...
+
+    def sums(self, folder: str, name: str) -> FileSum: ...
+
+    def make_root(self) -> None: ...
+
+    def make(self, folder: str) -> None: ...
+
+    def create(self, folder: str, name: str) -> SummedFile: ...
+
+    def write(self, folder: str, name: str, data: bytes) -> FileSum: ...
+
+    def sync(self, folder: str = "", names: Iterable[str] = ()) -> None: ...
+
+    def rename(self, old: str, new: str) -> None: ...
+
+    def replace(self, name: str, data: bytes, unique: str) -> None: ...
+
+    def unlink(self, name: str) -> None: ...
+
+    def delete(self, folder: str) -> None: ...
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether a path is a URL, of which pathlib would make a folder called "s3:"."""
+    return _URL.match(str(path)) is not None
+
+
+def below(path: str | Path, *names: str) -> str | Path:
+    """A path or URL with more names at its end."""
+    return "/".join([str(path).rstrip("/"), *names]) if is_url(path) else Path(path, *names)
+
+
+def directory_of(path: str | Path) -> Directory:
+    """The checkpoint directory at a path or URL.
+
+    Raises:
+        ImportError: If it is a URL, and what reads it isn't installed.
+    """
+    if not is_url(path):
+        return LocalDisk(Path(path))
+    from dream_callbacks.checkpoint.remote import RemoteDirectory
+
+    return RemoteDirectory(str(path))
