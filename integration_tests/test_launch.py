@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from torch.distributed.run import get_args_parser
 from toy import make
 
 TOY = Path(__file__).parent / "toy.py"
+FAILING = Path(__file__).parent / "failing.py"
 SHELL_FILES = ("multi_node.sh", "slurm.sbatch")
 MANIFESTS = ("kubernetes.yaml", "pytorchjob.yaml")
 TIMEOUT_S = 100
@@ -94,6 +98,47 @@ def test_two_hosts_train_together_like_one_process(
     found = json.loads(Path("out.json").read_text())
     assert found["world_size"] == 2 * ranks_per_node
     assert found["losses"] == pytest.approx(losses_of_one_process(tmp_path), abs=1e-5)
+
+
+@pytest.mark.full
+def test_a_run_that_was_told_to_end_goes_on_where_it_was_when_started_again(tmp_path: Path) -> None:
+    env = {"HEAD": "localhost", "NUM_NODES": "1", "NODE": "0", "RANKS_PER_NODE": "2"}
+    env = with_commands(tmp_path / "bin") | env | {"PORT": str(free_port())}
+    train = ["bash", str(LAUNCH / "multi_node.sh"), str(FAILING), str(tmp_path), "--wait"]
+
+    assert steps_at_begin(told_to_end(train, env)) == {0}
+    (step,) = steps_at_begin(told_to_end(train, env))
+    assert step > 0
+
+
+def told_to_end(command: list[str], env: dict[str, str]) -> str:
+    """What a run printed that got SIGTERM, as from a scheduler, once all ranks were training."""
+    pids = [Path(f"pid-{rank}") for rank in (0, 1)]
+    for pid in pids:
+        pid.unlink(missing_ok=True)
+    with started(command, env) as process:
+        try:
+            give_up_s = time.monotonic() + TIMEOUT_S
+            while not all(pid.exists() for pid in pids) and time.monotonic() < give_up_s:
+                time.sleep(0.1)
+            time.sleep(1.0)
+            process.terminate()
+            output, _ = process.communicate(timeout=30)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    return output
+
+
+def steps_at_begin(output: str) -> set[int]:
+    return {int(step) for step in re.findall(r"begins at step (\d+)", output)}
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port: int = found.getsockname()[1]
+    return port
 
 
 # Slurm

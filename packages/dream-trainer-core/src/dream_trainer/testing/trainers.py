@@ -102,7 +102,7 @@ class TinyTrainer(DreamTrainer):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         x, y = batch
-        loss = F.mse_loss(self.model(x), y)
+        loss = F.mse_loss(self.model(x).float(), y)
         self.backward(loss)
         if not self.is_accumulating_gradients:
             self.step(self.optimizer)
@@ -110,7 +110,7 @@ class TinyTrainer(DreamTrainer):
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         x, y = batch
-        return {"val_loss": F.mse_loss(self.model(x), y)}
+        return {"val_loss": F.mse_loss(self.model(x).float(), y)}
 
     def _loader(self, dataset: TensorDataset, *, shuffle: bool) -> Iterable[Any]:
         sampler: Any = DistributedSampler(
