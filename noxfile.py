@@ -118,6 +118,14 @@ def lint(session: nox.Session) -> None:
     run(session, environment, "-m", "pytest", "tools/tests", "-q")
 
 
+@nox.session(tags=["full"])
+def loops(session: nox.Session) -> None:
+    """Run checkpoint's long loops: kills, stops at every call, power losses, each kind of run."""
+    tests = BY_SHORT_NAME["checkpoint"].folder / "tests"
+    command = ["-m", "pytest", tests, "-m", "full"]
+    run(session, for_tests("core+checkpoint"), *command, *session.posargs)
+
+
 @nox.session(name="wheels", tags=["quick"])
 def wheels_alone(session: nox.Session) -> None:
     """Install each wheel alone, without extras; import every module; look at what it ships."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -103,7 +104,8 @@ def _run(work: bytes, num_ranks: int, timeout_s: float, stacks: Path) -> list[An
         for rank in connections.values():
             pid = processes[rank].pid
             assert pid is not None, "it was started"
-            os.kill(pid, signal.SIGABRT)  # it writes down where it is, and ends
+            with contextlib.suppress(ProcessLookupError):  # it may just have ended
+                os.kill(pid, signal.SIGABRT)  # it writes down where it is, and ends
         for process in processes:
             process.join(timeout=1.0 if connections else 10.0)
             process.kill()
