@@ -10,7 +10,6 @@ became of each rank.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -140,7 +139,12 @@ class Trainer(TinyTrainer):
             return
         if self.what in ("others_compute", "others_stuck", "clean_up_hangs", "thread_hangs"):
             fail(self)
-        if self.what in ("clean_up_collective", "finally_collective", "clean_up_fails"):
+        if self.what in (
+            "gives_sigterm_back",
+            "clean_up_collective",
+            "finally_collective",
+            "clean_up_fails",
+        ):
             fail(self)
         if self.what == "sigkill":
             note_time(self)
@@ -161,6 +165,9 @@ class InCleanUp(Callback[TinyTrainer]):
         self.what = what
 
     def on_exception(self, exception: BaseException) -> None:
+        if self.what == "gives_sigterm_back" and not is_failing_rank(self.trainer):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as CheckpointCallback does
+            time.sleep(2)
         if not is_failing_rank(self.trainer):
             return
         if self.what == "clean_up_hangs":
@@ -218,24 +225,22 @@ def start(folder: Path, what: str, failing_rank: int, num_ranks: int) -> dict[in
     """Fork the ranks of a case; returns their ranks by process id, in this process alone."""
     global FAILING_RANK
     folder.mkdir(parents=True)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    STORES.append(store)
-    ranks = {}
+    store_pid, port = start_store()
+    ranks = {store_pid: STORE}
     for rank in range(num_ranks):
         pid = os.fork()
         if pid:
             ranks[pid] = rank
             continue
-        for each in STORES:  # their threads are the parent's
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
         os.environ.update(
             RANK=str(rank),
             LOCAL_RANK=str(rank),
             WORLD_SIZE=str(num_ranks),
             LOCAL_WORLD_SIZE=str(num_ranks),
             MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(store.port),
+            MASTER_PORT=str(port),
             TORCHELASTIC_USE_AGENT_STORE="True",
+            TORCHELASTIC_RUN_ID="test",
             TORCHELASTIC_ERROR_FILE=str(folder / f"{rank}.error.json"),
         )
         os.dup2(os.open(folder / f"{rank}.stderr", os.O_WRONLY | os.O_CREAT), 2)
@@ -244,7 +249,27 @@ def start(folder: Path, what: str, failing_rank: int, num_ranks: int) -> dict[in
     return ranks
 
 
-STORES: list[TCPStore] = []
+STORE = -1
+
+
+def start_store() -> tuple[int, int]:
+    """A process for a case's store, as torchrun is one; returns its process id and port.
+
+    Here, where ranks are forked from, there must be no threads.
+    """
+    parent = os.getpid()
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(writer)
+        with os.fdopen(reader) as pipe:
+            return pid, int(pipe.read())
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with os.fdopen(writer, "w") as pipe:
+        pipe.write(str(store.port))
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(0)
 
 
 class InChild(Exception):
@@ -279,9 +304,12 @@ def run_all(root: Path, num_jobs: int, cases: list[str]) -> None:
         if running[case] and len(outcomes[case]) == 1:
             time.sleep(0.1)  # as torchrun, which looks ten times a second
             for other in running[case]:
-                os.kill(other, signal.SIGTERM)
-        if not running[case]:
-            del running[case]
+                if running[case][other] != STORE:
+                    os.kill(other, signal.SIGTERM)
+        if list(running[case].values()) == [STORE]:
+            [store_pid] = running.pop(case)
+            os.kill(store_pid, signal.SIGKILL)
+            os.waitpid(store_pid, 0)
             (root / f"{case}.json").write_text(json.dumps(ended(root / case, outcomes[case])))
 
 

@@ -68,6 +68,7 @@ SPECIAL = [
     Case("others_stuck", 1, place=IN_STEP),
     Case("clean_up_hangs", 1, place=IN_STEP),
     Case("clean_up_collective", 1, place=IN_STEP),
+    Case("gives_sigterm_back", 1, place=IN_STEP),
     Case("clean_up_fails", 1, place=IN_STEP),
     Case("finally_collective", 1, place=IN_STEP),
     Case("thread_hangs", 0, place=IN_STEP),
@@ -89,7 +90,14 @@ ON_FOUR_RANKS = [
 ALL = [*IN_HOOKS, *SPECIAL, *ON_FOUR_RANKS]
 QUICK = {
     *("pre_launch:1:2", "post_setup:0:2", "train_context:1:2", "post_validation_epoch:0:2"),
-    *("post_fit:1:2", "training_step:0:2", "loader_kill:0:2", "others_compute:1:2", "hangs:1:2"),
+    *(
+        "post_fit:1:2",
+        "training_step:0:2",
+        "loader_kill:0:2",
+        "others_compute:1:2",
+        "hangs:1:2",
+        "gives_sigterm_back:1:2",
+    ),
     *("clean_up_hangs:1:2", "clean_up_collective:1:2", "finally_collective:1:2"),
     *("sigkill:1:2", "system_exit:1:2", "post_train_step:2:4"),
 }

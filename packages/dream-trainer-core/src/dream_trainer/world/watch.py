@@ -182,7 +182,7 @@ class FailureWatch:
 
     def leave(self) -> None:
         """The main thread has cleaned up after an error: it is on its own from here on."""
-        _ignore_sigterm()  # a callback may have given it back
+        _ignore_sigterm()
         self._is_out = True
 
     def close(self) -> None:
@@ -288,6 +288,7 @@ class FailureWatch:
             if self._depth and self._interrupts and time.monotonic() - signalled_at_s > 1.0:
                 signalled_at_s = time.monotonic()
                 signal.pthread_kill(_main_thread(), signal.SIGURG)
+            _ignore_sigterm()  # a callback that cleans up may have given it back
             time.sleep(0.02)
         if not self._is_out:
             self._end_process()
@@ -301,8 +302,14 @@ class FailureWatch:
     def _end_process(self) -> NoReturn:
         place = place_of_main_thread()
         _flush()
-        _write(f"rank {self._rank} could not get out of {place} and ends here\n{self._first}")
+        self._write(f"rank {self._rank} could not get out of {place} and ends here")
+        self._write(str(self._first))
         os._exit(1)
+
+    def _write(self, line: str) -> None:
+        # Marked as torch marks tracebacks. Not through sys.stderr, whose lock may be held.
+        with contextlib.suppress(OSError):
+            os.write(2, f"[rank{self._rank}]: {line}\n".encode())
 
     # The end
 
@@ -320,7 +327,7 @@ class FailureWatch:
             self.close()
             return
         if not was_shown(self._first):
-            _write(str(self._first))
+            self._write(str(self._first))
         self._record.wait_for_all("seen", limit_s=_PATIENCE_S)
         # Others may be stuck until the sockets of this process are closed. What is left to do can
         # take seconds or hang, and no thread of Python's runs meanwhile; this one is in C.
@@ -376,12 +383,6 @@ def _ignore_sigterm() -> None:
     A launcher that notices that one rank has ended sends SIGTERM to the others.
     """
     ctypes.CDLL(None).signal(int(signal.SIGTERM), ctypes.c_void_p(int(signal.SIG_IGN)))
-
-
-def _write(text: str) -> None:
-    # Not through sys.stderr, whose lock the main thread may hold.
-    with contextlib.suppress(OSError):
-        os.write(2, f"{text}\n".encode())
 
 
 def _flush() -> None:
