@@ -249,6 +249,18 @@ def test_a_training_result_can_be_monitored(tmp_path: Path) -> None:
     assert len(steps(tmp_path)) <= 2
 
 
+def test_what_is_being_read_stays_until_it_was_read(tmp_path: Path) -> None:
+    tiny(tmp_path, n_epochs=1, keep_last=1).fit()
+    disk = LocalDisk(directory(tmp_path))
+
+    with disk.reading("step-0000000008"):
+        tiny(tmp_path, n_epochs=2, keep_last=1).fit()
+        assert steps(tmp_path) == [8, 16]
+    tiny(tmp_path, n_epochs=3, keep_last=1).fit()
+
+    assert steps(tmp_path) == [24]
+
+
 class Disagreeing(TinyTrainer):
     """Rank 0 says that step 4 is best, rank 1 that step 12 is."""
 

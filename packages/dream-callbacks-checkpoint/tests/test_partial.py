@@ -14,6 +14,8 @@ from torch import nn
 from training import different, directory, weights
 
 from dream_callbacks.checkpoint import CheckpointError, LoadPartialCheckpointCallback
+from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.loading import SavedState
 from dream_trainer.callbacks import Every
 from dream_trainer.testing import TinyTrainer, run_on_ranks
 
@@ -213,3 +215,24 @@ def loaded(root: Path, path: Path, layout: str) -> dict[str, torch.Tensor]:
     trainer = tiny(root, LoadPartialCheckpointCallback(path), layout=layout)
     trainer.setup()
     return weights(trainer)
+
+
+def test_the_source_is_protected_while_it_is_read(
+    tmp_path: Path, source: tuple[Path, TinyTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    read = SavedState.read
+
+    def noted(self: SavedState, wanted: Any) -> None:
+        seen.append(self.disk.is_being_read(self.checkpoint.name))
+        read(self, wanted)
+        seen.append(self.disk.is_being_read(self.checkpoint.name))
+
+    monkeypatch.setattr(SavedState, "read", noted)
+    load = LoadPartialCheckpointCallback(source[0])
+    tiny(tmp_path / "new", load).setup()
+
+    assert seen == [True, True]
+    assert load.report is not None
+    folder = Path(load.report.checkpoint)
+    assert not LocalDisk(folder.parent).is_being_read(folder.name)

@@ -91,14 +91,6 @@ def test_the_newest_without_nan_stays() -> None:
     assert kept(checkpoints, last=2) == [20, 40, 50]
 
 
-def test_what_is_in_use_stays() -> None:
-    checkpoints = steps(10, 20, 30)
-
-    deleted = to_delete(checkpoints, KeepRules(last=1), protected={layout.checkpoint_name(10)})
-
-    assert [c.step for c in deleted] == [20]
-
-
 def test_newest_means_written_last_also_after_going_back() -> None:
     # Written to step 300, then continued from 100.
     checkpoints = [

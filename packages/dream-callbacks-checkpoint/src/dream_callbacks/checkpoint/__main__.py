@@ -226,7 +226,7 @@ def _prune(options: argparse.Namespace) -> int:
     try:
         catalog = read_catalog(disk)
         whole = [c for c in catalog.checkpoints if not damage_of(disk, c, checksums=False)]
-        doomed = to_delete(whole, rules)
+        doomed = [c for c in to_delete(whole, rules) if not disk.is_being_read(c.name)]
         if not options.dry_run:
             commit.recover(disk)
             for checkpoint in doomed:
@@ -249,7 +249,9 @@ def _export(options: argparse.Namespace) -> int:
     checkpoint = _one(disk, catalog, step)
     kind: Format = "torch" if options.output.suffix == ".pt" else "safetensors"
     kind = options.format or kind
-    for path in export_checkpoint(disk, checkpoint, options.output, kind):
+    with disk.reading(checkpoint.name):
+        paths = export_checkpoint(disk, checkpoint, options.output, kind)
+    for path in paths:
         print(f"{path}  {spelled_bytes(path.stat().st_size)}  from {checkpoint.name}")
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -54,6 +55,10 @@ class Directory(Protocol):
     def read(self, folder: str, name: str, max_bytes: int | None = None) -> bytes: ...
 
     def sums(self, folder: str, name: str) -> FileSum: ...
+
+    def reading(self, folder: str) -> AbstractContextManager[None]: ...
+
+    def is_being_read(self, folder: str) -> bool: ...
 
     def make_root(self) -> None: ...
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +18,8 @@ from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.lock import DirectoryLock
 from dream_callbacks.checkpoint.manifest import FileSum
 from dream_callbacks.checkpoint.summed_file import SummedFile, sums_of
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class LocalDisk:
@@ -108,6 +111,30 @@ class LocalDisk:
         """Size and checksum of a file, read from front to back."""
         with self.open(folder, name) as file:
             return sums_of(file)
+
+    @contextlib.contextmanager
+    def reading(self, folder: str) -> Iterator[None]:
+        """While this lasts, no run deletes the folder."""
+        descriptor = os.open(self.root / folder, _FOLDER)
+        try:
+            with contextlib.suppress(OSError):  # a file system that knows no locks
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def is_being_read(self, folder: str) -> bool:
+        """Whether someone on this machine is reading a folder, as far as that can be known."""
+        descriptor = os.open(self.root / folder, _FOLDER)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
+        return False
 
     # Writing
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,8 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
     No counters, optimizer, scheduler or position in the data: the run begins anew with these
     weights, in any layout. Acts in `post_setup`, before other callbacks; where a
     CheckpointCallback then continues the run from a checkpoint of its own, that one counts. The
-    source is only read, and verified before. `report` says what was loaded and what wasn't.
+    source is only read, and verified before; no run deletes it meanwhile. `report` says what was
+    loaded and what wasn't.
 
     Args:
         path: A checkpoint, a directory of checkpoints, or a run directory; or a URL of one.
@@ -104,7 +106,12 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
         )
         if checkpoint is None:
             raise CheckpointError(f"there is no checkpoint in {disk}; give another path")
-        saved = ranks.each(lambda: SavedState(disk, checkpoint))
+        with contextlib.ExitStack() as stack:
+            ranks.each(lambda: stack.enter_context(disk.reading(checkpoint.name)))
+            saved = ranks.each(lambda: SavedState(disk, checkpoint))
+            self._load(below(root, checkpoint.name), saved, ranks)
+
+    def _load(self, path: str | Path, saved: SavedState, ranks: Ranks) -> None:
         models = self.trainer.named_models()
         live = split({"models": ranks.each(self.trainer.model_state_dict)}, ranks.rank).tensors
         names = _matching_names(saved, set(models))
@@ -114,7 +121,7 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
             if name in names and saved.index[names[name]].shape == tensor.shape
         }
         self.report = PartialLoad(
-            below(root, checkpoint.name),
+            path,
             tuple(sorted(map(_short, fits))),
             tuple(sorted(_short(name) for name in live if name not in names)),
             tuple(sorted(_short(there) for here, there in names.items() if here not in live)),
@@ -126,7 +133,7 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
         )
         if not fits:
             raise CheckpointError(
-                f"nothing of {disk}/{checkpoint.name} fits the trainer; give a checkpoint of a "
+                f"nothing of {path} fits the trainer; give a checkpoint of a "
                 f"model like this one.\n{self.report}"
             )
         ranks.each_slowly(lambda: saved.read({names[name]: t for name, t in fits.items()}))

@@ -117,6 +117,14 @@ class RemoteDirectory:
         with self.open(folder, name) as file:
             return sums_of(file)
 
+    def reading(self, folder: str) -> contextlib.AbstractContextManager[None]:
+        """Nothing: a store can't know who reads. What is deleted meanwhile shows as missing."""
+        return contextlib.nullcontext()
+
+    def is_being_read(self, folder: str) -> bool:
+        """False: see `reading`."""
+        return False
+
     # Writing
 
     def make_root(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,9 +43,7 @@ def best_first(
     ]
 
 
-def to_delete(
-    checkpoints: Sequence[Checkpoint], rules: KeepRules, protected: Collection[str] = ()
-) -> list[Checkpoint]:
+def to_delete(checkpoints: Sequence[Checkpoint], rules: KeepRules) -> list[Checkpoint]:
     """The checkpoints that no rule keeps, oldest first.
 
     The newest one stays whatever the rules say, and the newest one without NaN.
@@ -53,11 +51,10 @@ def to_delete(
     Args:
         checkpoints: Whole ones, oldest first; torn ones neither count nor are deleted.
         rules: What to keep.
-        protected: Names of checkpoints that are in use.
     """
     if rules.last is None:
         return []
-    keep = {c.name for c in checkpoints[-max(rules.last, 1) :]} | set(protected)
+    keep = {c.name for c in checkpoints[-max(rules.last, 1) :]}
     keep |= {c.name for c in [c for c in checkpoints if not c.manifest.has_nan][-1:]}
     keep |= {c.name for c in best_first(checkpoints, rules.monitor, rules.mode)[: rules.top_k]}
     if rules.every is not None:

@@ -256,6 +256,8 @@ class Store:
         with self._changing:
             whole = [c for c in self._catalog.checkpoints if self._is_whole(c)]
             for checkpoint in to_delete(whole, self.rules):
+                if self.disk.is_being_read(checkpoint.name):
+                    continue  # until the next time
                 commit.discard(self.disk, checkpoint.name)
                 remaining = (c for c in self._catalog.checkpoints if c.name != checkpoint.name)
                 self._catalog = dataclasses.replace(self._catalog, checkpoints=tuple(remaining))
