@@ -139,6 +139,7 @@ class FailureWatch:
             if it is only what follows from another rank's.
         """
         self._depth = 0
+        _ignore(signal.SIGCHLD)  # torch raises in its handler when a loader's worker has died
         if isinstance(error, RemoteError):
             first = error.failure
             error.__notes__ = []  # where it came upon this rank; it isn't the cause
@@ -182,7 +183,7 @@ class FailureWatch:
 
     def leave(self) -> None:
         """The main thread has cleaned up after an error: it is on its own from here on."""
-        _ignore_sigterm()
+        _ignore(signal.SIGTERM)
         self._is_out = True
 
     def close(self) -> None:
@@ -215,7 +216,7 @@ class FailureWatch:
         with self._lock:
             if self._first is not None:
                 return
-            _ignore_sigterm()
+            _ignore(signal.SIGTERM)
             self._deadline_s = time.monotonic() + self._cleanup_timeout_s
             self._first = first
         self._record.count("seen")
@@ -267,7 +268,7 @@ class FailureWatch:
     def _on_end_of(self, rank: int, pid: int) -> None:
         """A process on this machine has ended; that is fine after a goodbye."""
         if self._first is None and not self._record.has_said_goodbye(rank, self._span):
-            _ignore_sigterm()  # torchrun has noticed too
+            _ignore(signal.SIGTERM)  # torchrun has noticed too
             what = "ended without a word: killed (SIGKILL, out of memory?), crashed, or os._exit"
             mine = _failure(rank, pid, what)
             first = self._record.publish(mine)
@@ -288,7 +289,7 @@ class FailureWatch:
             if self._depth and self._interrupts and time.monotonic() - signalled_at_s > 1.0:
                 signalled_at_s = time.monotonic()
                 signal.pthread_kill(_main_thread(), signal.SIGURG)
-            _ignore_sigterm()  # a callback that cleans up may have given it back
+            _ignore(signal.SIGTERM)  # a callback that cleans up may have given it back
             time.sleep(0.02)
         if not self._is_out:
             self._end_process()
@@ -377,12 +378,14 @@ def _on_urgent(number: int, frame: FrameType | None) -> None:
         watch.interrupt()
 
 
-def _ignore_sigterm() -> None:
+def _ignore(number: signal.Signals) -> None:
     """This process ends in time, and has something to say before. In any thread, unlike signal's.
 
     A launcher that notices that one rank has ended sends SIGTERM to the others.
     """
-    ctypes.CDLL(None).signal(int(signal.SIGTERM), ctypes.c_void_p(int(signal.SIG_IGN)))
+    # A child that has ended must still be waited for, as by default.
+    action = signal.SIG_DFL if number == signal.SIGCHLD else signal.SIG_IGN
+    ctypes.CDLL(None).signal(int(number), ctypes.c_void_p(int(action)))
 
 
 def _flush() -> None:
