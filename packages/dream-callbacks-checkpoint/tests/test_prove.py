@@ -64,6 +64,17 @@ def meddled() -> TinyTrainer:
     return TinyTrainer(tiny_config(callbacks=[Meddler()]))
 
 
+class LateOnRankOne(Callback[Any]):
+    """Comes to each step when rank 0 is there for long."""
+
+    def pre_train_step(self, batch: Any, batch_idx: int) -> None:
+        time.sleep(0.3 * self.trainer.world.rank)
+
+
+def late() -> TinyTrainer:
+    return TinyTrainer(tiny_config(callbacks=[LateOnRankOne()]))
+
+
 def validating() -> TinyTrainer:
     return TinyTrainer(tiny_config(val_every_n_steps=0, n_epochs=1))
 
@@ -82,6 +93,12 @@ def test_what_isnt_in_the_state_is_named_with_rank_and_step(tmp_path: Path) -> N
     assert proof.difference == Difference("result.loss", rank=1, step=4, when="resumed")
     with pytest.raises(AssertionError, match=r"step 4, rank 1: result.loss differs from the run"):
         proof.check()
+
+
+def test_ranks_that_come_to_the_kill_at_different_times_are_all_killed(tmp_path: Path) -> None:
+    prove(late, tmp_path, steps=1, num_ranks=2).check()
+
+    assert {f.name for f in (tmp_path / "stopped").glob("killed-*")} == {"killed-0", "killed-1"}
 
 
 def test_a_trainer_that_never_does_the_same_twice_is_told_apart(tmp_path: Path) -> None:

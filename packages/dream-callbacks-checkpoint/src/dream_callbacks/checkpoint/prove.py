@@ -43,8 +43,8 @@ class Difference:
     def __str__(self) -> str:
         what = {
             "repeated": "differs between two runs that nobody has stopped: draw random numbers "
-            "from Python's, numpy's and torch's global generators alone, and set "
-            "torch.use_deterministic_algorithms(True) on a GPU",
+            "from Python's, numpy's and torch's global generators alone, and on a GPU set "
+            "DeviceParameters(deterministic=True)",
             "loaded": "isn't what was saved",
             "resumed": "differs from the run that wasn't stopped: something that it depends on "
             "isn't in the state, such as an attribute, a file, or a generator of its own",
@@ -104,7 +104,7 @@ def prove(
     Args:
         make_trainer: Returns the trainer, not set up; or "module:function" or "file.py:function".
             Its root_dir and the length of its training are set here.
-        folder: Where runs may write; emptied before.
+        folder: Where runs may write; `straight` and `stopped` in it are emptied before.
         steps: N, in optimizer steps.
         every: When to save; something must be saved at step N. Default: every N steps.
         kill_in: "step" to kill at the beginning of the step that follows, "validation" in the
@@ -127,11 +127,15 @@ def prove(
     folder = Path(folder)
     plan = _Plan(make_trainer, folder, steps, every or Every(steps=steps), kill_in)
 
+    def was_killed() -> bool:
+        # Each rank kills itself; who comes later may have been ended by the death of the first.
+        return any(plan.mark(rank).exists() for rank in range(num_ranks))
+
     def run(phase: str) -> None:
         try:
             run_on_ranks(_train, num_ranks, plan, phase, timeout_s=timeout_s)
         except RankError as error:
-            if phase != "stopped" or not all(plan.mark(r).exists() for r in range(num_ranks)):
+            if phase != "stopped" or not was_killed():
                 raise CheckpointError(f"the {phase} run failed: {error}") from None
 
     for phase in ("straight", "stopped"):
@@ -139,7 +143,7 @@ def prove(
         (folder / phase).mkdir(parents=True)
     run("straight")
     run("stopped")
-    if not plan.mark(0).exists():
+    if not was_killed():
         where = "in a validation after" if kill_in == "validation" else "in the step after"
         raise CheckpointError(
             f"the run ended before it could be killed {where} the checkpoint of step {steps}; "
@@ -173,7 +177,7 @@ class _Plan:
         return self.folder / f"{phase}-{rank}.jsonl"
 
     def mark(self, rank: int) -> Path:
-        """Is there once a rank has killed itself."""
+        """Is there once a rank is about to kill itself."""
         return self.folder / "stopped" / f"killed-{rank}"
 
 

@@ -92,7 +92,7 @@ class Recorder(Callback[BaseTrainer]):
 
 
 class Killer(Callback[BaseTrainer]):
-    """Kills its process after the checkpoint of a step, once that lasts.
+    """Kills its process after the checkpoint of a step, once that lasts, when all ranks are there.
 
     Args:
         step: Which.
@@ -114,6 +114,8 @@ class Killer(Callback[BaseTrainer]):
             self._kill()
 
     def _kill(self) -> None:
+        # The first death ends the other ranks, which may not have written down their last step.
+        self.trainer.world.barrier()
         (callback,) = [
             c
             for c in self.trainer.callbacks.values()
