@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,17 @@ def test_a_training_result_can_be_monitored(tmp_path: Path) -> None:
     best = min(saved(tmp_path), key=lambda checkpoint: checkpoint.metrics["loss"])
     assert "loss" in best.metrics
     assert len(steps(tmp_path)) <= 2
+
+
+def test_what_a_user_deletes_meanwhile_neither_counts_nor_stops_the_tidying(tmp_path: Path) -> None:
+    class DeletesOne(Callback[Any]):
+        def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+            if self.trainer.global_step == 4:
+                shutil.rmtree(directory(tmp_path) / "step-0000000003")
+
+    tiny(tmp_path, DeletesOne(), every=Every(steps=1), keep_last=2, n_epochs=1).fit()
+
+    assert steps(tmp_path) == [7, 8]
 
 
 def test_what_is_being_read_stays_until_it_was_read(tmp_path: Path) -> None:

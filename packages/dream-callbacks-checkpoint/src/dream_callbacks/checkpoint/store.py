@@ -254,7 +254,9 @@ class Store:
     def _tidy(self) -> None:
         """Delete what the rules don't keep."""
         with self._changing:
-            whole = [c for c in self._catalog.checkpoints if self._is_whole(c)]
+            present = self.disk.entries()  # a user may have deleted some of them
+            known = self._catalog.checkpoints
+            whole = [c for c in known if c.name in present and self._is_whole(c)]
             for checkpoint in to_delete(whole, self.rules):
                 if self.disk.is_being_read(checkpoint.name):
                     continue  # until the next time
