@@ -212,6 +212,11 @@ def test_a_path_is_no_url(path: str) -> None:
     assert not is_url(path)
 
 
+def test_a_url_that_was_a_path_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'s3:/bucket/runs' has one slash .* URL as text"):
+        directory_of(Path("s3://bucket/runs"))
+
+
 def test_the_same_is_asked_of_disks_and_urls(tmp_path: Path, url: str) -> None:
     def use(disk: Directory) -> list[Any]:
         disk.make_root()

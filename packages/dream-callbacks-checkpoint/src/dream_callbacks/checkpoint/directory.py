@@ -93,10 +93,16 @@ def directory_of(path: str | Path) -> Directory:
     """The checkpoint directory at a path or URL.
 
     Raises:
+        ValueError: If it was a URL, and pathlib has taken one of its slashes.
         ImportError: If it is a URL, and what reads it isn't installed.
     """
     if not is_url(path):
         return LocalDisk(Path(path))
+    if "://" not in str(path):
+        raise ValueError(
+            f"{str(path)!r} has one slash after its colon, as pathlib makes it of a URL; give the "
+            "URL as text, to CheckpointParameters(root_dir=…): a trainer's own root_dir is a path"
+        )
     from dream_callbacks.checkpoint.remote import RemoteDirectory
 
     return RemoteDirectory(str(path))
