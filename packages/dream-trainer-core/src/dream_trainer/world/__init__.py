@@ -1,4 +1,4 @@
-"""torch.distributed as the trainer sees it: ranks, device, mesh, collectives, random state."""
+"""torch.distributed as the trainer sees it: ranks, device, mesh, collectives, seeds, failure."""
 
 from dream_trainer.world.failure import Failure, RemoteError
 from dream_trainer.world.world import World

@@ -9,9 +9,6 @@ from dream_trainer.configs.device import AXES, MeshShape
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-DATA_AXES = ("dp_replicate", "dp_shard")
-"""Axes along which ranks read different data."""
-
 
 def build_mesh(shape: MeshShape, device_type: str) -> DeviceMesh:
     """The mesh of all ranks, with every axis, also those of size 1.
