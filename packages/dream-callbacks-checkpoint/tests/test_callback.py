@@ -325,7 +325,8 @@ def test_weights_with_nan_are_marked_and_the_run_goes_back_to_others(
                     self.trainer.model.head.weight.fill_(math.nan)
 
     fields: dict[str, Any] = {"every": Every(steps=4), "keep_last": 1}
-    tiny(tmp_path, Spoil(), **fields).fit()
+    with pytest.raises(FloatingPointError, match="no longer finite"):
+        tiny(tmp_path, Spoil(), **fields).fit()
 
     assert [(c.step, c.manifest.has_nan) for c in saved(tmp_path)] == [(8, False), (16, True)]
     trainer = tiny(tmp_path, **fields)
