@@ -185,8 +185,9 @@ def test_the_slurm_script_asks_for_what_torchrun_gets(tmp_path: Path) -> None:
     assert (second.rdzv_conf, first.rdzv_conf) == ("is_host=1", "is_host=0")
 
 
-# What torchrun would be called with: one line for each call.
-PRINT = f'exec "{sys.executable}" -c "import json, sys; print(json.dumps(sys.argv[1:]))" "$@"'
+# What torchrun would be called with: one line for each call, in one piece.
+WRITE = "import json, os, sys; os.write(1, json.dumps(sys.argv[1:]).encode() + bytes([10]))"
+PRINT = f'exec "{sys.executable}" -c "{WRITE}" "$@"'
 
 
 def parsed(line: str) -> Namespace:

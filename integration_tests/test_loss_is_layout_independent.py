@@ -13,7 +13,7 @@ import plain
 import pytest
 from torch import Tensor
 from torch.testing import assert_close
-from toy import make
+from toy import CALLBACKS, make
 
 from dream_trainer import callbacks
 from dream_trainer.testing import run_on_ranks
@@ -35,15 +35,6 @@ TRAINING: list[Any] = [
     pytest.param(ACCUMULATION, id="accumulation", marks=pytest.mark.full),
     pytest.param(CLIPPING, id="clipping", marks=pytest.mark.full),
 ]
-
-# What a run in a cell uses of each package that the cell has.
-CALLBACKS = {
-    "checkpoint": "CheckpointCallback",
-    "fsdp": "OptimizeFSDP",
-    "logging": "LoggerCallback",
-    "profile": "BenchmarkCallback",
-    "summary": "ProgressBar",
-}
 
 Outcome = tuple[list[float], dict[str, Tensor], float]
 

@@ -10,15 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-
-# What a run uses of each package.
-CALLBACKS = {
-    "checkpoint": "CheckpointCallback",
-    "fsdp": "OptimizeFSDP",
-    "logging": "LoggerCallback",
-    "profile": "BenchmarkCallback",
-    "summary": "ProgressBar",
-}
+from toy import CALLBACKS
 
 # Trains with what is there, named in argv[1]; asks for what isn't, named in argv[2].
 SCRIPT = """

@@ -27,6 +27,15 @@ from dream_trainer.configs import DeviceParameters, TrainingParameters
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+# What a run uses of each package that is there.
+CALLBACKS = {
+    "checkpoint": "CheckpointCallback",
+    "fsdp": "OptimizeFSDP",
+    "logging": "LoggerCallback",
+    "profile": "BenchmarkCallback",
+    "summary": "ProgressBar",
+}
+
 VOCABULARY, CONTEXT, WIDTH, HEAD_WIDTH, GLOBAL_BATCH = 16, 8, 16, 4, 8
 
 

@@ -80,6 +80,16 @@ def fields_of(root: Path, callback: str) -> dict[str, Any]:
     return {"root_dir": f"file://{root}"} if callback == "url" else {"callback": callback}
 
 
+def stopped_at(number: int, root: Path, max_steps: int, **fields: Any) -> int:
+    """Exit status of a run that is killed before one of its changes, if it has so many."""
+
+    def stop() -> None:
+        at_change(root, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        run(root, max_steps, **fields)
+
+    return forked(stop)
+
+
 def stopped_everywhere(root: Path, callback: str, stride: int) -> int:
     """Stop a run at each of its changes; how many there were."""
     number = 1 - stride
@@ -88,12 +98,7 @@ def stopped_everywhere(root: Path, callback: str, stride: int) -> int:
         here = root / str(number)
         (here / "dream-trainer").mkdir(parents=True)
         fields = fields_of(here, callback)
-
-        def stop(here: Path = here, number: int = number, fields: Any = fields) -> None:
-            at_change(here, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
-            run(here, 4, **fields)
-
-        status = forked(stop)
+        status = stopped_at(number, here, 4, **fields)
         acknowledged = last_acknowledged(here)
         if status == 0:
             assert acknowledged == 4
@@ -176,13 +181,7 @@ def replaced_everywhere(root: Path, callback: str, stride: int) -> int:
         fields = fields_of(here, callback)
         assert forked(lambda here=here, fields=fields: run(here, 3, **fields)) == 0  # type: ignore[misc]
         (here / "acknowledged").unlink()
-
-        def stop(here: Path = here, number: int = number, fields: Any = fields) -> None:
-            at_change(here, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
-            run(here, 3, resume_mode=2, **fields)
-
-        status = forked(stop)
-        if status == 0:
+        if stopped_at(number, here, 3, resume_mode=2, **fields) == 0:
             return number - 1
         assert resumed_step(here, **fields) == 3, f"change {number}: the old one or the new one"
         went_on = forked(lambda here=here, fields=fields: run(here, 5, **fields))  # type: ignore[misc]

@@ -28,6 +28,7 @@ from dream_trainer.callbacks import Callback
 from dream_trainer.callbacks.callback import HOOKS
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import TinyTrainer, tiny_config
+from dream_trainer.testing.processes import rank_environment
 
 HANG_TIMEOUT_S = 3
 
@@ -146,9 +147,9 @@ class Trainer(TinyTrainer):
             "clean_up_fails",
         ):
             fail(self)
-        if self.what == "sigkill":
+        if self.what in ("SIGKILL", "SIGTERM"):
             note_time(self)
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.Signals[self.what])
         if self.what == "os_exit":
             note_time(self)
             os._exit(0)
@@ -164,9 +165,13 @@ class InCleanUp(Callback[TinyTrainer]):
     def __init__(self, what: str) -> None:
         self.what = what
 
+    def pre_fit(self) -> None:
+        if self.what == "gives_sigterm_back":  # as CheckpointCallback does
+            self.handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
+
     def on_exception(self, exception: BaseException) -> None:
         if self.what == "gives_sigterm_back" and not is_failing_rank(self.trainer):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as CheckpointCallback does
+            signal.signal(signal.SIGTERM, self.handler)
             time.sleep(2)
         if not is_failing_rank(self.trainer):
             return
@@ -233,13 +238,7 @@ def start(folder: Path, what: str, failing_rank: int, num_ranks: int) -> dict[in
             ranks[pid] = rank
             continue
         os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(num_ranks),
-            LOCAL_WORLD_SIZE=str(num_ranks),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            TORCHELASTIC_USE_AGENT_STORE="True",
+            rank_environment(rank, num_ranks, port),
             TORCHELASTIC_RUN_ID="test",
             TORCHELASTIC_ERROR_FILE=str(folder / f"{rank}.error.json"),
         )

@@ -17,7 +17,7 @@ from dream_callbacks.checkpoint import layout
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.lock import DirectoryLock
 from dream_callbacks.checkpoint.manifest import FileSum
-from dream_callbacks.checkpoint.summed_file import SummedFile, sums_of
+from dream_callbacks.checkpoint.summed_file import SummedFile, content_of, sums_of
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -102,10 +102,7 @@ class LocalDisk:
                 `max_bytes`.
         """
         with self.open(folder, name) as file:
-            data = file.read() if max_bytes is None else file.read(max_bytes + 1)
-        if max_bytes is not None and len(data) > max_bytes:
-            raise DamagedCheckpointError(f"{name} has more than {max_bytes} bytes")
-        return data
+            return content_of(file, name, max_bytes)
 
     def sums(self, folder: str, name: str) -> FileSum:
         """Size and checksum of a file, read from front to back."""

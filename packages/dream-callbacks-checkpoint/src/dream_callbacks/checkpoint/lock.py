@@ -75,7 +75,9 @@ class DirectoryLock:
             raise CheckpointError(_in_use(self.path, holder)) from None
         _held[self.path] = _Held(descriptor, os.getpid(), self)
         self.fence = _content(descriptor).get("fence", 0) + 1
-        self._write(descriptor)
+        # Padded to one size, so that no reader sees the end of a longer one before it.
+        os.pwrite(descriptor, said_by(self.run, self.fence).ljust(_MAX_BYTES), 0)
+        os.fsync(descriptor)
 
     def check(self) -> None:
         """Make sure that the lock wasn't lost.
@@ -96,28 +98,32 @@ class DirectoryLock:
         if self.is_held:
             os.close(_held.pop(self.path).descriptor)
 
-    def _write(self, descriptor: int) -> None:
-        content = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "run": self.run,
-            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "fence": self.fence,
-        }
-        data = json.dumps(content).encode()
-        # Padded to one size, so that no reader sees the end of a longer one before it.
-        os.pwrite(descriptor, data.ljust(_MAX_BYTES), 0)
-        os.fsync(descriptor)
+
+def said_by(run: str, fence: int) -> bytes:
+    """What this process writes into a lock that it has."""
+    content = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "run": run,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "fence": fence,
+    }
+    return json.dumps(content).encode()
 
 
-def _content(descriptor: int) -> dict[str, Any]:
-    # Through the descriptor that has the lock: closing any other one of the file lets go of it.
+def understood(data: bytes) -> dict[str, Any]:
+    """What a lock says; nothing if that isn't what `said_by` writes."""
     try:
-        content = json.loads(os.pread(descriptor, _MAX_BYTES, 0) or b"{}")
+        content = json.loads(data)
     except ValueError:
         return {}
     is_whole = isinstance(content, dict) and isinstance(content.get("fence", 0), int)
     return content if is_whole else {}
+
+
+def _content(descriptor: int) -> dict[str, Any]:
+    # Through the descriptor that has the lock: closing any other one of the file lets go of it.
+    return understood(os.pread(descriptor, _MAX_BYTES, 0))
 
 
 def _holder(descriptor: int) -> str:

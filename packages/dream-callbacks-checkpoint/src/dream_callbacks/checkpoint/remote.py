@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
-import socket
-import time
 from collections.abc import Iterable
 from typing import Any, BinaryIO, cast
 
 from dream_callbacks.checkpoint import layout
 from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
+from dream_callbacks.checkpoint.lock import said_by, understood
 from dream_callbacks.checkpoint.manifest import FileSum
-from dream_callbacks.checkpoint.summed_file import SummedFile, sums_of
+from dream_callbacks.checkpoint.summed_file import SummedFile, content_of, sums_of
 
 _MARK = ".folder"
 """Stands for a folder that has no file yet: object stores know no empty ones."""
@@ -107,10 +104,7 @@ class RemoteDirectory:
             DamagedCheckpointError: If it isn't there, or is larger than `max_bytes`.
         """
         with self.open(folder, name) as file:
-            data = file.read() if max_bytes is None else file.read(max_bytes + 1)
-        if max_bytes is not None and len(data) > max_bytes:
-            raise DamagedCheckpointError(f"{name} has more than {max_bytes} bytes")
-        return data
+            return content_of(file, name, max_bytes)
 
     def sums(self, folder: str, name: str) -> FileSum:
         """Size and checksum of a file, read from front to back."""
@@ -202,14 +196,7 @@ class RemoteLock:
         if self.fence and found.get("run") == self.run:
             return
         self.fence = found.get("fence", 0) + 1
-        content = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "run": self.run,
-            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "fence": self.fence,
-        }
-        self.directory.replace(layout.LOCK, json.dumps(content).encode(), self.run)
+        self.directory.replace(layout.LOCK, said_by(self.run, self.fence), self.run)
 
     def check(self) -> None:
         """Make sure that nobody has taken over.
@@ -229,8 +216,6 @@ class RemoteLock:
 
     def _content(self) -> dict[str, Any]:
         try:
-            content = json.loads(self.directory.read("", layout.LOCK))
-        except (DamagedCheckpointError, ValueError):
+            return understood(self.directory.read("", layout.LOCK))
+        except DamagedCheckpointError:
             return {}
-        is_whole = isinstance(content, dict) and isinstance(content.get("fence", 0), int)
-        return content if is_whole else {}

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.manifest import FileSum
 
 _LARGE_BYTES = 1 << 20
@@ -133,6 +134,18 @@ class SummedFile:
                 error.filename = self.name
             self.first_error = self.first_error or error
             raise
+
+
+def content_of(file: BinaryIO, name: str, max_bytes: int | None = None) -> bytes:
+    """All of an open file.
+
+    Raises:
+        DamagedCheckpointError: If that is more than `max_bytes`; it isn't read to its end.
+    """
+    data = file.read() if max_bytes is None else file.read(max_bytes + 1)
+    if max_bytes is not None and len(data) > max_bytes:
+        raise DamagedCheckpointError(f"{name} has more than {max_bytes} bytes")
+    return data
 
 
 def sums_of(file: BinaryIO) -> FileSum:

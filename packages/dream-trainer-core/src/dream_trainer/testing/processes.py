@@ -125,6 +125,20 @@ def _run(work: bytes, num_ranks: int, timeout_s: float, stacks: Path) -> list[An
     return [outcomes[rank][1] for rank in range(num_ranks)]
 
 
+def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """The variables that torchrun sets for a rank on one host, which keeps the ranks' store."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+
+
 def _run_rank(
     sender: Connection, work: bytes, rank: int, num_ranks: int, port: int, stack: Path
 ) -> None:
@@ -136,16 +150,7 @@ def _run_rank(
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     faulthandler.enable(stack.open("w"))  # for SIGABRT, and for crashes
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(num_ranks),
-        LOCAL_WORLD_SIZE=str(num_ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",
-        TORCHELASTIC_RESTART_COUNT="0",
-    )
+    os.environ.update(rank_environment(rank, num_ranks, port))
     try:
         function, args = loads(work)
         # By value: multiprocessing would share tensors with a process that is about to end.

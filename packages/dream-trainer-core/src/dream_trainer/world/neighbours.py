@@ -24,6 +24,9 @@ class Neighbours:
         store: Where ranks say what their process is.
         rank: This one.
         world_size: Number of ranks.
+
+    Attributes:
+        waker: File descriptor; what is written to it ends a `wait`, which returns it.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
@@ -34,26 +37,29 @@ class Neighbours:
         self._known: set[int] = set()
         self._ranks: dict[int, tuple[int, int]] = {}  # by file descriptor
         self._poll = select.poll()
-        self._wake_up, self._waker = os.pipe()
-        os.set_blocking(self._waker, False)
+        self._wake_up, self.waker = os.pipe()
+        os.set_blocking(self.waker, False)
         self._poll.register(self._wake_up, select.POLLIN)
         if hasattr(os, "pidfd_open"):
             # torch's stubs lack it
             store.append(self._key, f"{rank} {os.getpid()}\n")  # type: ignore[attr-defined]
 
-    def wait(self, timeout_s: float) -> list[tuple[int, int]]:
-        """Wait until a neighbour ends, `wake` is called, or time has passed.
+    def wait(self, timeout_s: float) -> tuple[list[tuple[int, int]], bytes]:
+        """Wait until a neighbour ends, something is written to `waker`, or time has passed.
 
         Returns:
-            Ranks and process ids of neighbours that have ended since the last call.
+            Ranks and process ids of neighbours that have ended since the last call, and what was
+            written to `waker`.
         """
-        ended = []
+        ended, written = [], b""
         for descriptor, _ in self._poll.poll(timeout_s * 1000):
-            if descriptor != self._wake_up:
+            if descriptor == self._wake_up:
+                written = os.read(descriptor, 4096)
+            else:
                 ended.append(self._ranks.pop(descriptor))
                 self._poll.unregister(descriptor)
                 os.close(descriptor)
-        return ended
+        return ended, written
 
     def look_for_new(self) -> list[tuple[int, int]]:
         """Find the neighbours that have come since the last call; returns those that have ended."""
@@ -81,11 +87,11 @@ class Neighbours:
     def wake(self) -> None:
         """Let `wait` return now."""
         with contextlib.suppress(BlockingIOError):
-            os.write(self._waker, b"\0")
+            os.write(self.waker, b"\0")
 
     def close(self) -> None:
         """Watch no longer."""
-        for descriptor in (*self._ranks, self._wake_up, self._waker):
+        for descriptor in (*self._ranks, self._wake_up, self.waker):
             os.close(descriptor)
 
 

@@ -103,6 +103,15 @@ class FailureRecord:
         """Whether a rank may have ended by itself."""
         return self.store.check([f"goodbye/{span}/{rank}"])
 
+    def tell_termination(self, rank: int) -> None:
+        """Note that SIGTERM is about to end a rank."""
+        with self.may_be_lost():
+            self.store.set(f"terminated/{rank}", "")
+
+    def was_terminated(self, rank: int) -> bool:
+        """Whether SIGTERM ended a rank."""
+        return self.store.check([f"terminated/{rank}"])
+
     def count(self, key: str) -> None:
         """Add one."""
         with self.may_be_lost():

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import faulthandler
 import logging
 import math
@@ -25,9 +24,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from dream_trainer.world import launcher
+from dream_trainer.world import launcher, signals
 from dream_trainer.world.collectives import grouped
 from dream_trainer.world.failure import (
     Failure,
@@ -42,8 +41,6 @@ from dream_trainer.world.neighbours import Neighbours
 from dream_trainer.world.record import ASKS_PER_S, FailureRecord
 
 if TYPE_CHECKING:
-    from types import FrameType
-
     from torch.distributed import Store
 
 _LOOK_EVERY_S = 0.2
@@ -100,6 +97,7 @@ class FailureWatch:
         self._span = 0  # number of watches that have ended with success
         self._is_out = False
         self._place: str | None = None  # where the main thread was; by default where it is
+        self._has_told_place = False
         self._thread: threading.Thread | None = None
         self._neighbours: Neighbours | None = None
         self._interrupts = False
@@ -139,7 +137,7 @@ class FailureWatch:
             if it is only what follows from another rank's.
         """
         self._depth = 0
-        _ignore(signal.SIGCHLD)  # torch raises in its handler when a loader's worker has died
+        signals.ignore(signal.SIGCHLD)  # torch's handler raises when a loader's worker has died
         if isinstance(error, RemoteError):
             first = error.failure
             error.__notes__ = []  # where it came upon this rank; it isn't the cause
@@ -183,7 +181,7 @@ class FailureWatch:
 
     def leave(self) -> None:
         """The main thread has cleaned up after an error: it is on its own from here on."""
-        _ignore(signal.SIGTERM)
+        signals.ignore(signal.SIGTERM)
         self._is_out = True
 
     def close(self) -> None:
@@ -216,7 +214,7 @@ class FailureWatch:
         with self._lock:
             if self._first is not None:
                 return
-            _ignore(signal.SIGTERM)
+            signals.ignore(signal.SIGTERM)
             self._deadline_s = time.monotonic() + self._cleanup_timeout_s
             self._first = first
         self._record.count("seen")
@@ -232,13 +230,13 @@ class FailureWatch:
             target=self._watch, args=(self._neighbours,), name="failure-watch", daemon=True
         )
         self._thread.start()
-        self._interrupts = _begin_to_interrupt(self)
+        self._interrupts = signals.begin(self, self._neighbours.waker)
 
     def _stop(self) -> None:
-        _no_longer_interrupt(self)
         thread, self._thread = self._thread, None
         neighbours, self._neighbours = self._neighbours, None
         if thread is not None and neighbours is not None:
+            signals.end(self, neighbours.waker)
             neighbours.wake()
             thread.join(_PATIENCE_S)
             if not thread.is_alive():
@@ -246,35 +244,47 @@ class FailureWatch:
 
     def _watch(self, neighbours: Neighbours) -> None:
         interval_s = max(_LOOK_EVERY_S, self._world_size / ASKS_PER_S)
-        has_told_place = False
         while self._first is None:
-            ended = neighbours.wait(interval_s)
+            ended, written = neighbours.wait(interval_s)
             if self._thread is not threading.current_thread():
                 return
+            is_to_end = signals.is_termination(written)
             if self._record.is_lost:
                 self._on_lost_store()
-                continue
-            with self._record.may_be_lost():
-                for rank, pid in (*ended, *neighbours.look_for_new()):
-                    self._on_end_of(rank, pid)
-                if not has_told_place and self._record.is_asked_where():
-                    has_told_place = True
-                    self._record.tell_place(self._rank, self._place or place_of_main_thread())
-            first = self._record.first()
-            if first is not None:
-                self._see(first)
+            else:
+                with self._record.may_be_lost():
+                    self._look((*ended, *neighbours.look_for_new()), is_to_end)
+            if is_to_end and self._first is None:
+                signals.end_process_by(signal.SIGTERM)
         self._see_out()
 
-    def _on_end_of(self, rank: int, pid: int) -> None:
-        """A process on this machine has ended; that is fine after a goodbye."""
-        if self._first is None and not self._record.has_said_goodbye(rank, self._span):
-            _ignore(signal.SIGTERM)  # torchrun has noticed too
-            what = "ended without a word: killed (SIGKILL, out of memory?), crashed, or os._exit"
-            mine = _failure(rank, pid, what)
-            first = self._record.publish(mine)
-            if first == mine:
-                self._record.count("seen")  # in its place
+    def _look(self, ended: tuple[tuple[int, int], ...], is_to_end: bool) -> None:
+        """Look at what the other ranks say, and at those on this machine that have ended."""
+        for rank, pid in ended:
+            self._on_end_of(rank, pid, is_to_end)
+        if not self._has_told_place and self._record.is_asked_where():
+            self._has_told_place = True
+            self._record.tell_place(self._rank, self._place or place_of_main_thread())
+        first = self._record.first()
+        if first is not None:
             self._see(first)
+        elif is_to_end:
+            self._record.tell_termination(self._rank)
+
+    def _on_end_of(self, rank: int, pid: int, is_to_end: bool) -> None:
+        """A process on this machine has ended; that is fine after a goodbye."""
+        if self._first is not None or self._record.has_said_goodbye(rank, self._span):
+            return
+        what = "ended without a word: killed (SIGKILL, out of memory?), crashed, or os._exit"
+        if self._record.was_terminated(rank):
+            if is_to_end:  # so are all
+                return
+            what = "was ended by SIGTERM"
+        mine = _failure(rank, pid, what)
+        first = self._record.publish(mine)
+        if first == mine:
+            self._record.count("seen")  # in its place
+        self._see(first)
 
     def _on_lost_store(self) -> None:
         if not launcher.keeps_store() and self._rank != 0 and self._depth:
@@ -288,8 +298,7 @@ class FailureWatch:
         while not self._is_out and time.monotonic() < self._deadline_s:
             if self._depth and self._interrupts and time.monotonic() - signalled_at_s > 1.0:
                 signalled_at_s = time.monotonic()
-                signal.pthread_kill(_main_thread(), signal.SIGURG)
-            _ignore(signal.SIGTERM)  # a callback that cleans up may have given it back
+                signals.interrupt_main_thread()
             time.sleep(0.02)
         if not self._is_out:
             self._end_process()
@@ -313,6 +322,11 @@ class FailureWatch:
             os.write(2, f"[rank{self._rank}]: {line}\n".encode())
 
     # The end
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a rank has failed, so that this process is about to end."""
+        return self._first is not None
 
     def interrupt(self) -> None:
         """Raise in the main thread, which runs this as a signal's handler, if it may be."""
@@ -343,49 +357,6 @@ def _failure(rank: int, pid: int, what: str) -> Failure:
 def _caused_by(error: BaseException, cause: BaseException) -> BaseException:
     error.__cause__ = cause
     return error
-
-
-def _main_thread() -> int:
-    ident = threading.main_thread().ident
-    assert ident is not None, "it runs"
-    return ident
-
-
-# SIGURG interrupts the main thread, and a system call that it waits for. Nobody else uses that
-# signal, and one that comes too late is ignored by default.
-
-_watches: list[FailureWatch] = []
-
-
-def _begin_to_interrupt(watch: FailureWatch) -> bool:
-    """Returns False outside of the main thread, or if somebody does use the signal."""
-    handler: Any = signal.getsignal(signal.SIGURG)
-    is_free = handler in (signal.SIG_DFL, signal.SIG_IGN, _on_urgent)
-    if threading.current_thread() is not threading.main_thread() or not is_free:
-        return False
-    _watches.append(watch)
-    signal.signal(signal.SIGURG, _on_urgent)
-    return True
-
-
-def _no_longer_interrupt(watch: FailureWatch) -> None:
-    if watch in _watches:
-        _watches.remove(watch)
-
-
-def _on_urgent(number: int, frame: FrameType | None) -> None:
-    for watch in tuple(_watches):
-        watch.interrupt()
-
-
-def _ignore(number: signal.Signals) -> None:
-    """This process ends in time, and has something to say before. In any thread, unlike signal's.
-
-    A launcher that notices that one rank has ended sends SIGTERM to the others.
-    """
-    # A child that has ended must still be waited for, as by default.
-    action = signal.SIG_DFL if number == signal.SIGCHLD else signal.SIG_IGN
-    ctypes.CDLL(None).signal(int(number), ctypes.c_void_p(int(action)))
 
 
 def _flush() -> None:
