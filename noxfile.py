@@ -35,7 +35,7 @@ PACKAGES = [nox.param(name, id=name) for name in BY_SHORT_NAME]
 CELLS = [nox.param(cell, id=str(cell), tags=["full"]) for cell in matrix.CELLS]
 QUICK = nox.param("not full", id="quick", tags=["quick"])
 SLOW = nox.param("full", id="slow", tags=["full"])
-CELL_TESTS = ("integration_tests/test_loss_is_layout_independent.py",)
+CELL_TESTS = ("integration_tests/test_loss_is_layout_independent.py", "-m", "full or not full")
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "none"  # tools/wheels.py makes the environments

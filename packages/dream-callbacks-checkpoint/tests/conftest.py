@@ -24,11 +24,3 @@ def _signals_given_back() -> Iterator[None]:
     before = [signal.getsignal(number) for number in _SIGNALS]
     yield
     assert [signal.getsignal(number) for number in _SIGNALS] == before
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without `-m`, leave out what takes long."""
-    if not config.option.markexpr:
-        for item in items:
-            if item.get_closest_marker("full") is not None:
-                item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m full"))

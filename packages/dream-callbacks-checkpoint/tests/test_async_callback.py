@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_callback import saved, steps, tiny
 from test_errors import Limit, full_disk
-from test_signals import SendSignal
+from tiny_runs import SendSignal, saved, steps, tiny
 from training import CrashAt, Filled, PlannedError, different, directory, make, moments, weights
 
 from dream_callbacks.checkpoint import CheckpointError

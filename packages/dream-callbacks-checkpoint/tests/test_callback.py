@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_runs import Average, saved, scored, steps, tiny
 from torch import nn
 from training import (
     CrashAt,
@@ -30,29 +31,10 @@ from dream_callbacks.checkpoint.catalog import Checkpoint, read_catalog
 from dream_callbacks.checkpoint.disk import LocalDisk
 from dream_callbacks.checkpoint.loading import SavedState
 from dream_callbacks.checkpoint.prove import prove
-from dream_trainer.callbacks import Callback, Every, RankLocal
+from dream_trainer.callbacks import Callback, Every
 from dream_trainer.testing import TinyTrainer, run_on_ranks
 
 STEPS_PER_EPOCH = 8
-
-
-def tiny(root: Path, *callbacks: Callback[Any], n_epochs: int = 2, **fields: Any) -> TinyTrainer:
-    """A trainer of 8 steps an epoch; `fields` are of CheckpointParameters or `training`."""
-    training = {"n_epochs": n_epochs, **fields.pop("training", {})}
-    kind = fields.pop("kind", TinyTrainer)
-    fields = {"keep_last": None, **fields}
-    trainer: TinyTrainer = make(root, *callbacks, kind=kind, training=training, **fields)
-    return trainer
-
-
-def saved(root: Path) -> list[Checkpoint]:
-    catalog = read_catalog(LocalDisk(directory(root)))
-    assert not catalog.damaged
-    return list(catalog.checkpoints)
-
-
-def steps(root: Path) -> list[int]:
-    return [checkpoint.step for checkpoint in saved(root)]
 
 
 # When
@@ -190,16 +172,6 @@ def test_the_best_are_saved_and_stay_whatever_the_cadence(tmp_path: Path) -> Non
 
 
 SCORED: dict[str, Any] = {"every": Every(steps=1000), "training": {"val_every_n_steps": 2}}
-
-
-def scored(values: dict[int, float]) -> type[TinyTrainer]:
-    """A trainer whose validation gives what was planned for the step."""
-
-    class Scored(TinyTrainer):
-        def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-            return {"val_loss": torch.tensor(values[self.global_step])}
-
-    return Scored
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0], ids=str)
@@ -461,29 +433,6 @@ def test_other_data_is_refused_where_the_position_cant_be_one_of_it(tmp_path: Pa
 
 
 # Among other callbacks
-
-
-class Average(Callback[Any]):
-    """A moving average of the weights, made after each step, and sharded as they are."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-
-    def post_setup(self) -> None:
-        self.average = {n: p.detach().clone() for n, p in self.trainer.model.named_parameters()}
-
-    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
-        self.steps += 1
-        for name, parameter in self.trainer.model.named_parameters():
-            self.average[name].lerp_(parameter.detach(), 0.1)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"average": self.average, "steps": RankLocal(self.steps)}
-
-    def load_state_dict(self, state_dict: dict[str, Any], trainer: Any) -> None:
-        self.steps = state_dict["steps"]
-        for name, tensor in state_dict["average"].items():
-            self.average[name].copy_(tensor)
 
 
 @pytest.mark.parametrize("is_listed_after", [False, True], ids=["before", "after"])

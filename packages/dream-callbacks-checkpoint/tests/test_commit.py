@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_callback import steps, tiny
+from tiny_runs import steps, tiny
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from training import directory
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from mounts import have_mounts_of_its_own, mount, skip_unless_mountable
-from test_callback import saved, steps, tiny
+from tiny_runs import saved, steps, tiny
 from training import directory
 
 from dream_callbacks.checkpoint import CheckpointError

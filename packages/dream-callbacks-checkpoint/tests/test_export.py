@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_callback import tiny
+from tiny_runs import read_tensors, tiny
 from torch import nn
 from training import CrashAt, PlannedError, different, weights
 
@@ -20,14 +20,6 @@ from dream_trainer.testing.trainers import TinyModel
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 
-def read(path: Path) -> dict[str, torch.Tensor]:
-    if path.suffix == ".safetensors":
-        found: dict[str, torch.Tensor] = safetensors_torch.load_file(path)
-    else:
-        found = torch.load(path, weights_only=True)
-    return found
-
-
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
 def test_a_plain_module_takes_what_was_exported(tmp_path: Path, name: str) -> None:
     kind: Any = "torch" if name.endswith(".pt") else "safetensors"
@@ -36,7 +28,7 @@ def test_a_plain_module_takes_what_was_exported(tmp_path: Path, name: str) -> No
     trainer.fit()
 
     model = TinyModel(8, 2)
-    model.load_state_dict(read(trainer.run_dir / "exports" / name))
+    model.load_state_dict(read_tensors(trainer.run_dir / "exports" / name))
     assert not different(
         {f"model.{key}": tensor for key, tensor in model.state_dict().items()}, weights(trainer)
     )
@@ -93,7 +85,7 @@ def test_tied_weights_are_there_under_each_name(tmp_path: Path) -> None:
 
     trainer.fit()
 
-    found = read(trainer.run_dir / "model.safetensors")
+    found = read_tensors(trainer.run_dir / "model.safetensors")
     assert torch.equal(found["blocks.0.weight"], found["blocks.1.weight"])
 
 
@@ -111,7 +103,7 @@ def test_an_existing_file_is_replaced(tmp_path: Path) -> None:
         trainer = tiny(tmp_path, ExportCallback("model.pt", "torch"), n_epochs=n_epochs)
         trainer.fit()
 
-        found = read(trainer.run_dir / "model.pt")
+        found = read_tensors(trainer.run_dir / "model.pt")
         assert not different({f"model.{k}": t for k, t in found.items()}, weights(trainer))
 
 
@@ -135,16 +127,16 @@ def test_it_runs_before_the_process_may_be_ended(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 def test_sharded_weights_are_put_together(tmp_path: Path, layout: str) -> None:
-    found = run_on_ranks(exported, 2, tmp_path, layout)
+    found = run_on_ranks(export_from, 2, tmp_path, layout)
 
     model = TinyModel(8, 2)
-    model.load_state_dict(read(next(tmp_path.rglob("model.safetensors"))))
+    model.load_state_dict(read_tensors(next(tmp_path.rglob("model.safetensors"))))
     assert not different(
         {f"model.{key}": tensor for key, tensor in model.state_dict().items()}, found[0]
     )
 
 
-def exported(root: Path, layout: str) -> dict[str, torch.Tensor]:
+def export_from(root: Path, layout: str) -> dict[str, torch.Tensor]:
     trainer = tiny(root, ExportCallback("model.safetensors"), layout=layout)
     trainer.fit()
     return weights(trainer)

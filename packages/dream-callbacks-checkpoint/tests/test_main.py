@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_callback import scored, steps, tiny
 from test_damage import damage
 from test_manifest import manifest
+from tiny_runs import read_tensors, scored, steps, tiny
 from training import different, directory, weights
 
 from dream_callbacks.checkpoint.__main__ import main
@@ -134,15 +134,13 @@ def test_export_writes_weights_without_the_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     pytest.importorskip("safetensors")
-    from test_export import read
-
     trainer = tiny(tmp_path, n_epochs=1)
     trainer.fit()
 
     output(capsys, "export", directory(tmp_path), tmp_path / name)
 
     (path,) = [p for p in (tmp_path / "out").iterdir() if p.suffix != ".sha256"]
-    found = {f"model.{key}": tensor for key, tensor in read(path).items()}
+    found = {f"model.{key}": tensor for key, tensor in read_tensors(path).items()}
     assert not different(found, weights(trainer))
 
 

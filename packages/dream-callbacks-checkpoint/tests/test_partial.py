@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_callback import Average, tiny
 from test_damage import damage
+from tiny_runs import Average, tiny
 from torch import nn
 from training import different, directory, weights
 
-from dream_callbacks.checkpoint import CheckpointError, LoadPartialCheckpointCallback
+from dream_callbacks.checkpoint import CheckpointError, LoadPartialCheckpointCallback, choosing
+from dream_callbacks.checkpoint.catalog import Checkpoint, damage_of
 from dream_callbacks.checkpoint.disk import LocalDisk
 from dream_callbacks.checkpoint.loading import SavedState
 from dream_trainer.callbacks import Every
@@ -215,6 +217,43 @@ def loaded(root: Path, path: Path, layout: str) -> dict[str, torch.Tensor]:
     trainer = tiny(root, LoadPartialCheckpointCallback(path), layout=layout)
     trainer.setup()
     return weights(trainer)
+
+
+def test_one_that_is_deleted_before_it_is_held_is_passed_over(
+    tmp_path: Path,
+    source: tuple[Path, TinyTrainer],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    reading = LocalDisk.reading
+
+    def late(self: LocalDisk, folder: str) -> Any:
+        if folder == "step-0000000016":  # another run's retention is faster
+            shutil.rmtree(self.root / folder)
+        return reading(self, folder)
+
+    monkeypatch.setattr(LocalDisk, "reading", late)
+    callback = LoadPartialCheckpointCallback(source[0])
+    tiny(tmp_path / "second", callback).setup()
+
+    assert callback.report is not None
+    assert callback.report.checkpoint.name == "step-0000000012"
+    assert "step-0000000016 is no longer there" in caplog.text
+
+
+def test_none_is_deleted_between_being_verified_and_being_read(
+    tmp_path: Path, source: tuple[Path, TinyTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def noted(disk: LocalDisk, checkpoint: Checkpoint, *args: Any, **options: Any) -> list[str]:
+        seen.append(disk.is_being_read(checkpoint.name))
+        return damage_of(disk, checkpoint, *args, **options)
+
+    monkeypatch.setattr(choosing, "damage_of", noted)
+    tiny(tmp_path / "new", LoadPartialCheckpointCallback(source[0])).setup()
+
+    assert seen == [True]
 
 
 def test_the_source_is_protected_while_it_is_read(

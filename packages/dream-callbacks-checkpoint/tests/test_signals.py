@@ -9,24 +9,11 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from test_callback import saved, steps, tiny
+from tiny_runs import SendSignal, saved, steps, tiny
 
 from dream_callbacks.checkpoint.signals import SignalWatch
 from dream_trainer.callbacks import Callback, Every
 from dream_trainer.testing import run_on_ranks
-
-
-class SendSignal(Callback[Any]):
-    """Sends this process a signal inside a step, on one rank."""
-
-    def __init__(self, number: int, step: int = 3, rank: int = 0) -> None:
-        self.number = number
-        self.step = step
-        self.rank = rank
-
-    def pre_train_step(self, batch: Any, batch_idx: int) -> None:
-        if self.trainer.global_step == self.step - 1 and self.trainer.world.rank == self.rank:
-            os.kill(os.getpid(), self.number)
 
 
 def run_and_die(root: Path, number: int) -> int:

@@ -31,6 +31,17 @@ def test_ordinary_and_unicode_names_are_taken(name: str) -> None:
     assert DreamTrainerConfig(experiment=name).experiment == name
 
 
+@pytest.mark.parametrize("url", ["s3://bucket/runs", Path("s3://bucket/runs"), "file:///runs"])
+def test_a_url_is_no_directory_of_runs(url: str | Path) -> None:
+    with pytest.raises(ValueError, match=r"root_dir='\w+:/.*' is a URL; a directory is required"):
+        DreamTrainerConfig(root_dir=url)
+
+
+@pytest.mark.parametrize("path", ["runs", "/data/a:b", "C:/runs", Path("x") / "s3:"])
+def test_any_directory_may_have_runs(path: str | Path) -> None:
+    assert DreamTrainerConfig(root_dir=path).root_dir == path
+
+
 def test_everything_has_a_default() -> None:
     config = DreamTrainerConfig()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 from dream_callbacks.checkpoint import layout
 from dream_callbacks.checkpoint.catalog import Catalog, Checkpoint, damage_of
 from dream_callbacks.checkpoint.directory import Directory, directory_of, is_url
-from dream_callbacks.checkpoint.errors import CheckpointError
+from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from dream_callbacks.checkpoint.ranks import Ranks
 from dream_callbacks.checkpoint.resume import ResumeMode, candidates
 
@@ -25,6 +26,7 @@ def choose(
     mode: Literal["min", "max"],
     *,
     verify: bool,
+    held: contextlib.ExitStack | None = None,
 ) -> Checkpoint | None:
     """The first candidate whose files are what was written. Collective.
 
@@ -36,6 +38,8 @@ def choose(
         monitor: The metric of "best", "min" and "max".
         mode: What "best" means.
         verify: Compare checksums; else sizes alone.
+        held: Until it is closed, no other run deletes the checkpoint. Not needed by who has the
+            directory's lock.
 
     Returns:
         The checkpoint; None if there is none at all.
@@ -49,7 +53,8 @@ def choose(
             logger.warning("%s/%s; not resumed from", disk, text)
     problems: list[str] = []
     for checkpoint in chosen.checkpoints:
-        damage = damage_seen(disk, checkpoint, ranks, checksums=verify)
+        damage = _held(disk, checkpoint, ranks, held) if held is not None else []
+        damage = damage or damage_seen(disk, checkpoint, ranks, checksums=verify)
         if not damage:
             return checkpoint
         problems.append("; ".join(damage[:3]))
@@ -73,6 +78,21 @@ def damage_seen(
     share = (ranks.rank, ranks.size)
     found = ranks.gather(lambda: damage_of(disk, checkpoint, checksums=checksums, share=share))
     return [problem for part in found for problem in part]
+
+
+def _held(
+    disk: Directory, checkpoint: Checkpoint, ranks: Ranks, held: contextlib.ExitStack
+) -> list[str]:
+    """Keep a checkpoint from being deleted; what kept this from it. Collective."""
+
+    def hold() -> str | None:
+        try:
+            held.enter_context(disk.reading(checkpoint.name))
+        except DamagedCheckpointError as error:
+            return str(error)
+        return None
+
+    return [problem for problem in ranks.gather(hold) if problem is not None][:1]
 
 
 def directory_at(path: str | Path) -> tuple[str | Path, int | None]:

@@ -111,8 +111,15 @@ class LocalDisk:
 
     @contextlib.contextmanager
     def reading(self, folder: str) -> Iterator[None]:
-        """While this lasts, no run deletes the folder."""
-        descriptor = os.open(self.root / folder, _FOLDER)
+        """While this lasts, no run deletes the folder.
+
+        Raises:
+            DamagedCheckpointError: If it isn't there.
+        """
+        try:
+            descriptor = os.open(self.root / folder, _FOLDER)
+        except FileNotFoundError:
+            raise DamagedCheckpointError(f"{folder} is no longer there") from None
         try:
             with contextlib.suppress(OSError):  # a file system that knows no locks
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -122,7 +129,10 @@ class LocalDisk:
 
     def is_being_read(self, folder: str) -> bool:
         """Whether someone on this machine is reading a folder, as far as that can be known."""
-        descriptor = os.open(self.root / folder, _FOLDER)
+        try:
+            descriptor = os.open(self.root / folder, _FOLDER)
+        except FileNotFoundError:  # nobody could
+            return False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -95,19 +95,19 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
         ranks = Ranks(self.trainer.world, "checkpoint")
         root, step = ranks.on_zero(lambda: directory_at(self.path))
         disk = directory_of(root)
-        checkpoint = choose(
-            disk,
-            ranks.on_zero(lambda: read_catalog(disk)),
-            ranks,
-            self.resume_mode if step is None else step,
-            self.monitor,
-            self.mode,
-            verify=self.verify,
-        )
-        if checkpoint is None:
-            raise CheckpointError(f"there is no checkpoint in {disk}; give another path")
-        with contextlib.ExitStack() as stack:
-            ranks.each(lambda: stack.enter_context(disk.reading(checkpoint.name)))
+        with contextlib.ExitStack() as held:
+            checkpoint = choose(
+                disk,
+                ranks.on_zero(lambda: read_catalog(disk)),
+                ranks,
+                self.resume_mode if step is None else step,
+                self.monitor,
+                self.mode,
+                verify=self.verify,
+                held=held,
+            )
+            if checkpoint is None:
+                raise CheckpointError(f"there is no checkpoint in {disk}; give another path")
             saved = ranks.each(lambda: SavedState(disk, checkpoint))
             self._load(below(root, checkpoint.name), saved, ranks)
 

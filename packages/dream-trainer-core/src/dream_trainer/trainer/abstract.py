@@ -61,14 +61,14 @@ class AbstractTrainerConfig:
         group: Second folder; runs that belong together.
         experiment: Third folder; one run. A script started again with the same names resumes.
             Default: the name of the script.
-        root_dir: Where run directories lie.
+        root_dir: Where run directories lie: a directory, not a URL.
         seed: Of all random number generators. None draws one, the same on all ranks.
         device_parameters: Device, layout and precision.
         debug: Look for mistakes that would hang or corrupt a run, at some cost per hook.
             Default: whether the environment says DREAM_TRAINER_DEBUG=1.
 
     Raises:
-        ValueError: If a name can't be that of a folder.
+        ValueError: If a name can't be that of a folder, or `root_dir` is a URL.
     """
 
     project: str = "dream-trainer"
@@ -82,6 +82,12 @@ class AbstractTrainerConfig:
     def __post_init__(self) -> None:
         for name in ("project", "group", "experiment"):
             setattr(self, name, checked_name(getattr(self, name), name))
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(self.root_dir)):  # pathlib drops a slash
+            raise ValueError(
+                f"root_dir={str(self.root_dir)!r} is a URL; a directory is required, since logs, "
+                "traces and tables are written there; what can write to a URL has a setting of "
+                "its own, such as CheckpointParameters(root_dir=…)"
+            )
 
 
 @dataclass(slots=True)
