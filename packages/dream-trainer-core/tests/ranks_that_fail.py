@@ -29,6 +29,7 @@ from dream_trainer.callbacks.callback import HOOKS
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import TinyTrainer, tiny_config
 from dream_trainer.testing.processes import rank_environment
+from dream_trainer.world import neighbours
 
 HANG_TIMEOUT_S = 3
 
@@ -150,6 +151,9 @@ class Trainer(TinyTrainer):
         if self.what in ("SIGKILL", "SIGTERM"):
             note_time(self)
             os.kill(os.getpid(), signal.Signals[self.what])
+        if self.what == "killed_on_another_machine":
+            note_time(self)
+            os.kill(os.getpid(), signal.SIGKILL)
         if self.what == "os_exit":
             note_time(self)
             os._exit(0)
@@ -207,6 +211,8 @@ def run(folder: Path, what: str) -> None:
     if what == "backward":
         callbacks.append(FailsInBackward())
     Trainer.what = what
+    if what == "killed_on_another_machine":
+        neighbours.machine_id = lambda: os.environ["RANK"]
     train_timeout_s = HANG_TIMEOUT_S if "hang" in what else 60
     device = DeviceParameters(
         device="cpu", init_timeout_s=60, train_timeout_s=train_timeout_s, cleanup_timeout_s=4
@@ -300,7 +306,8 @@ def run_all(root: Path, num_jobs: int, cases: list[str]) -> None:
         case = next(case for case, ranks in running.items() if pid in ranks)
         rank = running[case].pop(pid)
         outcomes[case][rank] = (os.waitstatus_to_exitcode(status), time.time())
-        if running[case] and len(outcomes[case]) == 1:
+        is_on_one_machine = "another_machine" not in case
+        if running[case] and len(outcomes[case]) == 1 and is_on_one_machine:
             time.sleep(0.1)  # as torchrun, which looks ten times a second
             for other in running[case]:
                 if running[case][other] != STORE:

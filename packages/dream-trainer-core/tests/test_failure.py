@@ -75,6 +75,7 @@ SPECIAL = [
     Case("backward", 1, place=IN_STEP),
     Case("SIGKILL", 1, place=KILLED, said="killed"),
     Case("SIGTERM", 1, place="was ended by SIGTERM", said=""),
+    Case("killed_on_another_machine", 1, place=HUNG, said="rank 1: no answer"),
     Case("hangs", 1, place=HUNG, said="Timed out waiting"),
     Case("loader_hang", 0, place=HUNG, said="Timed out waiting"),
     Case("os_exit", 0, place=KILLED, said="killed"),
@@ -101,7 +102,13 @@ QUICK = {
         "gives_sigterm_back:1:2",
     ),
     *("clean_up_hangs:1:2", "clean_up_collective:1:2", "finally_collective:1:2"),
-    *("SIGKILL:1:2", "SIGTERM:2:4", "system_exit:1:2", "post_train_step:2:4"),
+    *(
+        "SIGKILL:1:2",
+        "SIGTERM:2:4",
+        "killed_on_another_machine:1:2",
+        "system_exit:1:2",
+        "post_train_step:2:4",
+    ),
 }
 CASES = [
     pytest.param(case, id=str(case), marks=() if str(case) in QUICK else pytest.mark.full)
@@ -139,7 +146,7 @@ def test_all_ranks_are_gone_soon_and_say_whose_error_it_was(
 ) -> None:
     outcome = outcomes[str(case)]
     lived_s = [ended_at - outcome["failed_at"] for ended_at in outcome["ended_at"]]
-    is_silent = case.what in ("SIGKILL", "SIGTERM", "os_exit")
+    is_silent = case.what in ("SIGKILL", "SIGTERM", "killed_on_another_machine", "os_exit")
 
     assert max(lived_s) <= LIMIT_S
     for rank, (code, stderr) in enumerate(zip(outcome["codes"], outcome["stderr"], strict=True)):

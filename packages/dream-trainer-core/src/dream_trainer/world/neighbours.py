@@ -32,7 +32,7 @@ class Neighbours:
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
         self._store = store
         self._rank = rank
-        self._key = f"processes/{_machine()}"
+        self._key = f"processes/{machine_id()}"
         self._num_expected = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
         self._known: set[int] = set()
         self._ranks: dict[int, tuple[int, int]] = {}  # by file descriptor
@@ -95,7 +95,7 @@ class Neighbours:
             os.close(descriptor)
 
 
-def _machine() -> str:
+def machine_id() -> str:
     """What processes must share to see each other's ids."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

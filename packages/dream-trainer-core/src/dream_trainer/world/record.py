@@ -72,8 +72,8 @@ class FailureRecord:
         return _failure(record)
 
     def where_ranks_are(self) -> list[str]:
-        """Ask all ranks where their main threads are; "unknown" of those that don't answer soon."""
-        places = ["unknown"] * self._world_size
+        """Ask all ranks where their main threads are; "no answer" of those that give none soon."""
+        places = ["no answer"] * self._world_size
         keys = [f"place/{rank}" for rank in range(self._world_size)]
         with self.may_be_lost():
             self.store.set("where", "")

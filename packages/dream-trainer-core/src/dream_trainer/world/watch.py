@@ -143,8 +143,7 @@ class FailureWatch:
             error.__notes__ = []  # where it came upon this rank; it isn't the cause
         else:
             lost = is_lost_connection(error)
-            wait_s = _PATIENCE_S if lost and not is_timeout(error) else 0.0
-            first = self._first_failure(error, step, wait_s)
+            first = self._first_failure(error, step, lost=lost)
             if first.rank != self._rank and lost:
                 error = _caused_by(RemoteError(first), error)
             else:
@@ -197,13 +196,15 @@ class FailureWatch:
         if self._first is not None:
             raise RemoteError(self._first)
 
-    def _first_failure(self, error: BaseException, step: int, wait_s: float) -> Failure:
+    def _first_failure(self, error: BaseException, step: int, *, lost: bool) -> Failure:
         """The failure that was first: another rank's, or this error."""
+        timed_out = is_timeout(error)
+        wait_s = _PATIENCE_S if lost and not timed_out else 0.0
         first = self._first or self._record.first(wait_s=wait_s)
         if first is not None:
             return first
         what = f"failed in {described(error, step)}"
-        if is_timeout(error):
+        if lost or timed_out:
             self._place = "waiting"
             self._record.tell_place(self._rank, self._place)
             what += f"; where each rank was: {grouped(self._record.where_ranks_are())}"
