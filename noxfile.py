@@ -39,7 +39,7 @@ CELL_TESTS = ("integration_tests/test_loss_is_layout_independent.py", "-m", "ful
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "none"  # tools/wheels.py makes the environments
-nox.options.sessions = ["lint", "types", "wheels", "unit", "integration(quick)", "docs"]
+nox.options.sessions = ["lint", "types", "wheels", "unit", "s3", "integration(quick)", "docs"]
 
 
 def run(
@@ -71,6 +71,16 @@ def for_tests(packages: str, torch: str | None = None) -> Environment:
 def unit(session: nox.Session, package: str) -> None:
     """Run one package's tests; installed are its wheel, core's and its extras."""
     package_tests(session, package, "not full")
+
+
+@nox.session(tags=["quick"])
+def s3(session: nox.Session) -> None:
+    """Run the tests of checkpoints behind URLs, with an S3 server on this machine."""
+    tested = BY_SHORT_NAME["checkpoint"]
+    needed = [*PYTEST, *tested.test_requirements, "moto[server]", "s3fs"]
+    environment = wheels.installed("s3", [BY_SHORT_NAME["core"], tested], needed)
+    tests = tested.folder / "tests" / "test_remote.py"
+    run(session, environment, "-m", "pytest", tests, "-k", "s3", *session.posargs)
 
 
 @nox.session(tags=["full"])
