@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
 from dream_trainer.trainer.agreement import agree_on_models, agree_on_plan
-from dream_trainer.trainer.batches import batches_together
 from dream_trainer.trainer.divergence import refuse_divergence
 from dream_trainer.trainer.results import EpochMeans
+from dream_trainer.trainer.steps import in_contexts, note_place
+from dream_trainer.trainer.validation import sanity_validate, validate_if_due, validate_if_new
 from dream_trainer.world.determinism import random_state_kept, set_random_state
 
 if TYPE_CHECKING:
@@ -57,7 +55,7 @@ def fit(trainer: BaseTrainer) -> None:
         trainer.setup()
         _set_train_mode(trainer)
         callbacks.pre_fit()
-        _sanity_validate(trainer)
+        sanity_validate(trainer)
         if trainer.random_state_to_resume is not None:
             set_random_state(trainer.random_state_to_resume)
             trainer.random_state_to_resume = None
@@ -105,7 +103,7 @@ def _train(trainer: BaseTrainer) -> None:
             counters.current_epoch + (counters.epoch_stage == "end"),
             counters.global_step,
         )
-    _validate_if_due(trainer)  # a checkpoint of this step may have been saved before it was
+    validate_if_due(trainer)  # a checkpoint of this step may have been saved before it was
     while not _is_done(trainer) and not trainer.agree_to_stop():
         if counters.epoch_stage == "end":
             counters.current_epoch += 1
@@ -115,7 +113,7 @@ def _train(trainer: BaseTrainer) -> None:
     ended_inside_epoch = counters.epoch_stage == "train" and counters.epoch_batches > 0
     if ended_inside_epoch and trainer.stop_reason is None and parameters.val_every_n_steps is None:
         with random_state_kept():  # a run that goes on from here must not notice
-            _validate_if_new(trainer)
+            validate_if_new(trainer)
 
 
 def _is_done(trainer: BaseTrainer) -> bool:
@@ -139,7 +137,7 @@ def _run_epoch(trainer: BaseTrainer) -> None:
         counters.epoch_stage = "validate"
         callbacks.post_train_epoch(result)
     if trainer.training_parameters.val_every_n_steps is None:
-        _validate_if_new(trainer)
+        validate_if_new(trainer)
     counters.epoch_stage = "end"
     callbacks.post_epoch()
 
@@ -195,12 +193,12 @@ def train_step(trainer: BaseTrainer, batch: Any) -> None:
         if callbacks.train_context is None and trainer.precision_context is None:
             result = trainer.training_step(batch, batch_idx)
         else:
-            result = _in_contexts(
+            result = in_contexts(
                 trainer, callbacks.train_context, trainer.training_step, batch, batch_idx
             )
         result = trainer.epoch_means.add(result, batch)
     except BaseException as error:
-        _note_place(error, trainer, "training_step", batch_idx)
+        note_place(error, trainer, "training_step", batch_idx)
         raise
     counters.epoch_batches = batch_idx + 1
     counters.local_batches += 1
@@ -216,92 +214,10 @@ def _ends_after_step(trainer: BaseTrainer) -> bool:
         trainer.first_step_done = True
         trainer.world.tighten_timeouts()
     if parameters.val_every_n_steps is not None:
-        _validate_if_due(trainer)
+        validate_if_due(trainer)
     if trainer.may_be_stopped and trainer.agree_to_stop():
         return True
     return parameters.max_steps is not None and trainer.global_step >= parameters.max_steps
-
-
-# Validation
-
-
-def _sanity_validate(trainer: BaseTrainer) -> None:
-    """Try validation before training, so that a mistake in it shows now."""
-    num_batches = trainer.training_parameters.num_sanity_val_steps
-    if num_batches and trainer.counters.local_batches == 0 and trainer.validates:
-        with random_state_kept():
-            _validate(trainer, max_batches=num_batches)
-
-
-def _validate_if_due(trainer: BaseTrainer) -> None:
-    """Validate after every so many steps, if that is when to do it."""
-    every, global_step = trainer.training_parameters.val_every_n_steps, trainer.counters.global_step
-    if every and global_step and global_step % every == 0:
-        _validate_if_new(trainer)
-
-
-def _validate_if_new(trainer: BaseTrainer) -> None:
-    """Validate, unless that was done since the last step."""
-    if trainer.validates and trainer.counters.validated_step != trainer.counters.global_step:
-        _validate(trainer, max_batches=None)
-
-
-def _validate(trainer: BaseTrainer, max_batches: int | None) -> None:
-    """Run validation over the loader, or over `max_batches` of it."""
-    callbacks = trainer.callbacks
-    callbacks.pre_validation_epoch()
-    trainer.reset_metrics()
-    means = EpochMeans("validation_step")
-    limits = [n for n in (max_batches, trainer.num_val_batches) if n is not None]
-    with torch.no_grad(), _eval_mode(trainer):
-        batch_idx = 0
-        loader, limit = trainer.val_dataloader or (), min(limits, default=None)
-        for batch in batches_together(loader, limit, trainer.world, "validation"):
-            _validation_step(trainer, batch, batch_idx, means)
-            batch_idx += 1
-    if batch_idx == 0:
-        raise RuntimeError(
-            "the validation loader gave no batch; at least 1 is required: return an iterable "
-            "that can be iterated again, or no validation loader"
-        )
-    result = means.reduce(trainer.world)
-    refuse_divergence(trainer, result, "validation_step")
-    result |= trainer.compute_metrics()
-    if max_batches is None:
-        trainer.counters.validated_step = trainer.counters.global_step
-    callbacks.post_validation_epoch(result)
-
-
-def _validation_step(trainer: BaseTrainer, batch: Any, batch_idx: int, means: EpochMeans) -> None:
-    callbacks = trainer.callbacks
-    if trainer.moves_batches:
-        batch = trainer.move_batch(batch)
-    batch = callbacks.pre_validation_step(batch, batch_idx)
-    try:
-        if callbacks.validation_context is None and trainer.precision_context is None:
-            result = trainer.validation_step(batch, batch_idx)
-        else:
-            result = _in_contexts(
-                trainer, callbacks.validation_context, trainer.validation_step, batch, batch_idx
-            )
-        result = means.add({} if result is None else result, batch)
-    except BaseException as error:
-        _note_place(error, trainer, "validation_step", batch_idx)
-        raise
-    callbacks.post_validation_step(result, batch_idx)
-
-
-@contextmanager
-def _eval_mode(trainer: BaseTrainer) -> Iterator[None]:
-    """Models in eval mode inside; each module in the mode that it had outside."""
-    modes = [(m, m.training) for model in _models(trainer) for m in model.modules()]
-    for model in _models(trainer):
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _set_train_mode(trainer: BaseTrainer) -> None:
@@ -310,38 +226,3 @@ def _set_train_mode(trainer: BaseTrainer) -> None:
         model = trainer.model_of(optimizer)
         if not model.training:
             model.train()
-
-
-def _models(trainer: BaseTrainer) -> list[nn.Module]:
-    return list(trainer.named_models().values())
-
-
-# Around a step
-
-
-def _in_contexts(
-    trainer: BaseTrainer, callback_context: Any, step: Any, batch: Any, batch_idx: int
-) -> Any:
-    result = _SUPPRESSED
-    with ExitStack() as stack:
-        if callback_context is not None:
-            stack.enter_context(callback_context())
-        if trainer.precision_context is not None:
-            stack.enter_context(trainer.precision_context())
-        result = step(batch, batch_idx)
-    if result is _SUPPRESSED:
-        raise RuntimeError(
-            f"a callback's context suppressed an error of {step.__name__}, so there is no result; "
-            "let errors through: return None from __exit__"
-        )
-    return result
-
-
-_SUPPRESSED = object()
-
-
-def _note_place(error: BaseException, trainer: BaseTrainer, step: str, batch_idx: int) -> None:
-    error.add_note(
-        f"raised in {step} on rank {trainer.world.rank} at step {trainer.global_step} "
-        f"(epoch {trainer.current_epoch}, batch {batch_idx})"
-    )

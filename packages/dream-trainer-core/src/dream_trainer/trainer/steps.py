@@ -1,0 +1,43 @@
+"""A user's step: called inside the contexts that callbacks bring; an error says where it was."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dream_trainer.trainer.base import BaseTrainer
+
+
+def in_contexts(
+    trainer: BaseTrainer, callback_context: Any, step: Any, batch: Any, batch_idx: int
+) -> Any:
+    """What a step returns, called inside the contexts of callbacks and of the precision.
+
+    Raises:
+        RuntimeError: If a callback's context suppressed the step's error.
+    """
+    result = _SUPPRESSED
+    with ExitStack() as stack:
+        if callback_context is not None:
+            stack.enter_context(callback_context())
+        if trainer.precision_context is not None:
+            stack.enter_context(trainer.precision_context())
+        result = step(batch, batch_idx)
+    if result is _SUPPRESSED:
+        raise RuntimeError(
+            f"a callback's context suppressed an error of {step.__name__}, so there is no result; "
+            "let errors through: return None from __exit__"
+        )
+    return result
+
+
+_SUPPRESSED = object()
+
+
+def note_place(error: BaseException, trainer: BaseTrainer, step: str, batch_idx: int) -> None:
+    """Say in an error which step raised it, and when."""
+    error.add_note(
+        f"raised in {step} on rank {trainer.world.rank} at step {trainer.global_step} "
+        f"(epoch {trainer.current_epoch}, batch {batch_idx})"
+    )

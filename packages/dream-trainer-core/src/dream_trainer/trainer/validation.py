@@ -1,0 +1,98 @@
+"""Validation: when it is time, over the loader, in eval mode, with its hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dream_trainer.trainer.batches import batches_together
+from dream_trainer.trainer.divergence import refuse_divergence
+from dream_trainer.trainer.results import EpochMeans
+from dream_trainer.trainer.steps import in_contexts, note_place
+from dream_trainer.world.determinism import random_state_kept
+
+if TYPE_CHECKING:
+    from dream_trainer.trainer.base import BaseTrainer
+
+
+def sanity_validate(trainer: BaseTrainer) -> None:
+    """Try validation before training, so that a mistake in it shows now."""
+    num_batches = trainer.training_parameters.num_sanity_val_steps
+    if num_batches and trainer.counters.local_batches == 0 and trainer.validates:
+        with random_state_kept():
+            _validate(trainer, max_batches=num_batches)
+
+
+def validate_if_due(trainer: BaseTrainer) -> None:
+    """Validate after every so many steps, if that is when to do it."""
+    every, global_step = trainer.training_parameters.val_every_n_steps, trainer.counters.global_step
+    if every and global_step and global_step % every == 0:
+        validate_if_new(trainer)
+
+
+def validate_if_new(trainer: BaseTrainer) -> None:
+    """Validate, unless that was done since the last step."""
+    if trainer.validates and trainer.counters.validated_step != trainer.counters.global_step:
+        _validate(trainer, max_batches=None)
+
+
+def _validate(trainer: BaseTrainer, max_batches: int | None) -> None:
+    """Run validation over the loader, or over `max_batches` of it."""
+    callbacks = trainer.callbacks
+    callbacks.pre_validation_epoch()
+    trainer.reset_metrics()
+    means = EpochMeans("validation_step")
+    limits = [n for n in (max_batches, trainer.num_val_batches) if n is not None]
+    with torch.no_grad(), _eval_mode(trainer):
+        batch_idx = 0
+        loader, limit = trainer.val_dataloader or (), min(limits, default=None)
+        for batch in batches_together(loader, limit, trainer.world, "validation"):
+            _validation_step(trainer, batch, batch_idx, means)
+            batch_idx += 1
+    if batch_idx == 0:
+        raise RuntimeError(
+            "the validation loader gave no batch; at least 1 is required: return an iterable "
+            "that can be iterated again, or no validation loader"
+        )
+    result = means.reduce(trainer.world)
+    refuse_divergence(trainer, result, "validation_step")
+    result |= trainer.compute_metrics()
+    if max_batches is None:
+        trainer.counters.validated_step = trainer.counters.global_step
+    callbacks.post_validation_epoch(result)
+
+
+def _validation_step(trainer: BaseTrainer, batch: Any, batch_idx: int, means: EpochMeans) -> None:
+    callbacks = trainer.callbacks
+    if trainer.moves_batches:
+        batch = trainer.move_batch(batch)
+    batch = callbacks.pre_validation_step(batch, batch_idx)
+    try:
+        if callbacks.validation_context is None and trainer.precision_context is None:
+            result = trainer.validation_step(batch, batch_idx)
+        else:
+            result = in_contexts(
+                trainer, callbacks.validation_context, trainer.validation_step, batch, batch_idx
+            )
+        result = means.add({} if result is None else result, batch)
+    except BaseException as error:
+        note_place(error, trainer, "validation_step", batch_idx)
+        raise
+    callbacks.post_validation_step(result, batch_idx)
+
+
+@contextmanager
+def _eval_mode(trainer: BaseTrainer) -> Iterator[None]:
+    """Models in eval mode inside; each module in the mode that it had outside."""
+    models = trainer.named_models().values()
+    modes = [(m, m.training) for model in models for m in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
