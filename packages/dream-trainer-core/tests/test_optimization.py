@@ -11,7 +11,7 @@ from torch import nn
 
 from dream_trainer.callbacks import Callback
 from dream_trainer.testing import TinyTrainer, tiny_config
-from dream_trainer.world.collectives import gradient_norm
+from dream_trainer.world.gradients import gradient_norm
 
 
 def parameters(*gradients: list[float] | None) -> list[nn.Parameter]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from dream_trainer.world.collectives import gradient_norm, sharded_gradient_norm
+from dream_trainer.world.gradients import gradient_norm, sharded_gradient_norm
 
 if TYPE_CHECKING:
     from dream_trainer.callbacks.collection import CallbackCollection

@@ -1,16 +1,15 @@
-"""What ranks do together, on tensors, numbers and dicts of them; and the norm of all gradients."""
+"""What ranks do together: on tensors, on numbers and dicts of them, and on any object."""
 
 from __future__ import annotations
 
 import ctypes
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -141,172 +140,3 @@ def _bytes_tensor(value: Any) -> Tensor:
 def _object(data: Tensor, length: int) -> Any:
     # It comes from this run's own ranks, which run the same code anyway.
     return pickle.loads(ctypes.string_at(data.data_ptr(), length))  # noqa: S301
-
-
-def disagreements(said: Sequence[Mapping[str, Any]]) -> str:
-    """Says of each value that differs which ranks said what.
-
-    Args:
-        said: What each rank said, by rank: values by name.
-    """
-    names = dict.fromkeys(name for values in said for name in values)
-    first = said[0]
-    different = [
-        name
-        for name in names
-        if any(name not in each or name not in first or each[name] != first[name] for each in said)
-    ]
-    parts = []
-    for name in different[:_MAX_DISAGREEMENTS]:
-        values = [repr(values[name]) if name in values else "nothing" for values in said]
-        parts.append(f"ranks disagree on {name}:\n  " + grouped(values, "\n  "))
-    more = len(different) - len(parts)
-    parts.append(
-        f"{f'and on {more} more; ' if more else ''}it must be the same on all of them: look for "
-        "what depends on the rank, the machine or chance"
-    )
-    return "\n".join(parts)
-
-
-_MAX_DISAGREEMENTS = 4
-
-
-def grouped(values: Sequence[str], separator: str = "; ") -> str:
-    """What each rank said, once for all that said the same: `rank 0–6: 10; rank 7: 11`."""
-    ranks_by_value: dict[str, list[int]] = {}
-    for rank, value in enumerate(values):
-        ranks_by_value.setdefault(value, []).append(rank)
-    said = (f"rank {_ranges(ranks)}: {value}" for value, ranks in ranks_by_value.items())
-    return separator.join(said)
-
-
-def _ranges(ranks: Sequence[int]) -> str:
-    """Ranks in a row as `0–6`: there may be thousands."""
-    parts: list[str] = []
-    start = 0
-    for end in range(1, len(ranks) + 1):
-        if end < len(ranks) and ranks[end] == ranks[end - 1] + 1:
-            continue
-        row = ranks[start:end]
-        parts += [f"{row[0]}–{row[-1]}"] if len(row) > 2 else map(str, row)
-        start = end
-    return ", ".join(parts)
-
-
-def gradient_norm(parameters: Sequence[nn.Parameter], max_norm: float | None = None) -> Tensor:
-    """L2 norm of all gradients of one process together; clips them to it if asked.
-
-    No host synchronization.
-
-    Args:
-        parameters: Those without a gradient count as zero.
-        max_norm: Scale all gradients by `max_norm / norm` where that is below 1.
-
-    Returns:
-        Scalar `()`: the norm before clipping.
-
-    Raises:
-        ValueError: If no parameter has a gradient.
-    """
-    _refuse_without_gradient(parameters)
-    if max_norm is not None:
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-
-
-def sharded_gradient_norm(
-    parameters: Sequence[nn.Parameter], max_norm: float | None = None
-) -> Tensor:
-    """L2 norm of all gradients together, over every shard; clips them to it if asked.
-
-    Collective over the meshes of sharded parameters: each rank must call it with its own
-    shards of the same parameters. No host synchronization. Gradients that are replicated count
-    once. Those on different meshes, or on none, are normed apart and then together: torch can't
-    mix them in one operation.
-
-    Args:
-        parameters: Those without a gradient count as zero.
-        max_norm: Scale all gradients by `max_norm / norm` where that is below 1.
-
-    Returns:
-        Scalar `()`, equal on all ranks: the norm before clipping.
-
-    Raises:
-        ValueError: If no parameter has a gradient.
-    """
-    _refuse_without_gradient(parameters)
-    groups = _by_mesh([parameter for parameter in parameters if parameter.grad is not None])
-    norms = [
-        _whole(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]))
-        for group in groups
-    ]
-    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-    if max_norm is not None:
-        for group in groups:
-            torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
-    return norm
-
-
-def _refuse_without_gradient(parameters: Sequence[nn.Parameter]) -> None:
-    for parameter in parameters:
-        if parameter.grad is not None:
-            return
-    raise ValueError(
-        "no parameter has a gradient; call self.backward(loss) before self.step(optimizer)"
-    )
-
-
-def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters, those apart whose gradients are sharded over other meshes."""
-    groups: dict[Any, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        groups.setdefault(_mesh_of(parameter), []).append(parameter)
-    return list(groups.values())
-
-
-def _mesh_of(parameter: nn.Parameter) -> Any:
-    from torch.distributed.tensor import DTensor
-
-    return parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-RANK_ZERO = (
-    "the other ranks don't run this hook and would never join; make the callback a plain "
-    "Callback and ask world.is_global_zero before what only rank 0 does"
-)
-AFTER_ERROR = (
-    "the other ranks may be gone and would never join; on_exception, and post_fit where "
-    "trainer.exception is set, must do without collectives"
-)
-
-
-class RefuseCollectives(TorchDispatchMode):
-    """Makes every collective of torch.distributed an error.
-
-    Args:
-        where: Named in the error.
-        advice: The end of the error.
-    """
-
-    def __init__(self, where: str, advice: str) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
-        self._where = where
-        self._advice = advice
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional"):
-            raise RuntimeError(refusal(func.name(), self._where, self._advice))
-        return func(*args, **(kwargs or {}))
-
-
-def refusal(collective: str, where: str, advice: str) -> str:
-    """Says why a collective can't be called there, and what to do instead."""
-    return f"{collective} in {where}: {advice}"

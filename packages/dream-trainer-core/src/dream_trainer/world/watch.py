@@ -27,7 +27,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NoReturn
 
 from dream_trainer.world import launcher, signals
-from dream_trainer.world.collectives import grouped
+from dream_trainer.world.disagreement import grouped
 from dream_trainer.world.failure import (
     Failure,
     RemoteError,

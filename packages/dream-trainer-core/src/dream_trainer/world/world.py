@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dream_trainer.configs.device import AXES, DeviceParameters, MeshShape
-from dream_trainer.world import collectives, launcher
+from dream_trainer.world import collectives, launcher, refusal
 from dream_trainer.world.collectives import ReduceOp
 from dream_trainer.world.determinism import seed_all, use_deterministic_algorithms
+from dream_trainer.world.disagreement import disagreements
 from dream_trainer.world.mesh import build_mesh, coordinates, fsdp_mesh
 from dream_trainer.world.watch import Alone, FailureWatch
 
@@ -346,7 +347,7 @@ class World:
             return
         said = [dict(mine) for (mine,) in self.all_gather((dict(values),))]
         if any(each != said[0] for each in said):
-            raise ValueError(collectives.disagreements(said))
+            raise ValueError(disagreements(said))
 
     def agree_on_any(self, flag: bool) -> bool:
         """Whether the flag is set on some rank. Collective on the CPU: no device is waited for."""
@@ -366,7 +367,7 @@ class World:
         return bool(self.all_reduce(_as_flag(condition), "max"))
 
     @contextlib.contextmanager
-    def no_collectives(self, where: str, advice: str = collectives.RANK_ZERO) -> Iterator[None]:
+    def no_collectives(self, where: str, advice: str = refusal.RANK_ZERO) -> Iterator[None]:
         """Make collectives an error inside, also those that call torch.distributed directly.
 
         Args:
@@ -375,7 +376,7 @@ class World:
         """
         before, self._refusal = self._refusal, (where, advice)
         try:
-            with collectives.RefuseCollectives(where, advice):
+            with refusal.RefuseCollectives(where, advice):
                 yield
         finally:
             self._refusal = before
@@ -384,7 +385,7 @@ class World:
         """Where clean-up after an error runs: with several ranks, collectives are errors."""
         if not self.is_distributed:
             return contextlib.nullcontext()
-        return self.no_collectives("the clean-up after an error", collectives.AFTER_ERROR)
+        return self.no_collectives("the clean-up after an error", refusal.AFTER_ERROR)
 
     @property
     def _default_group(self) -> ProcessGroup | None:
@@ -392,7 +393,7 @@ class World:
 
     def _refuse_if_guarded(self, collective: str) -> None:
         if self._refusal is not None:
-            raise RuntimeError(collectives.refusal(collective, *self._refusal))
+            raise RuntimeError(refusal.refusal(collective, *self._refusal))
 
 
 def _as_flag(condition: bool | Tensor) -> bool | Tensor:

@@ -1,0 +1,92 @@
+"""The norm of gradients, and clipping to it, in one process and over every shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter], max_norm: float | None = None) -> Tensor:
+    """L2 norm of all gradients of one process together; clips them to it if asked.
+
+    No host synchronization.
+
+    Args:
+        parameters: Those without a gradient count as zero.
+        max_norm: Scale all gradients by `max_norm / norm` where that is below 1.
+
+    Returns:
+        Scalar `()`: the norm before clipping.
+
+    Raises:
+        ValueError: If no parameter has a gradient.
+    """
+    _refuse_without_gradient(parameters)
+    if max_norm is not None:
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def sharded_gradient_norm(
+    parameters: Sequence[nn.Parameter], max_norm: float | None = None
+) -> Tensor:
+    """L2 norm of all gradients together, over every shard; clips them to it if asked.
+
+    Collective over the meshes of sharded parameters: each rank must call it with its own
+    shards of the same parameters. No host synchronization. Gradients that are replicated count
+    once. Those on different meshes, or on none, are normed apart and then together: torch can't
+    mix them in one operation.
+
+    Args:
+        parameters: Those without a gradient count as zero.
+        max_norm: Scale all gradients by `max_norm / norm` where that is below 1.
+
+    Returns:
+        Scalar `()`, equal on all ranks: the norm before clipping.
+
+    Raises:
+        ValueError: If no parameter has a gradient.
+    """
+    _refuse_without_gradient(parameters)
+    groups = _by_mesh([parameter for parameter in parameters if parameter.grad is not None])
+    norms = [
+        _whole(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]))
+        for group in groups
+    ]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    if max_norm is not None:
+        for group in groups:
+            torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+    return norm
+
+
+def _refuse_without_gradient(parameters: Sequence[nn.Parameter]) -> None:
+    for parameter in parameters:
+        if parameter.grad is not None:
+            return
+    raise ValueError(
+        "no parameter has a gradient; call self.backward(loss) before self.step(optimizer)"
+    )
+
+
+def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters, those apart whose gradients are sharded over other meshes."""
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(_mesh_of(parameter), []).append(parameter)
+    return list(groups.values())
+
+
+def _mesh_of(parameter: nn.Parameter) -> Any:
+    from torch.distributed.tensor import DTensor
+
+    return parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
