@@ -1,6 +1,6 @@
 """Trains the toy, saves every second step, and may fail or say what it is doing.
 
-torchrun --nproc-per-node=2 failing.py FOLDER [--fail-on RANK] [--wait]
+torchrun --nproc-per-node=2 failing.py FOLDER [--fail-on RANK] [--wait] [--hang-on RANK]
 """
 
 from __future__ import annotations
@@ -41,12 +41,22 @@ class Waits(Callback[DreamTrainer]):
         Path(f"pid-{self.trainer.world.rank}").write_text(str(os.getpid()))
 
 
+class Hangs(Callback[DreamTrainer]):
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def pre_train_step(self, batch: Any, batch_idx: int) -> None:
+        while self.trainer.global_step == 2 and self.trainer.world.rank == self.rank:
+            time.sleep(1)
+
+
 @entrypoint
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--fail-on", type=int)
     parser.add_argument("--wait", action="store_true")
+    parser.add_argument("--hang-on", type=int)
     options = parser.parse_args()
     torch.set_num_threads(1)
     trainer, _ = make(options.folder, n_epochs=100 if options.wait else 2)
@@ -57,6 +67,8 @@ def main() -> None:
         trainer.callbacks.append(FailsInTheFirstAttempt(options.fail_on))
     if options.wait:
         trainer.callbacks.append(Waits())
+    if options.hang_on is not None:
+        trainer.callbacks.append(Hangs(options.hang_on))
     trainer.setup()
     sys.stdout.write(f"rank {trainer.world.rank} begins at step {trainer.global_step}\n")
     sys.stdout.flush()

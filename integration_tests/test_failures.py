@@ -116,6 +116,19 @@ def test_sigterm_to_torchrun_is_no_failure_of_a_rank() -> None:
     assert "RemoteError" not in stderr
 
 
+@pytest.mark.full
+def test_a_rank_that_hangs_says_where_before_torchrun_kills_it() -> None:
+    with running("runs", "--hang-on=1") as process:
+        time.sleep(2)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=60)
+
+    places = ["_engine_run_backward (", "pre_train_step (failing.py, "]
+    for rank, place in enumerate(places):
+        said = f"[rank{rank}]: rank {rank} got SIGTERM 25 s ago and is still in {place}"
+        assert last_line_of(rank, stderr).startswith(said), stderr
+
+
 def unbroken(folder: str) -> dict[str, torch.Tensor]:
     trainer, _ = make(folder, n_epochs=2)
     trainer.fit()

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 _LOOK_EVERY_S = 0.2
 _PATIENCE_S = 2.0
 """How long a rank that lost a connection waits to hear why."""
+_GRACE_S = 25.0
+"""How long after SIGTERM it is time to say where this process is: torchrun kills it after 30 s."""
 _EXIT_S = 1.0
 """How long handlers of `atexit` may take after an error."""
 
@@ -245,6 +247,7 @@ class FailureWatch:
 
     def _watch(self, neighbours: Neighbours) -> None:
         interval_s = max(_LOOK_EVERY_S, self._world_size / ASKS_PER_S)
+        grace_ends_at_s = math.inf
         while self._first is None:
             ended, written = neighbours.wait(interval_s)
             if self._thread is not threading.current_thread():
@@ -257,6 +260,14 @@ class FailureWatch:
                     self._look((*ended, *neighbours.look_for_new()), is_to_end)
             if is_to_end and self._first is None:
                 signals.end_process_by(signal.SIGTERM)
+            if signal.SIGTERM in written:  # somebody else handles it
+                grace_ends_at_s = time.monotonic() + _GRACE_S
+            if time.monotonic() > grace_ends_at_s:
+                grace_ends_at_s = math.inf
+                self._write(
+                    f"rank {self._rank} got SIGTERM {_GRACE_S:g} s ago and is still in "
+                    f"{place_of_main_thread()}"
+                )
         self._see_out()
 
     def _look(self, ended: tuple[tuple[int, int], ...], is_to_end: bool) -> None:
