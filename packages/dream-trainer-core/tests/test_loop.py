@@ -356,7 +356,7 @@ def test_a_second_fit_goes_on_when_the_limit_is_raised(tmp_path: Path) -> None:
 def test_a_fit_with_nothing_left_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = TinyTrainer(tiny_config(tmp_path, n_epochs=1))
     trainer.fit()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.WARNING):
         trainer.fit()
 
     assert "nothing is left to train: 1 epochs and 8 steps are done" in caplog.text

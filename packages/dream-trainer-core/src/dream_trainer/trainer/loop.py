@@ -98,8 +98,8 @@ def failing_cleanly(trainer: BaseTrainer) -> Iterator[None]:
 def _train(trainer: BaseTrainer) -> None:
     counters, parameters = trainer.counters, trainer.training_parameters
     trainer.start_clock()
-    if _is_done(trainer):
-        logger.info(
+    if _is_done(trainer) and trainer.world.is_global_zero:
+        logger.warning(
             "nothing is left to train: %d epochs and %d steps are done; raise n_epochs or "
             "max_steps to go on",
             counters.current_epoch + (counters.epoch_stage == "end"),
@@ -259,6 +259,7 @@ def _validate(trainer: BaseTrainer, max_batches: int | None) -> None:
         for batch in batches_together(loader, limit, trainer.world, "validation"):
             _validation_step(trainer, batch, batch_idx, means)
             batch_idx += 1
+    _reshard(trainer)
     if batch_idx == 0:
         raise RuntimeError(
             "the validation loader gave no batch; at least 1 is required: return an iterable "
@@ -289,6 +290,22 @@ def _validation_step(trainer: BaseTrainer, batch: Any, batch_idx: int, means: Ep
         _note_place(error, trainer, "validation_step", batch_idx)
         raise
     callbacks.post_validation_step(result, batch_idx)
+
+
+def _reshard(trainer: BaseTrainer) -> None:
+    """Free the parameters that FSDP gathered, so that callbacks find what they find in training.
+
+    A forward without gradients leaves those of the outermost module gathered: they would be other
+    tensors than the optimizer's, and the next step would run on them, whatever a callback has
+    written to the optimizer's meanwhile.
+    """
+    if trainer.world.shape.uses_fsdp:
+        from torch.distributed.fsdp import FSDPModule
+
+        for model in _models(trainer):
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
 
 @contextmanager
