@@ -17,7 +17,12 @@ from torch.optim import Optimizer
 from dream_trainer.callbacks.collection import CallbackCollection
 from dream_trainer.configs.training import TrainingParameters
 from dream_trainer.trainer import loop, state
-from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfig, Counters
+from dream_trainer.trainer.abstract import (
+    AbstractTrainer,
+    AbstractTrainerConfig,
+    Counters,
+    check_kind,
+)
 from dream_trainer.trainer.batches import BatchStream
 from dream_trainer.trainer.optimization import Optimization
 from dream_trainer.trainer.results import EpochMeans
@@ -31,10 +36,18 @@ class BaseTrainerConfig(AbstractTrainerConfig):
     Args:
         training_parameters: Length and cadence.
         callbacks: The callbacks, in the order in which they run.
+
+    Raises:
+        TypeError: If a field is of another kind, such as callbacks in a plain list.
     """
 
     training_parameters: TrainingParameters = field(default_factory=TrainingParameters)
     callbacks: CallbackCollection = field(default_factory=CallbackCollection)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_kind(self, "training_parameters", TrainingParameters, "TrainingParameters(…)")
+        check_kind(self, "callbacks", CallbackCollection, "CallbackCollection([…])")
 
 
 class BaseTrainer(AbstractTrainer):
