@@ -49,7 +49,7 @@ def test_any_directory_may_have_runs(path: str | Path) -> None:
     [
         (
             {"callbacks": [Callback()]},
-            r"a CallbackCollection is required, not a list; write callbacks=CallbackColl.*\(\[…\]\)",
+            r"a CallbackCollection is required, not a list; write .*=CallbackColl.*\(\[…\]\)",
         ),
         ({"callbacks": Callback()}, "a CallbackCollection is required, not a Callback"),
         ({"training_parameters": {"n_epochs": 2}}, "a TrainingParameters is required, not a dict"),

@@ -31,7 +31,7 @@ def set_up(tmp_path: Path, loaders: Any, **training: Any) -> TinyTrainer:
 
 
 BATCH = (torch.ones(2, 4), torch.ones(2, 1))
-LOADER = DataLoader([BATCH])  # type: ignore[arg-type]  # a list will do as a data set
+LOADER: Any = DataLoader([BATCH])  # type: ignore[arg-type]  # a list will do as a data set
 
 
 @pytest.mark.parametrize(
