@@ -159,3 +159,5 @@ def test_the_command_proves_what_a_script_makes(
     assert found["difference"]["name"] == "result.loss"
     assert main(["prove", str(script)]) == 1
     assert "file.py:function is required" in capsys.readouterr().err
+    assert main(["prove", f"{tmp_path}/other.py:exact"]) == 1
+    assert f"there is no file {tmp_path}/other.py; give its path" in capsys.readouterr().err

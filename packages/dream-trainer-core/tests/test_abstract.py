@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dream_trainer import DreamTrainerConfig
+from dream_trainer.callbacks import Callback
 from dream_trainer.testing import TinyTrainer, tiny_config
 
 
@@ -40,6 +42,24 @@ def test_a_url_is_no_directory_of_runs(url: str | Path) -> None:
 @pytest.mark.parametrize("path", ["runs", "/data/a:b", "C:/runs", Path("x") / "s3:"])
 def test_any_directory_may_have_runs(path: str | Path) -> None:
     assert DreamTrainerConfig(root_dir=path).root_dir == path
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"callbacks": [Callback()]},
+            r"a CallbackCollection is required, not a list; write .*=CallbackColl.*\(\[…\]\)",
+        ),
+        ({"callbacks": Callback()}, "a CallbackCollection is required, not a Callback"),
+        ({"training_parameters": {"n_epochs": 2}}, "a TrainingParameters is required, not a dict"),
+        ({"device_parameters": "cpu"}, "a DeviceParameters is required, not a str"),
+    ],
+    ids=["list", "callback", "dict", "str"],
+)
+def test_a_field_of_another_kind_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        DreamTrainerConfig(**fields)
 
 
 def test_everything_has_a_default() -> None:

@@ -116,6 +116,13 @@ def test_unknown_and_missing_names_warn_and_list_both_sides() -> None:
     assert (collection["new"].value, collection["kept"].value) == (5, 2)
 
 
+def test_only_what_happens_is_said() -> None:
+    with pytest.warns(UserWarning, match=r": Holds will start afresh; give callbacks"):
+        CallbackCollection([Holds()]).load_state_dict({})
+    with pytest.warns(UserWarning, match=r": Gone will be kept for a later run; give callbacks"):
+        CallbackCollection().load_state_dict({"Gone": {}})
+
+
 def test_a_state_that_nobody_claims_is_saved_again() -> None:
     collection = CallbackCollection([Holds(1)])
     with pytest.warns(UserWarning, match="Gone will be kept"):

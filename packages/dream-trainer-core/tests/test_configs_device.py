@@ -139,6 +139,13 @@ def test_an_unknown_device_is_refused() -> None:
         DeviceParameters(device="tpu")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["param_dtype", "reduce_dtype"])
+@pytest.mark.parametrize("value", ["bfloat16", torch.int8], ids=str)
+def test_dtypes_are_floating_point(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{name}={value!r}: a floating point dtype is required"):
+        DeviceParameters(**{name: value})
+
+
 @pytest.mark.parametrize("name", ["init_timeout_s", "train_timeout_s", "cleanup_timeout_s"])
 @pytest.mark.parametrize("value", [0, -1.0, float("nan")])
 def test_timeouts_are_above_zero(name: str, value: float) -> None:

@@ -31,6 +31,7 @@ def set_up(tmp_path: Path, loaders: Any, **training: Any) -> TinyTrainer:
 
 
 BATCH = (torch.ones(2, 4), torch.ones(2, 1))
+LOADER: Any = DataLoader([BATCH])  # type: ignore[arg-type]  # a list will do as a data set
 
 
 @pytest.mark.parametrize(
@@ -42,8 +43,15 @@ BATCH = (torch.ones(2, 4), torch.ones(2, 1))
         (([BATCH], []), r"the validation loader \(list\) is empty"),
         (DataLoader([], batch_size=2), r"the training loader \(DataLoader\) is empty"),
         (3, "the training loader, of type int, can't be iterated over"),
+        ([LOADER, LOADER], "the training loader is a list of loaders, and an iterable"),
+        ({"train": LOADER}, "the training loader is a dict of loaders, and an iterable"),
+        ((LOADER,) * 3, "the training loader is a tuple of loaders, and an iterable"),
+        ((LOADER, [LOADER]), "the validation loader is a list of loaders, and an iterable"),
     ],
-    ids=["none", "no_training", "empty", "empty_validation", "empty_loader", "number"],
+    ids=[
+        *("none", "no_training", "empty", "empty_validation", "empty_loader", "number"),
+        *("list", "dict", "three", "several_validation"),
+    ],
 )
 def test_loaders_that_cannot_be_trained_on_are_refused(
     tmp_path: Path, loaders: Any, message: str

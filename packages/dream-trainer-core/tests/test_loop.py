@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from dream_trainer.callbacks import Callback
 from dream_trainer.testing import TinyTrainer, tiny_config
 from dream_trainer.testing.trainers import TinyModel
+from dream_trainer.trainer import BaseTrainer
 
 SETUP = ["pre_launch", "pre_configure", "post_configure", "pre_setup", "post_setup"]
 OPTIMIZER = [
@@ -356,7 +357,7 @@ def test_a_second_fit_goes_on_when_the_limit_is_raised(tmp_path: Path) -> None:
 def test_a_fit_with_nothing_left_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = TinyTrainer(tiny_config(tmp_path, n_epochs=1))
     trainer.fit()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.WARNING):
         trainer.fit()
 
     assert "nothing is left to train: 1 epochs and 8 steps are done" in caplog.text
@@ -587,11 +588,15 @@ def test_a_trainer_without_a_validation_step_says_so_when_there_is_a_validation_
     tmp_path: Path,
 ) -> None:
     class NoValidation(TinyTrainer):
-        def validation_step(self, batch: Any, batch_idx: int) -> Any:
-            return super(TinyTrainer, self).validation_step(batch, batch_idx)
+        validation_step = BaseTrainer.validation_step  # type: ignore[assignment]  # as if unwritten
 
-    with pytest.raises(NotImplementedError, match="has no validation_step"):
-        NoValidation(tiny_config(tmp_path)).fit()
+    trainer = NoValidation(tiny_config(tmp_path))
+
+    with pytest.raises(NotImplementedError, match="NoValidation has no validation_step; write one"):
+        trainer.fit()
+
+    assert trainer.global_step == 0
+    NoValidation(tiny_config(tmp_path, val_every_n_steps=0)).fit()
 
 
 def test_counters_cannot_be_assigned(tmp_path: Path) -> None:

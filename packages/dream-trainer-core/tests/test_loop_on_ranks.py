@@ -77,6 +77,41 @@ def test_all_ranks_stop_after_the_same_step_whichever_asks(
     assert outcomes == [(*expected, f"rank {rank} has seen enough")] * 2
 
 
+class ValidatesOtherWeights(Callback[TinyTrainer]):
+    """As a moving average does: other weights for the time of a validation, then the old ones."""
+
+    @torch.no_grad()
+    def pre_validation_epoch(self) -> None:
+        self.kept = [parameter.clone() for parameter in self.trainer.model.parameters()]
+        for parameter in self.trainer.model.parameters():
+            parameter.mul_(0.5)
+
+    @torch.no_grad()
+    def post_validation_epoch(self, result: dict[str, Any]) -> None:
+        for parameter, kept in zip(self.trainer.model.parameters(), self.kept, strict=True):
+            parameter.copy_(kept)
+
+
+def losses_with_fsdp(root: str, callbacks: list[Callback[TinyTrainer]]) -> list[Any]:
+    losses = []
+
+    class KeepsLosses(Callback[TinyTrainer]):
+        def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+            losses.append(result["loss"].item())
+
+    device = DeviceParameters.FSDP(device="cpu")
+    config = tiny_config(root, [*callbacks, KeepsLosses()], device=device, n_epochs=2)
+    TinyTrainer(config).fit()
+    return losses
+
+
+def test_with_fsdp_weights_can_be_exchanged_for_a_validation(tmp_path: Path) -> None:
+    plain = run_on_ranks(losses_with_fsdp, 2, str(tmp_path), [])
+    exchanged = run_on_ranks(losses_with_fsdp, 2, str(tmp_path), [ValidatesOtherWeights()])
+
+    assert exchanged == plain
+
+
 class HostReads(TorchDispatchMode):
     """Counts operations that wait for the device, had it one: reads of a value on the host."""
 

@@ -195,6 +195,23 @@ def test_a_rank_that_dies_is_an_error(code: int) -> None:
         run_on_ranks(os._exit, 1, code)
 
 
+def test_a_script_that_starts_ranks_whenever_it_is_imported_is_told_what_to_do(
+    tmp_path: Path,
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from dream_trainer.testing import run_on_ranks\nrun_on_ranks(print, 1, 'called')\n"
+    )
+
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=60, check=False
+    )
+
+    assert done.returncode == 1
+    assert "died with exit code 1 before the function was called" in done.stderr
+    assert 'under if __name__ == "__main__":' in done.stderr
+
+
 def test_exit_is_an_error_of_the_rank() -> None:
     with pytest.raises(RankError, match="SystemExit: 0"):
         run_on_ranks(sys.exit, 1, 0)

@@ -303,7 +303,7 @@ def test_a_half_set_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_layout_that_does_not_fit_is_refused_before_launch() -> None:
-    with pytest.raises(ValueError, match=r"multiply to 2 .*dp_shard=2.* but 1 ranks were started"):
+    with pytest.raises(ValueError, match=r"multiply to 2 .*dp_shard=2.* but 1 rank was started"):
         World(DeviceParameters(device="cpu", dp_replicate=1, dp_shard=2))
 
 

@@ -248,11 +248,16 @@ class CheckpointCallback(Callback[BaseTrainer]):
 
     def _failure_text(self, session: Session, step: int, error: BaseException) -> str:
         present = session.store.checkpoints
-        newest = f"; the newest one is {present[-1].name}" if present else ""
+        newest = f"the newest one is {present[-1].name}" if present else "none has been saved yet"
+        advice = (
+            ""  # the text says what is wrong with the state
+            if isinstance(error.__cause__, (TypeError, ValueError))
+            else ". Make sure that there is room (keep_last and keep_top_k say how many "
+            "checkpoints stay) and that the directory can be written to"
+        )
         return (
             f"the checkpoint of step {step} couldn't be saved in {self.directory}: "
-            f"{described(error)}{newest}. Make sure that there is room (keep_last and keep_top_k "
-            "say how many checkpoints stay) and that the directory can be written to"
+            f"{described(error)}; {newest}{advice}"
         )
 
     # For saves that go on beside the training

@@ -103,7 +103,8 @@ def load_into(
     if differences and strict:
         raise CheckpointError(
             f"{checkpoint.name} doesn't fit the trainer:\n" + "\n".join(differences) + "\nUse the "
-            "model and optimizer that it was saved with; strict_load=False loads what matches"
+            "model and optimizer that it was saved with, or another experiment name (this is "
+            f"{trainer.experiment!r}) for a new run; strict_load=False loads what matches"
         )
     if differences and ranks.is_zero:
         logger.warning(
@@ -309,8 +310,9 @@ def _refuse_other_data(manifest: Any, counters: Mapping[str, Any], trainer: Base
         )
     if counters["epoch_batches"]:
         logger.warning(
-            "an epoch had %s batches and has %s now; if the data changed, set resume_data=False",
-            before, now,
+            "an epoch had %s batches and has %s now; it goes on after batch %s. If the data "
+            "changed, set resume_data=False to begin the epoch anew",
+            before, now, counters["epoch_batches"],
         )  # fmt: skip
 
 

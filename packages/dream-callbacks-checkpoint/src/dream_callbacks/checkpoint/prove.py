@@ -115,15 +115,12 @@ def prove(
 
     Raises:
         CheckpointError: If a run fails, or can't be killed as asked.
-        ValueError: If `make_trainer` is text of another form.
+        ValueError: If `make_trainer` is text of another form, or names a file that isn't there.
     """
     from dream_trainer.testing import RankError, run_on_ranks
 
-    if isinstance(make_trainer, str) and not make_trainer.rpartition(":")[0]:
-        raise ValueError(
-            f"{make_trainer!r}: module:function or file.py:function is required; the function "
-            "takes nothing and returns a trainer"
-        )
+    if isinstance(make_trainer, str):
+        _refuse_unfindable(make_trainer)
     folder = Path(folder)
     plan = _Plan(make_trainer, folder, steps, every or Every(steps=steps), kill_in)
 
@@ -196,6 +193,20 @@ def _train(plan: _Plan, phase: str) -> None:
     if phase == "stopped":
         trainer.callbacks.append(Killer(plan.steps, plan.kill_in, plan.mark(rank)))
     trainer.fit()
+
+
+def _refuse_unfindable(make_trainer: str) -> None:
+    module_name, _, _ = make_trainer.rpartition(":")
+    if not module_name:
+        raise ValueError(
+            f"{make_trainer!r}: module:function or file.py:function is required; the function "
+            "takes nothing and returns a trainer"
+        )
+    if module_name.endswith(".py") and not Path(module_name).is_file():
+        raise ValueError(
+            f"{make_trainer!r}: there is no file {Path(module_name).resolve()}; give its path, as "
+            "in path/to/train.py:make_trainer"
+        )
 
 
 def _made(make_trainer: MakeTrainer | str) -> Any:

@@ -249,10 +249,11 @@ class CallbackCollection(NamedCallbacks):
         unclaimed = [name for name in state_dict if name not in stateful]
         missing = [name for name in stateful if name not in state_dict]
         if unclaimed or missing:
+            outcomes = [f"{listed(unclaimed)} will be kept for a later run"] * bool(unclaimed)
+            outcomes += [f"{listed(missing)} will start afresh"] * bool(missing)
             message = (
                 f"states were saved for {listed(state_dict)}, and the callbacks with a state are "
-                f"{listed(stateful)}: {listed(unclaimed)} will be kept for a later run, and "
-                f"{listed(missing)} will start afresh; give callbacks the names they had"
+                f"{listed(stateful)}: {', and '.join(outcomes)}; give callbacks the names they had"
             )
             if strict:
                 raise KeyError(message)

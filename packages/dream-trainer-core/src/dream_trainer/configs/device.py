@@ -96,7 +96,8 @@ class DeviceParameters:
             several ranks; then the process is ended.
 
     Raises:
-        ValueError: If a degree or timeout is out of range, or two options exclude each other.
+        ValueError: If a degree, dtype or timeout is out of range, or two options exclude each
+            other.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -134,6 +135,15 @@ class DeviceParameters:
             )
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f'device={self.device!r}: "auto", "cpu" or "cuda" is required')
+        for name in ("param_dtype", "reduce_dtype"):
+            dtype = getattr(self, name)
+            if dtype is not None and not (
+                isinstance(dtype, torch.dtype) and dtype.is_floating_point
+            ):
+                raise ValueError(
+                    f"{name}={dtype!r}: a floating point dtype is required, such as "
+                    "torch.bfloat16, or None for that of the model"
+                )
         for name in ("init_timeout_s", "train_timeout_s", "cleanup_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: seconds above 0 are required")
@@ -189,10 +199,11 @@ class DeviceParameters:
                 for axis, degree in degrees.items()
             }
         elif product != world_size:
+            started = "1 rank was" if world_size == 1 else f"{world_size} ranks were"
             raise ValueError(
-                f"the degrees multiply to {product} ({spelled}), but {world_size} ranks were "
-                f"started; start {product} ranks (torchrun --nproc-per-node={product}), or set "
-                'one of the degrees to "auto"'
+                f"the degrees multiply to {product} ({spelled}), but {started} started; start "
+                f"{product} ranks (torchrun --nproc-per-node={product}), or set one of the "
+                'degrees to "auto"'
             )
         return MeshShape(**degrees)
 

@@ -52,7 +52,8 @@ def run_on_ranks(
 
     The processes are forked from a server that has imported torch already: four ranks are at
     work in well under a second. The environment is the one that torchrun sets, so a trainer
-    inside finds its rank by itself; each rank uses one thread.
+    inside finds its rank by itself; each rank uses one thread. Each imports the script that is run:
+    there, call it under `if __name__ == "__main__":`.
 
     Args:
         function: Called as `function(*args)`; may be a lambda.
@@ -167,7 +168,13 @@ def _received(receiver: Any, process: Any, stack: Path) -> tuple[bool, Any]:
         outcome: tuple[bool, Any] = pickle.loads(receiver.recv_bytes())  # noqa: S301  # our child's
     except EOFError:
         process.join(timeout=5.0)
-        return False, f"the process died with exit code {process.exitcode}\n{_written(stack)}"
+        died = f"the process died with exit code {process.exitcode}"
+        if not stack.exists():
+            died += (
+                " before the function was called. Each rank imports the script that is run: start "
+                'ranks there, and do all that must be done once, under if __name__ == "__main__":'
+            )
+        return False, f"{died}\n{_written(stack)}"
     return outcome
 
 

@@ -52,6 +52,20 @@ def checked_name(name: object, field_name: str) -> str:
     return normal
 
 
+def check_kind(config: object, field_name: str, kind: type, example: str) -> None:
+    """Refuse a value of another kind in a field of a config.
+
+    Raises:
+        TypeError: If it isn't a `kind`; it shows how to write `example`.
+    """
+    value = getattr(config, field_name)
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{field_name}={value!r:.80}: a {kind.__name__} is required, not a "
+            f"{type(value).__name__}; write {field_name}={example}"
+        )
+
+
 @dataclass(kw_only=True)
 class AbstractTrainerConfig:
     """Who the run is, where it writes, and on what it runs.
@@ -69,6 +83,7 @@ class AbstractTrainerConfig:
 
     Raises:
         ValueError: If a name can't be that of a folder, or `root_dir` is a URL.
+        TypeError: If `device_parameters` is of another kind.
     """
 
     project: str = "dream-trainer"
@@ -88,6 +103,7 @@ class AbstractTrainerConfig:
                 "traces and tables are written there; what can write to a URL has a setting of "
                 "its own, such as CheckpointParameters(root_dir=…)"
             )
+        check_kind(self, "device_parameters", DeviceParameters, "DeviceParameters(…)")
 
 
 @dataclass(slots=True)

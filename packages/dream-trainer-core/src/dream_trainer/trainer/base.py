@@ -17,8 +17,14 @@ from torch.optim import Optimizer
 from dream_trainer.callbacks.collection import CallbackCollection
 from dream_trainer.configs.training import TrainingParameters
 from dream_trainer.trainer import loop, state
-from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfig, Counters
+from dream_trainer.trainer.abstract import (
+    AbstractTrainer,
+    AbstractTrainerConfig,
+    Counters,
+    check_kind,
+)
 from dream_trainer.trainer.batches import BatchStream
+from dream_trainer.trainer.definition import check_definition
 from dream_trainer.trainer.optimization import Optimization
 from dream_trainer.trainer.results import EpochMeans
 from dream_trainer.world.world import World
@@ -31,10 +37,18 @@ class BaseTrainerConfig(AbstractTrainerConfig):
     Args:
         training_parameters: Length and cadence.
         callbacks: The callbacks, in the order in which they run.
+
+    Raises:
+        TypeError: If a field is of another kind, such as callbacks in a plain list.
     """
 
     training_parameters: TrainingParameters = field(default_factory=TrainingParameters)
     callbacks: CallbackCollection = field(default_factory=CallbackCollection)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_kind(self, "training_parameters", TrainingParameters, "TrainingParameters(…)")
+        check_kind(self, "callbacks", CallbackCollection, "CallbackCollection([…])")
 
 
 class BaseTrainer(AbstractTrainer):
@@ -43,7 +57,8 @@ class BaseTrainer(AbstractTrainer):
     Put together with SetupMixin, as in DreamTrainer, or with set-up of your own.
 
     Raises:
-        TypeError: If the trainer lacks what a callback requires.
+        TypeError: If the trainer lacks what a callback requires; where the class is defined, if it
+            has an optional method under a misspelt name.
         ValueError: If numbers of the config contradict each other or the ranks that were
             started. All of this comes before anything is launched or written.
     """
@@ -51,6 +66,10 @@ class BaseTrainer(AbstractTrainer):
     config: BaseTrainerConfig
     optimization: Optimization
     train_batches: BatchStream
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        check_definition(cls)
 
     def __init__(self, config: BaseTrainerConfig) -> None:
         super().__init__()
@@ -185,6 +204,10 @@ class BaseTrainer(AbstractTrainer):
 
     def finish_setup(self) -> None:
         """Tie the parts together once all of them exist."""
+        never_validates = self.training_parameters.val_every_n_steps == 0
+        has_step = type(self).validation_step is not BaseTrainer.validation_step
+        if self.validates and not never_validates and not has_step:
+            self.validation_step(None, 0)  # raises, and not after a whole epoch of training
         self.optimization = Optimization(
             self.named_models(),
             {optimizer: self.model_of(optimizer) for optimizer in self.named_optimizers().values()},

@@ -96,8 +96,8 @@ def failing_cleanly(trainer: BaseTrainer) -> Iterator[None]:
 def _train(trainer: BaseTrainer) -> None:
     counters, parameters = trainer.counters, trainer.training_parameters
     trainer.start_clock()
-    if _is_done(trainer):
-        logger.info(
+    if _is_done(trainer) and trainer.world.is_global_zero:
+        logger.warning(
             "nothing is left to train: %d epochs and %d steps are done; raise n_epochs or "
             "max_steps to go on",
             counters.current_epoch + (counters.epoch_stage == "end"),

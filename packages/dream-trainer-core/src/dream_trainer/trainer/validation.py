@@ -52,6 +52,7 @@ def _validate(trainer: BaseTrainer, max_batches: int | None) -> None:
         for batch in batches_together(loader, limit, trainer.world, "validation"):
             _validation_step(trainer, batch, batch_idx, means)
             batch_idx += 1
+    _reshard(trainer)
     if batch_idx == 0:
         raise RuntimeError(
             "the validation loader gave no batch; at least 1 is required: return an iterable "
@@ -82,6 +83,22 @@ def _validation_step(trainer: BaseTrainer, batch: Any, batch_idx: int, means: Ep
         note_place(error, trainer, "validation_step", batch_idx)
         raise
     callbacks.post_validation_step(result, batch_idx)
+
+
+def _reshard(trainer: BaseTrainer) -> None:
+    """Free the parameters that FSDP gathered, so that callbacks find what they find in training.
+
+    A forward without gradients leaves those of the outermost module gathered: they would be other
+    tensors than the optimizer's, and the next step would run on them, whatever a callback has
+    written to the optimizer's meanwhile.
+    """
+    if trainer.world.shape.uses_fsdp:
+        from torch.distributed.fsdp import FSDPModule
+
+        for model in trainer.named_models().values():
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
 
 @contextmanager

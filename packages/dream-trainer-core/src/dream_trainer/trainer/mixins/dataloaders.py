@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dream_trainer.configs.training import TrainingParameters
@@ -68,8 +68,8 @@ class DataLoaderSetupMixin(AbstractTrainer):
 
         Raises:
             ValueError: On all ranks, if a loader is empty, ranks have different numbers of
-                batches, or the length of an epoch can't be known.
-            TypeError: If a loader isn't iterable.
+                batches, the length of an epoch can't be known, a loader isn't iterable, or there
+                is a list of loaders in its place.
         """
         returned = self.configure_dataloaders()
         train, val = (
@@ -139,10 +139,19 @@ class DataLoaderSetupMixin(AbstractTrainer):
 
 def _problem(loader: Any, kind: str, trainer_name: str) -> str | None:
     """What is wrong with a loader, if anything."""
+    from torch.utils.data import DataLoader
+
     if loader is None:
         return (
             f"{trainer_name}.configure_dataloaders returned no {kind} loader (None); return an "
             "iterable of batches, or (training loader, validation loader)"
+        )
+    parts = loader.values() if isinstance(loader, Mapping) else loader
+    if isinstance(loader, (list, tuple, Mapping)) and any(isinstance(p, DataLoader) for p in parts):
+        return (
+            f"the {kind} loader is a {type(loader).__name__} of loaders, and an iterable of "
+            "batches is required; return the training loader, or the tuple (training loader, "
+            "validation loader)"
         )
     if not isinstance(loader, Iterable):
         return (

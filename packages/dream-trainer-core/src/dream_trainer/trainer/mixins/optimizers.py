@@ -35,7 +35,9 @@ class OptimizerSetupMixin(AbstractTrainer):
     def configure_schedulers(self) -> Any:
         """Assign learning rate schedulers to attributes, or return them. Optional.
 
-        They are stepped once per optimizer step, after their optimizer.
+        They are stepped once per optimizer step, after their optimizer; but for ReduceLROnPlateau,
+        which needs a result: step it in a callback's `post_validation_epoch`. The loaders don't
+        exist yet.
 
         Returns:
             Nothing, a scheduler, several, or a dict from optimizer to scheduler.

@@ -1,0 +1,52 @@
+"""What a trainer class promises, checked where it is written: no optional method is misspelt."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+
+# A method that isn't optional is missed when it is needed; one of these has a default instead.
+OPTIONAL = (
+    "validation_step",
+    "init_weights",
+    "configure_schedulers",
+    "configure_metrics",
+    "apply_tensor_parallel",
+    "apply_context_parallel",
+    "apply_activation_checkpointing",
+    "apply_compile",
+    "apply_fully_shard",
+    "apply_replicate",
+    "model_state_dict",
+    "move_batch",
+)
+
+
+def check_definition(cls: type) -> None:
+    """Refuse a trainer with a method that is almost named as one that it leaves at its default.
+
+    Args:
+        cls: A new class of trainers.
+
+    Raises:
+        TypeError: If the method would never be called.
+    """
+    for name, value in vars(cls).items():
+        if not inspect.isfunction(value) or name.startswith("_") or _is_inherited(cls, name):
+            continue
+        for meant in difflib.get_close_matches(name, OPTIONAL, n=1, cutoff=0.85):
+            if _is_default(cls, meant):
+                raise TypeError(
+                    f"{cls.__qualname__}.{name} would never be called by the trainer; did you mean "
+                    f"{meant}? If it is a method of your own, name it _{name}"
+                )
+
+
+def _is_inherited(cls: type, name: str) -> bool:
+    return any(name in vars(base) for base in cls.__mro__[1:])
+
+
+def _is_default(cls: type, name: str) -> bool:
+    """Whether a method is there, and nobody but this package has written it."""
+    owner = next((base for base in cls.__mro__ if name in vars(base)), None)
+    return owner is not None and owner.__module__.startswith("dream_trainer.trainer.")

@@ -1,0 +1,62 @@
+"""A trainer's optional method that is misspelt is refused where the class is defined."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dream_trainer.testing import TinyTrainer
+from dream_trainer.trainer import BaseTrainer
+from dream_trainer.trainer.definition import OPTIONAL
+from dream_trainer.trainer.dream import DreamTrainer
+
+
+def method(self: Any) -> None:
+    """Of a trainer."""
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("configure_scheduler", "configure_schedulers"),
+        ("configure_lr_schedulers", "configure_schedulers"),
+        ("init_weight", "init_weights"),
+        ("apply_fully_shared", "apply_fully_shard"),
+    ],
+)
+def test_a_misspelt_method_is_refused(name: str, meant: str) -> None:
+    with pytest.raises(TypeError, match=rf"Mine.{name} would never be called .* mean {meant}\?"):
+        type("Mine", (TinyTrainer,), {name: method})
+
+
+def test_a_helper_of_a_method_that_is_there_may_have_almost_its_name() -> None:
+    class Mine(TinyTrainer):
+        def configure_schedulers(self) -> None:
+            self.configure_scheduler()
+
+        def configure_scheduler(self) -> None: ...
+
+    class Derived(Mine):
+        def configure_scheduler(self) -> None: ...
+
+    assert issubclass(Derived, Mine)
+
+
+def test_other_methods_may_have_any_name() -> None:
+    class Mine(TinyTrainer):
+        def sample(self) -> None: ...
+
+        def configure_model(self) -> None: ...
+
+        def _init_weight(self) -> None: ...
+
+
+def test_a_trainer_without_set_up_may_have_such_a_method_of_its_own() -> None:
+    class Mine(BaseTrainer):
+        def configure_scheduler(self) -> None: ...
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_every_name_is_that_of_a_method(name: str) -> None:
+    assert callable(getattr(DreamTrainer, name))
