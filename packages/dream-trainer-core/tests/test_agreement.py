@@ -79,6 +79,8 @@ class Dissenter(TinyTrainer):
             return SaysTooMuch(train, 7), val
         if self.dissents("length"):
             return train, list(val)[:1]
+        if self.dissents("no_validation"):
+            return train
         return train, val
 
     def configure_metrics(self) -> None:
@@ -148,6 +150,11 @@ SAYS = {
     "optimizers": ["the optimizers, and the number of parameters in each group", "('SGD', [7])"],
     "metrics": ["ranks disagree on the metrics:", "rank {last}: ('metric',)"],
     "length": ["the number of batches of the validation loader", "rank {others}: 2"],
+    "no_validation": [
+        "the number of batches of the validation loader",
+        "rank {others}: 2",
+        "rank {last}: 'no loader'",
+    ],
     "results": ["the scalars that training_step reports", "rank {last}: ['accuracy', 'loss']"],
 }
 ON_FOUR = ("training", "callbacks", "shapes", "results")

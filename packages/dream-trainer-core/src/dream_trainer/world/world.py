@@ -61,6 +61,7 @@ class World:
         self.place = coordinates(self.rank, self.shape)
         self.device = _device(parameters, self.local_rank)
         self._mesh: DeviceMesh | None = None
+        self._fsdp_mesh: DeviceMesh | None = None
         self._groups: dict[str, ProcessGroup] = {}
         self._owns_process_group = False
         self._timeout_s = parameters.init_timeout_s
@@ -158,10 +159,11 @@ class World:
             self._owns_process_group = True
             atexit.register(self.shutdown)
         self._mesh = build_mesh(self.shape, self.device.type)
+        self._set_timeouts(self.parameters.init_timeout_s)
 
     def shutdown(self) -> None:
         """Destroy the process group, if `launch` made one. A second call does nothing."""
-        self._mesh = None
+        self._mesh = self._fsdp_mesh = None
         self._groups.clear()
         if self._owns_process_group and dist.is_initialized():
             dist.destroy_process_group()
@@ -200,15 +202,18 @@ class World:
 
     def tighten_timeouts(self) -> None:
         """Let collectives take `train_timeout_s` from now on instead of `init_timeout_s`."""
-        if not self.is_distributed:
-            return
+        if self.is_distributed:
+            self._set_timeouts(self.parameters.train_timeout_s)
+
+    def _set_timeouts(self, timeout_s: float) -> None:
+        """Let collectives of every group take so long: those of a mesh are made with torch's."""
         from torch.distributed.distributed_c10d import _set_pg_timeout  # there is no public one
 
-        self._timeout_s = self.parameters.train_timeout_s
-        timeout = timedelta(seconds=self._timeout_s)
-        mesh_groups = [self.mesh.get_group(axis) for axis in AXES]
+        self._timeout_s = timeout_s
+        meshes = [mesh for mesh in (self._mesh, self._fsdp_mesh) if mesh is not None]
+        mesh_groups = [group for mesh in meshes for group in mesh.get_all_groups()]
         for group in {dist.group.WORLD, *mesh_groups, *self._groups.values()}:
-            _set_pg_timeout(timeout, group)
+            _set_pg_timeout(timedelta(seconds=timeout_s), group)
 
     # Mesh and groups
 
@@ -249,7 +254,10 @@ class World:
         Raises:
             RuntimeError: As `mesh`.
         """
-        return fsdp_mesh(self.mesh, self.shape)
+        if self._fsdp_mesh is None:
+            self._fsdp_mesh = fsdp_mesh(self.mesh, self.shape)
+            self._set_timeouts(self._timeout_s)
+        return self._fsdp_mesh
 
     def group(self, kind: str = "control") -> ProcessGroup | None:
         """A CPU group of all ranks that callbacks may share; None in a world of one.
