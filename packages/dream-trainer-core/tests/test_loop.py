@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from dream_trainer.callbacks import Callback
+from dream_trainer.callbacks.callback import CONTEXTS, HOOKS
 from dream_trainer.testing import TinyTrainer, tiny_config
 from dream_trainer.testing.trainers import TinyModel
 
@@ -127,30 +128,38 @@ def weights_after(tmp_path: Path, **training: Any) -> dict[str, torch.Tensor]:
     return trainer.model.state_dict()
 
 
-def test_counters_have_advanced_when_post_train_step_runs(tmp_path: Path) -> None:
-    seen = []
+def test_counters_are_exact_in_each_hook(tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
 
     class Counting(Callback[TinyTrainer]):
+        def note(self, hook: str) -> None:
+            seen.append((hook, self.trainer.global_step, self.trainer.local_batches))
+            counters = self.trainer.state_dict()["trainer"]["counters"]
+            assert (counters["global_step"], counters["local_batches"]) == seen[-1][1:]
+
         def pre_train_step(self, batch: Any, batch_idx: int) -> None:
-            seen.append(("pre", batch_idx, self.trainer.global_step, self.trainer.local_batches))
+            self.note(f"pre {batch_idx}")
 
         def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
-            seen.append(("post", batch_idx, self.trainer.global_step, self.trainer.local_batches))
+            self.note(f"post {batch_idx}")
 
-    config = tiny_config(
-        tmp_path, [Counting()], train_steps_per_epoch=2, gradient_accumulation_steps=2
-    )
-    TinyTrainer(config).fit()
+        def post_validation_step(self, result: dict[str, Any], batch_idx: int) -> None:
+            self.note("validation")
+
+    training = {"gradient_accumulation_steps": 2, "val_every_n_steps": 1, "val_steps_per_epoch": 1}
+    TinyTrainer(tiny_config(tmp_path, [Counting()], train_steps_per_epoch=2, **training)).fit()
 
     assert seen == [
-        ("pre", 0, 0, 0),
-        ("post", 0, 0, 1),
-        ("pre", 1, 0, 1),
-        ("post", 1, 1, 2),
-        ("pre", 2, 1, 2),
-        ("post", 2, 1, 3),
-        ("pre", 3, 1, 3),
-        ("post", 3, 2, 4),
+        ("pre 0", 0, 0),
+        ("post 0", 0, 1),
+        ("pre 1", 0, 1),
+        ("post 1", 1, 2),
+        ("validation", 1, 2),
+        ("pre 2", 1, 2),
+        ("post 2", 1, 3),
+        ("pre 3", 1, 3),
+        ("post 3", 2, 4),
+        ("validation", 2, 4),
     ]
 
 
@@ -466,18 +475,9 @@ def test_a_validation_step_may_return_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "hook",
     [
-        "pre_launch",
-        "post_configure",
-        "post_setup",
-        "pre_fit",
-        "pre_epoch",
-        "pre_train_step",
-        "enter train_context",
-        "pre_optimizer_step",
-        "post_train_step",
-        "post_train_epoch",
-        "post_validation_step",
-        "post_epoch",
+        f"enter {hook}" if hook in CONTEXTS else hook
+        for hook in HOOKS
+        if hook not in ("on_exception", "post_fit")
     ],
 )
 def test_after_an_error_all_clean_up_runs_and_the_first_error_is_raised(
@@ -501,9 +501,11 @@ def test_after_an_error_all_clean_up_runs_and_the_first_error_is_raised(
     assert trainer.exception is caught.value
     for recorder in (before, failing, after):
         assert recorder.arguments["on_exception"] == [(caught.value,)]
-    began = hook not in ("pre_launch", "post_configure", "post_setup", "pre_fit")
-    assert before.events.count("post_fit") == (1 if began or hook == "pre_fit" else 0)
-    assert after.events.count("post_fit") == (1 if began else 0)
+    first_began, last_began = hook not in SETUP, hook not in (*SETUP, "pre_fit")
+    for recorder, began in ((before, first_began), (after, last_began)):
+        clean_up = ["on_exception", "post_fit"] if began else ["on_exception"]
+        assert recorder.events[-len(clean_up) :] == clean_up
+        assert recorder.events.count("post_fit") == began
 
 
 def test_an_error_in_the_step_says_where(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dream_trainer.callbacks import Callback
@@ -75,6 +76,32 @@ def test_all_ranks_stop_after_the_same_step_whichever_asks(
     outcomes = run_on_ranks(stopped, 2, str(tmp_path), rank, step, hook, accumulation)
 
     assert outcomes == [(*expected, f"rank {rank} has seen enough")] * 2
+
+
+class CountsCollectives(TinyTrainer):
+    """Notes before each step how many collectives there were in each group so far."""
+
+    def configure_models(self) -> None:
+        super().configure_models()
+        self.numbers: list[tuple[int, int]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        groups: list[Any] = [dist.group.WORLD, self.world.group()]
+        gradients, control = (group._get_sequence_number_for_group() for group in groups)  # noqa: SLF001
+        self.numbers.append((gradients, control))
+        return super().training_step(batch, batch_idx)
+
+
+def collectives_of_a_step(root: str) -> tuple[int, int]:
+    trainer = CountsCollectives(tiny_config(root, max_steps=8))
+    trainer.fit()
+    (before, control_before), (after, control_after) = trainer.numbers[-2:]
+    return after - before, control_after - control_before
+
+
+def test_ranks_agree_on_a_stop_without_the_group_of_the_gradients(tmp_path: Path) -> None:
+    # One bucket of gradients; one flag, on the CPU.
+    assert run_on_ranks(collectives_of_a_step, 2, str(tmp_path)) == [(1, 1)] * 2
 
 
 class HostReads(TorchDispatchMode):
