@@ -173,30 +173,6 @@ def test_results_are_detached(tmp_path: Path) -> None:
     assert not result["loss"].requires_grad
 
 
-def test_a_returned_batch_replaces_the_batch_for_later_callbacks_and_the_step(
-    tmp_path: Path,
-) -> None:
-    seen = []
-
-    class Zeros(Callback[TinyTrainer]):
-        def pre_train_step(self, batch: Any, batch_idx: int) -> Any:
-            return [torch.zeros_like(tensor) for tensor in batch]
-
-    class Keeps(Callback[TinyTrainer]):
-        def pre_train_step(self, batch: Any, batch_idx: int) -> None:
-            seen.append(batch[0].abs().sum().item())
-
-    class SeesStep(TinyTrainer):
-        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-            seen.append(batch[0].abs().sum().item())
-            return super().training_step(batch, batch_idx)
-
-    SeesStep(tiny_config(tmp_path, [Keeps(), Zeros(), Keeps()], max_steps=1)).fit()
-
-    assert seen[0] > 0
-    assert seen[1:] == [0.0, 0.0]
-
-
 # Equality with PyTorch
 
 
