@@ -123,7 +123,11 @@ def test_sanity_validation_comes_before_the_first_epoch_and_leaves_no_trace(
 
 
 def weights_after(tmp_path: Path, **training: Any) -> dict[str, torch.Tensor]:
-    trainer = TinyTrainer(tiny_config(tmp_path, **training))
+    class DrawsInValidation(DropoutTrainer):
+        def configure_dataloaders(self) -> Any:
+            return shuffled_loader(), shuffled_loader()
+
+    trainer = DrawsInValidation(tiny_config(tmp_path, **training))
     trainer.fit()
     return trainer.model.state_dict()
 
@@ -409,6 +413,40 @@ def test_val_loss_is_the_mean_over_samples_whatever_the_batch_sizes(tmp_path: Pa
     assert result == {"val_loss": pytest.approx(expected, rel=1e-6)}
 
 
+def test_the_loss_of_an_epoch_is_the_mean_over_its_samples_alone(tmp_path: Path) -> None:
+    class Uneven(TinyTrainer):
+        def configure_dataloaders(self) -> Any:
+            return [(torch.randn(n, 4), torch.randn(n, 1)) for n in (1, 7, 2)]
+
+    recorder, keeper = Recorder(), LossKeeper()
+    Uneven(tiny_config(tmp_path, [recorder, keeper], n_epochs=2)).fit()
+
+    means = [result["loss"] for (result,) in recorder.arguments["post_train_epoch"]]
+    weights = torch.tensor([0.1, 0.7, 0.2])
+    losses = torch.tensor(keeper.losses).reshape(2, 3)
+    assert means == pytest.approx((losses @ weights).tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("step", ["training_step", "validation_step"])
+def test_batches_of_types_of_ones_own_are_moved_by_move_batch(tmp_path: Path, step: str) -> None:
+    moved, used = [], []
+
+    def use(self: Any, batch: Any, batch_idx: int) -> Any:
+        used.append(batch)
+        return getattr(TinyTrainer, step)(self, batch, batch_idx)
+
+    class Moves(TinyTrainer):
+        def move_batch(self, batch: Any) -> Any:
+            moved.append(tuple(batch))
+            return moved[-1]
+
+    setattr(Moves, step, use)
+    Moves(tiny_config(tmp_path, train_steps_per_epoch=2, val_steps_per_epoch=2)).fit()
+
+    half = slice(0, 2) if step == "training_step" else slice(2, 4)
+    assert [id(batch) for batch in used] == [id(batch) for batch in moved[half]]
+
+
 def test_a_validation_that_was_due_when_the_state_was_saved_is_made_up_for(tmp_path: Path) -> None:
     states = []
 
@@ -484,19 +522,39 @@ def test_after_an_error_all_clean_up_runs_and_the_first_error_is_raised(
         assert recorder.events.count("post_fit") == began
 
 
-def test_an_error_in_the_step_says_where(tmp_path: Path) -> None:
-    class Fails(TinyTrainer):
-        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-            if batch_idx == 2:
-                raise ZeroDivisionError("in the user's code")
-            return super().training_step(batch, batch_idx)
+@pytest.mark.parametrize(
+    ("step", "at_step"), [("training_step", 1), ("validation_step", 8)], ids=["train", "validate"]
+)
+def test_an_error_in_a_step_says_where(tmp_path: Path, step: str, at_step: int) -> None:
+    def fails(self: Any, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 1:
+            raise ZeroDivisionError("in the user's code")
+        return getattr(TinyTrainer, step)(self, batch, batch_idx)
 
+    trainer_class: Any = type("Fails", (TinyTrainer,), {step: fails})
     with pytest.raises(ZeroDivisionError) as caught:
-        Fails(tiny_config(tmp_path)).fit()
+        trainer_class(tiny_config(tmp_path)).fit()
 
     assert caught.value.__notes__ == [
-        "raised in training_step on rank 0 at step 2 (epoch 0, batch 2)"
+        f"raised in {step} on rank 0 at step {at_step} (epoch 0, batch 1)"
     ]
+
+
+def test_fit_goes_on_after_an_error_and_may_fail_again(tmp_path: Path) -> None:
+    first, second, other = Recorder(fail_in="post_train_step"), Recorder(), Recorder()
+    trainer = TinyTrainer(tiny_config(tmp_path, [first, second, other]))
+    with pytest.raises(ValueError, match="planned"):
+        trainer.fit()
+    second.fail_in = "post_epoch"
+    with pytest.raises(ValueError, match="planned"):
+        trainer.fit()
+    assert other.events[-2:] == ["on_exception", "post_fit"]
+    assert other.events.count("post_fit") == 2
+
+    trainer.training_parameters.n_epochs = 2
+    trainer.fit()
+    assert trainer.exception is None
+    assert trainer.global_step == 16
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)], ids=["ctrl_c", "exit"])

@@ -178,10 +178,14 @@ def test_param_dtype_means_autocast_on_one_device(tmp_path: Path) -> None:
             seen.append(self.model(batch[0]).dtype)
             return super().training_step(batch, batch_idx)
 
-    device = DeviceParameters(device="cpu", param_dtype=torch.bfloat16)
-    Sees(tiny_config(tmp_path, device=device, max_steps=1)).fit()
+        def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            seen.append(self.model(batch[0]).dtype)
+            return super().validation_step(batch, batch_idx)
 
-    assert seen == [torch.bfloat16]
+    device = DeviceParameters(device="cpu", param_dtype=torch.bfloat16)
+    Sees(tiny_config(tmp_path, device=device, max_steps=1, val_steps_per_epoch=1)).fit()
+
+    assert seen == [torch.bfloat16, torch.bfloat16]
 
 
 def test_activation_checkpointing_and_compile_change_no_result(tmp_path: Path) -> None:
