@@ -137,29 +137,37 @@ class World:
             self._watch = FailureWatch(self._store, self.rank, self.world_size, cleanup_timeout_s)
         return self._watch
 
-    def launch(self) -> None:
-        """Create the process group and the mesh. Collective; a second call does nothing."""
+    def connect(self) -> None:
+        """Create the process group. Collective; a second call does nothing.
+
+        From here on ranks can compare what the mesh is made of: those that don't agree on it would
+        wait for each other in `launch`.
+        """
         if self.parameters.deterministic:
             use_deterministic_algorithms()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        if not self.is_distributed or self._mesh is not None:
+        if not self.is_distributed or dist.is_initialized():
             return
-        if not dist.is_initialized():
-            self.failure_watch()
-            assert self._store is not None, "the watch has opened it"
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
-                store=self._store,
-                rank=self.rank,
-                world_size=self.world_size,
-                timeout=timedelta(seconds=self.parameters.init_timeout_s),
-                device_id=self.device if self.device.type == "cuda" else None,
-            )
-            self._owns_process_group = True
-            atexit.register(self.shutdown)
-        self._mesh = build_mesh(self.shape, self.device.type)
-        self._set_timeouts(self.parameters.init_timeout_s)
+        self.failure_watch()
+        assert self._store is not None, "the watch has opened it"
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+            store=self._store,
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timedelta(seconds=self.parameters.init_timeout_s),
+            device_id=self.device if self.device.type == "cuda" else None,
+        )
+        self._owns_process_group = True
+        atexit.register(self.shutdown)
+
+    def launch(self) -> None:
+        """Connect, and create the mesh. Collective; a second call does nothing."""
+        self.connect()
+        if self.is_distributed and self._mesh is None:
+            self._mesh = build_mesh(self.shape, self.device.type)
+            self._set_timeouts(self.parameters.init_timeout_s)
 
     def shutdown(self) -> None:
         """Destroy the process group, if `launch` made one. A second call does nothing."""
