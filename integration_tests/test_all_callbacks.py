@@ -35,6 +35,8 @@ from dream_trainer.callbacks import (
     TrainerSummary,
 )
 from dream_trainer.testing import TinyTrainer, check_callback, tiny_config
+from dream_trainer.trainer import BaseTrainer
+from dream_trainer.trainer.mixins import SetupMixin
 
 MAKERS: dict[str, Callable[[Path], Callback[Any]]] = {
     "AsyncCheckpointCallback": lambda source: AsyncCheckpointCallback(
@@ -87,6 +89,40 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_conforms(name: str, source: Path) -> None:
     make = functools.partial(MAKERS[name], source)
     check_callback(make, changes_training=name == "LoadPartialCheckpointCallback")
+
+
+class Small(BaseTrainer, SetupMixin):
+    """A trainer of one's own, of a few mixins: nothing in it logs or has metrics."""
+
+    configure_models = TinyTrainer.configure_models
+    configure_optimizers = TinyTrainer.configure_optimizers
+    configure_dataloaders = TinyTrainer.configure_dataloaders
+    _loader = TinyTrainer._loader  # noqa: SLF001  # all of TinyTrainer but its mixins
+    training_step = TinyTrainer.training_step
+    validation_step = TinyTrainer.validation_step
+
+
+LOGS = {
+    "LRLoggerCallback",
+    "LoggerCallback",
+    "MediaLoggerCallback",
+    "MetricLoggerCallback",
+    "ModelWatchCallback",
+}
+
+
+@pytest.mark.parametrize("name", sorted(LOGS))
+def test_those_that_log_need_a_trainer_that_can(name: str, tmp_path: Path, source: Path) -> None:
+    with pytest.raises(TypeError, match=f"{name} needs a trainer with .*LoggerMixin"):
+        Small(tiny_config(tmp_path, [MAKERS[name](source)]))
+
+
+def test_a_small_trainer_takes_all_others(tmp_path: Path, source: Path) -> None:
+    others = MAKERS.keys() - LOGS - {"AsyncCheckpointCallback"}  # one is enough in a directory
+    trainer = Small(tiny_config(tmp_path, [MAKERS[name](source) for name in sorted(others)]))
+    trainer.fit()
+
+    assert trainer.global_step == 8
 
 
 class EMACallback(Callback[Any]):

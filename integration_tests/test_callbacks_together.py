@@ -7,20 +7,26 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import LAYOUTS, Toy
 
 from dream_callbacks.logging import read_jsonl, series
 from dream_trainer import DreamTrainerConfig
 from dream_trainer.callbacks import (
+    BenchmarkCallback,
     Callback,
     CallbackCollection,
     CheckpointCallback,
     CheckpointParameters,
     Every,
+    FindGraphBreaksCallback,
     JSONLinesSink,
     LoggerCallback,
     LRLoggerCallback,
+    MediaLoggerCallback,
+    MetricLoggerCallback,
+    ModelWatchCallback,
     OptimizeFSDP,
     ProfileCallback,
     ProgressBar,
@@ -132,6 +138,15 @@ class HostReads(TorchDispatchMode):
         super().__init__()
         self.step = 0
         self.steps: list[int] = []
+        self._copies = HostCopies(self)
+
+    def __enter__(self) -> Any:
+        self._copies.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self._copies.__exit__(*error)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -139,6 +154,24 @@ class HostReads(TorchDispatchMode):
         if func.name() in ("aten::_local_scalar_dense", "aten::is_nonzero"):
             self.steps.append(self.step)
         return func(*args, **(kwargs or {}))
+
+
+class HostCopies(TorchFunctionMode):
+    """Notes calls that would copy from a device: on the CPU they are no operations."""
+
+    def __init__(self, reads: HostReads) -> None:
+        super().__init__()
+        self._reads = reads
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        devices = [each for each in (*args, *kwargs.values()) if isinstance(each, str)]
+        name = getattr(func, "__name__", "")
+        if name in ("cpu", "tolist", "numpy", "__array__") or (name == "to" and "cpu" in devices):
+            self._reads.steps.append(self._reads.step)
+        return func(*args, **kwargs)
 
 
 class WithSGD(Toy):
@@ -151,6 +184,11 @@ class WithSGD(Toy):
 class ReadsEachStep(Callback[Any]):
     def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
         result["loss"].item()
+
+
+class CopiesEachStep(Callback[Any]):
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        result["loss"].to("cpu")
 
 
 LOG_EVERY, VALIDATE_EVERY = 10, 25
@@ -201,8 +239,16 @@ def steps_that_read(root: Path, *others: Callback[Any]) -> set[int]:
 
 
 def test_steps_that_do_not_log_read_nothing_on_the_host(tmp_path: Path) -> None:
-    assert steps_that_read(tmp_path / "stack") == set()
-    assert len(steps_that_read(tmp_path / "control", ReadsEachStep())) > 20
+    others = (
+        ModelWatchCallback(log="all", log_freq=LOG_EVERY),
+        BenchmarkCallback(every=Every(steps=LOG_EVERY)),
+        MetricLoggerCallback(),
+        MediaLoggerCallback(),
+        FindGraphBreaksCallback(),
+    )
+    assert steps_that_read(tmp_path / "stack", *others) == set()
+    assert len(steps_that_read(tmp_path / "reads", ReadsEachStep())) > 20
+    assert len(steps_that_read(tmp_path / "copies", CopiesEachStep())) > 20
 
 
 class RefusesWaiting(Callback[Any]):

@@ -157,6 +157,9 @@ class Trainer(TinyTrainer):
         if self.what == "os_exit":
             note_time(self)
             os._exit(0)
+        if self.what == "out_of_memory":
+            note_time(self)
+            raise torch.OutOfMemoryError("planned")
         if self.what == "system_exit":
             note_time(self)
             sys.exit(3)

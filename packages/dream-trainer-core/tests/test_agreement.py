@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from dream_trainer.callbacks import Callback, RankZeroCallback
+from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import RankError, TinyTrainer, run_on_ranks, tiny_config
 
 
@@ -79,6 +81,8 @@ class Dissenter(TinyTrainer):
             return SaysTooMuch(train, 7), val
         if self.dissents("length"):
             return train, list(val)[:1]
+        if self.dissents("no_validation"):
+            return train
         return train, val
 
     def configure_metrics(self) -> None:
@@ -112,6 +116,9 @@ def train(root: str, about: str) -> tuple[int, int]:
     if about == "rank_zero_callbacks" and not is_last:
         callbacks.append(OnRankZero())
     config = tiny_config(root, callbacks, n_epochs=1, train_steps_per_epoch=steps)
+    if about == "layout":
+        make = partial(DeviceParameters.HSDP, dp_shard=2) if is_last else DeviceParameters.FSDP
+        config.device_parameters = make(device="cpu", init_timeout_s=30)
     if about in ("short_training", "length"):
         config.training_parameters.train_steps_per_epoch = None
     if about == "seed":
@@ -139,6 +146,11 @@ SAYS = {
         "rank {others}: 2",
         "rank {last}: 3",
     ],
+    "layout": [
+        "ranks disagree on DeviceParameters.dp_shard:",
+        "rank {others}: 'auto'",
+        "rank {last}: 2",
+    ],
     "callbacks": ["ranks disagree on the callbacks", "'Counts_2: Counts'"],
     "seed": ["ranks disagree on seed:", "rank {others}: 1", "rank {last}: None"],
     "name": ["ranks disagree on the run's name", "/mine'"],
@@ -148,9 +160,14 @@ SAYS = {
     "optimizers": ["the optimizers, and the number of parameters in each group", "('SGD', [7])"],
     "metrics": ["ranks disagree on the metrics:", "rank {last}: ('metric',)"],
     "length": ["the number of batches of the validation loader", "rank {others}: 2"],
+    "no_validation": [
+        "the number of batches of the validation loader",
+        "rank {others}: 2",
+        "rank {last}: 'no loader'",
+    ],
     "results": ["the scalars that training_step reports", "rank {last}: ['accuracy', 'loss']"],
 }
-ON_FOUR = ("training", "callbacks", "shapes", "results")
+ON_FOUR = ("training", "layout", "callbacks", "shapes", "results")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -116,25 +116,33 @@ def test_the_annotated_loop_shows_every_hook() -> None:
         assert call in text, hook
 
 
+def replacing(hook: str, replacement: Any) -> Callback[Any]:
+    """A callback whose one hook gives `replacement(batch)`."""
+
+    def replace(self: Any, batch: Any, batch_idx: int) -> Any:
+        return replacement(batch)
+
+    cls: Any = type("Replaces", (Callback,), {hook: replace})
+    return cast(Callback[Any], cls())
+
+
+@pytest.mark.parametrize(
+    ("hook", "step"),
+    [("pre_train_step", "training_step"), ("pre_validation_step", "validation_step")],
+)
 def test_a_batch_that_a_hook_returns_replaces_it_for_the_next_and_for_the_step(
-    tmp_path: Path,
+    tmp_path: Path, hook: str, step: str
 ) -> None:
     seen: list[Any] = []
 
-    class Doubles(Callback[Any]):
-        def pre_train_step(self, batch: Any, batch_idx: int) -> Any:
-            return (batch[0] * 2, batch[1])
+    def see(self: Any, batch: Any, batch_idx: int) -> Any:
+        seen.append(batch)
+        return getattr(TinyTrainer, step)(self, batch, batch_idx)
 
-    class Keeps(Callback[Any]):
-        def pre_train_step(self, batch: Any, batch_idx: int) -> None:
-            seen.append(batch)
-
-    class Trainer(TinyTrainer):
-        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-            seen.append(batch)
-            return super().training_step(batch, batch_idx)
-
-    Trainer(tiny_config(tmp_path, [Keeps(), Doubles(), Keeps()], max_steps=1)).fit()
+    trainer_class: Any = type("Sees", (TinyTrainer,), {step: see})
+    keeps, doubles = replacing(hook, seen.append), replacing(hook, lambda b: (b[0] * 2, b[1]))
+    callbacks = [keeps, doubles, replacing(hook, seen.append)]
+    trainer_class(tiny_config(tmp_path, callbacks, max_steps=1, val_steps_per_epoch=1)).fit()
     before, after, in_step = seen
 
     assert torch.equal(after[0], before[0] * 2)

@@ -79,6 +79,7 @@ SPECIAL = [
     Case("hangs", 1, place=HUNG, said="Timed out waiting"),
     Case("loader_hang", 0, place=HUNG, said="Timed out waiting"),
     Case("os_exit", 0, place=KILLED, said="killed"),
+    Case("out_of_memory", 1, place=IN_STEP, said="OutOfMemoryError: planned"),
     Case("system_exit", 1, place=IN_STEP, said="SystemExit: 3"),
 ]
 IN_HOOKS = [Case(hook, rank) for rank in (1, 0) for hook in HOOKS if hook != "on_exception"]

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from dream_trainer.callbacks import Callback
+from dream_trainer.callbacks.callback import CONTEXTS, HOOKS
 from dream_trainer.testing import TinyTrainer, tiny_config
 from dream_trainer.testing.trainers import TinyModel
 from dream_trainer.trainer import BaseTrainer
@@ -123,35 +124,47 @@ def test_sanity_validation_comes_before_the_first_epoch_and_leaves_no_trace(
 
 
 def weights_after(tmp_path: Path, **training: Any) -> dict[str, torch.Tensor]:
-    trainer = TinyTrainer(tiny_config(tmp_path, **training))
+    class DrawsInValidation(DropoutTrainer):
+        def configure_dataloaders(self) -> Any:
+            return shuffled_loader(), shuffled_loader()
+
+    trainer = DrawsInValidation(tiny_config(tmp_path, **training))
     trainer.fit()
     return trainer.model.state_dict()
 
 
-def test_counters_have_advanced_when_post_train_step_runs(tmp_path: Path) -> None:
-    seen = []
+def test_counters_are_exact_in_each_hook(tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
 
     class Counting(Callback[TinyTrainer]):
+        def note(self, hook: str) -> None:
+            seen.append((hook, self.trainer.global_step, self.trainer.local_batches))
+            counters = self.trainer.state_dict()["trainer"]["counters"]
+            assert (counters["global_step"], counters["local_batches"]) == seen[-1][1:]
+
         def pre_train_step(self, batch: Any, batch_idx: int) -> None:
-            seen.append(("pre", batch_idx, self.trainer.global_step, self.trainer.local_batches))
+            self.note(f"pre {batch_idx}")
 
         def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
-            seen.append(("post", batch_idx, self.trainer.global_step, self.trainer.local_batches))
+            self.note(f"post {batch_idx}")
 
-    config = tiny_config(
-        tmp_path, [Counting()], train_steps_per_epoch=2, gradient_accumulation_steps=2
-    )
-    TinyTrainer(config).fit()
+        def post_validation_step(self, result: dict[str, Any], batch_idx: int) -> None:
+            self.note("validation")
+
+    training = {"gradient_accumulation_steps": 2, "val_every_n_steps": 1, "val_steps_per_epoch": 1}
+    TinyTrainer(tiny_config(tmp_path, [Counting()], train_steps_per_epoch=2, **training)).fit()
 
     assert seen == [
-        ("pre", 0, 0, 0),
-        ("post", 0, 0, 1),
-        ("pre", 1, 0, 1),
-        ("post", 1, 1, 2),
-        ("pre", 2, 1, 2),
-        ("post", 2, 1, 3),
-        ("pre", 3, 1, 3),
-        ("post", 3, 2, 4),
+        ("pre 0", 0, 0),
+        ("post 0", 0, 1),
+        ("pre 1", 0, 1),
+        ("post 1", 1, 2),
+        ("validation", 1, 2),
+        ("pre 2", 1, 2),
+        ("post 2", 1, 3),
+        ("pre 3", 1, 3),
+        ("post 3", 2, 4),
+        ("validation", 2, 4),
     ]
 
 
@@ -163,30 +176,6 @@ def test_results_are_detached(tmp_path: Path) -> None:
     assert set(result) == {"loss"}
     assert batch_idx == 0
     assert not result["loss"].requires_grad
-
-
-def test_a_returned_batch_replaces_the_batch_for_later_callbacks_and_the_step(
-    tmp_path: Path,
-) -> None:
-    seen = []
-
-    class Zeros(Callback[TinyTrainer]):
-        def pre_train_step(self, batch: Any, batch_idx: int) -> Any:
-            return [torch.zeros_like(tensor) for tensor in batch]
-
-    class Keeps(Callback[TinyTrainer]):
-        def pre_train_step(self, batch: Any, batch_idx: int) -> None:
-            seen.append(batch[0].abs().sum().item())
-
-    class SeesStep(TinyTrainer):
-        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-            seen.append(batch[0].abs().sum().item())
-            return super().training_step(batch, batch_idx)
-
-    SeesStep(tiny_config(tmp_path, [Keeps(), Zeros(), Keeps()], max_steps=1)).fit()
-
-    assert seen[0] > 0
-    assert seen[1:] == [0.0, 0.0]
 
 
 # Equality with PyTorch
@@ -425,6 +414,40 @@ def test_val_loss_is_the_mean_over_samples_whatever_the_batch_sizes(tmp_path: Pa
     assert result == {"val_loss": pytest.approx(expected, rel=1e-6)}
 
 
+def test_the_loss_of_an_epoch_is_the_mean_over_its_samples_alone(tmp_path: Path) -> None:
+    class Uneven(TinyTrainer):
+        def configure_dataloaders(self) -> Any:
+            return [(torch.randn(n, 4), torch.randn(n, 1)) for n in (1, 7, 2)]
+
+    recorder, keeper = Recorder(), LossKeeper()
+    Uneven(tiny_config(tmp_path, [recorder, keeper], n_epochs=2)).fit()
+
+    means = [result["loss"] for (result,) in recorder.arguments["post_train_epoch"]]
+    weights = torch.tensor([0.1, 0.7, 0.2])
+    losses = torch.tensor(keeper.losses).reshape(2, 3)
+    assert means == pytest.approx((losses @ weights).tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("step", ["training_step", "validation_step"])
+def test_batches_of_types_of_ones_own_are_moved_by_move_batch(tmp_path: Path, step: str) -> None:
+    moved, used = [], []
+
+    def use(self: Any, batch: Any, batch_idx: int) -> Any:
+        used.append(batch)
+        return getattr(TinyTrainer, step)(self, batch, batch_idx)
+
+    class Moves(TinyTrainer):
+        def move_batch(self, batch: Any) -> Any:
+            moved.append(tuple(batch))
+            return moved[-1]
+
+    setattr(Moves, step, use)
+    Moves(tiny_config(tmp_path, train_steps_per_epoch=2, val_steps_per_epoch=2)).fit()
+
+    half = slice(0, 2) if step == "training_step" else slice(2, 4)
+    assert [id(batch) for batch in used] == [id(batch) for batch in moved[half]]
+
+
 def test_a_validation_that_was_due_when_the_state_was_saved_is_made_up_for(tmp_path: Path) -> None:
     states = []
 
@@ -467,18 +490,9 @@ def test_a_validation_step_may_return_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "hook",
     [
-        "pre_launch",
-        "post_configure",
-        "post_setup",
-        "pre_fit",
-        "pre_epoch",
-        "pre_train_step",
-        "enter train_context",
-        "pre_optimizer_step",
-        "post_train_step",
-        "post_train_epoch",
-        "post_validation_step",
-        "post_epoch",
+        f"enter {hook}" if hook in CONTEXTS else hook
+        for hook in HOOKS
+        if hook not in ("on_exception", "post_fit")
     ],
 )
 def test_after_an_error_all_clean_up_runs_and_the_first_error_is_raised(
@@ -502,24 +516,46 @@ def test_after_an_error_all_clean_up_runs_and_the_first_error_is_raised(
     assert trainer.exception is caught.value
     for recorder in (before, failing, after):
         assert recorder.arguments["on_exception"] == [(caught.value,)]
-    began = hook not in ("pre_launch", "post_configure", "post_setup", "pre_fit")
-    assert before.events.count("post_fit") == (1 if began or hook == "pre_fit" else 0)
-    assert after.events.count("post_fit") == (1 if began else 0)
+    first_began, last_began = hook not in SETUP, hook not in (*SETUP, "pre_fit")
+    for recorder, began in ((before, first_began), (after, last_began)):
+        clean_up = ["on_exception", "post_fit"] if began else ["on_exception"]
+        assert recorder.events[-len(clean_up) :] == clean_up
+        assert recorder.events.count("post_fit") == began
 
 
-def test_an_error_in_the_step_says_where(tmp_path: Path) -> None:
-    class Fails(TinyTrainer):
-        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-            if batch_idx == 2:
-                raise ZeroDivisionError("in the user's code")
-            return super().training_step(batch, batch_idx)
+@pytest.mark.parametrize(
+    ("step", "at_step"), [("training_step", 1), ("validation_step", 8)], ids=["train", "validate"]
+)
+def test_an_error_in_a_step_says_where(tmp_path: Path, step: str, at_step: int) -> None:
+    def fails(self: Any, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 1:
+            raise ZeroDivisionError("in the user's code")
+        return getattr(TinyTrainer, step)(self, batch, batch_idx)
 
+    trainer_class: Any = type("Fails", (TinyTrainer,), {step: fails})
     with pytest.raises(ZeroDivisionError) as caught:
-        Fails(tiny_config(tmp_path)).fit()
+        trainer_class(tiny_config(tmp_path)).fit()
 
     assert caught.value.__notes__ == [
-        "raised in training_step on rank 0 at step 2 (epoch 0, batch 2)"
+        f"raised in {step} on rank 0 at step {at_step} (epoch 0, batch 1)"
     ]
+
+
+def test_fit_goes_on_after_an_error_and_may_fail_again(tmp_path: Path) -> None:
+    first, second, other = Recorder(fail_in="post_train_step"), Recorder(), Recorder()
+    trainer = TinyTrainer(tiny_config(tmp_path, [first, second, other]))
+    with pytest.raises(ValueError, match="planned"):
+        trainer.fit()
+    second.fail_in = "post_epoch"
+    with pytest.raises(ValueError, match="planned"):
+        trainer.fit()
+    assert other.events[-2:] == ["on_exception", "post_fit"]
+    assert other.events.count("post_fit") == 2
+
+    trainer.training_parameters.n_epochs = 2
+    trainer.fit()
+    assert trainer.exception is None
+    assert trainer.global_step == 16
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)], ids=["ctrl_c", "exit"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dream_trainer.callbacks import Callback
@@ -110,6 +111,32 @@ def test_with_fsdp_weights_can_be_exchanged_for_a_validation(tmp_path: Path) -> 
     exchanged = run_on_ranks(losses_with_fsdp, 2, str(tmp_path), [ValidatesOtherWeights()])
 
     assert exchanged == plain
+
+
+class CountsCollectives(TinyTrainer):
+    """Notes before each step how many collectives there were in each group so far."""
+
+    def configure_models(self) -> None:
+        super().configure_models()
+        self.numbers: list[tuple[int, int]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        groups: list[Any] = [dist.group.WORLD, self.world.group()]
+        gradients, control = (group._get_sequence_number_for_group() for group in groups)  # noqa: SLF001
+        self.numbers.append((gradients, control))
+        return super().training_step(batch, batch_idx)
+
+
+def collectives_of_a_step(root: str) -> tuple[int, int]:
+    trainer = CountsCollectives(tiny_config(root, max_steps=8))
+    trainer.fit()
+    (before, control_before), (after, control_after) = trainer.numbers[-2:]
+    return after - before, control_after - control_before
+
+
+def test_ranks_agree_on_a_stop_without_the_group_of_the_gradients(tmp_path: Path) -> None:
+    # One bucket of gradients; one flag, on the CPU.
+    assert run_on_ranks(collectives_of_a_step, 2, str(tmp_path)) == [(1, 1)] * 2
 
 
 class HostReads(TorchDispatchMode):

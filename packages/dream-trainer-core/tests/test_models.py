@@ -178,10 +178,14 @@ def test_param_dtype_means_autocast_on_one_device(tmp_path: Path) -> None:
             seen.append(self.model(batch[0]).dtype)
             return super().training_step(batch, batch_idx)
 
-    device = DeviceParameters(device="cpu", param_dtype=torch.bfloat16)
-    Sees(tiny_config(tmp_path, device=device, max_steps=1)).fit()
+        def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            seen.append(self.model(batch[0]).dtype)
+            return super().validation_step(batch, batch_idx)
 
-    assert seen == [torch.bfloat16]
+    device = DeviceParameters(device="cpu", param_dtype=torch.bfloat16)
+    Sees(tiny_config(tmp_path, device=device, max_steps=1, val_steps_per_epoch=1)).fit()
+
+    assert seen == [torch.bfloat16, torch.bfloat16]
 
 
 def test_activation_checkpointing_and_compile_change_no_result(tmp_path: Path) -> None:
@@ -199,3 +203,62 @@ def test_activation_checkpointing_and_compile_change_no_result(tmp_path: Path) -
     changed = weights(checkpoint_activations=True, compile_model=True)
     for expected, found in zip(plain, changed, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+class CountsRuns(TinyTrainer):
+    """Counts how often a block is computed."""
+
+    num_runs = 0
+
+    def configure_models(self) -> None:
+        super().configure_models()
+        self.model.blocks[0].register_forward_pre_hook(self._count)
+
+    def _count(self, module: nn.Module, args: Any) -> None:
+        self.num_runs += 1
+
+
+@pytest.mark.parametrize(("checkpoint_activations", "num_runs"), [(False, 1), (True, 2)])
+def test_a_checkpointed_block_is_computed_again_in_backward(
+    tmp_path: Path, checkpoint_activations: bool, num_runs: int
+) -> None:
+    device = DeviceParameters(device="cpu", checkpoint_activations=checkpoint_activations)
+    trainer = CountsRuns(tiny_config(tmp_path, device=device, max_steps=1, val_steps_per_epoch=0))
+    trainer.fit()
+
+    assert trainer.num_runs == num_runs
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("compile_model", [False, True])
+def test_models_are_compiled_if_asked(tmp_path: Path, compile_model: bool) -> None:
+    device = DeviceParameters(device="cpu", compile_model=compile_model)
+    trainer = TinyTrainer(tiny_config(tmp_path, device=device))
+    trainer.setup()
+
+    assert (trainer.model._compiled_call_impl is not None) is compile_model  # noqa: SLF001
+
+
+class KeepsConfig(Initializes):
+    def apply_fully_shard(self, config: dict[str, Any]) -> None:
+        self.offload_policy = config.get("offload_policy")
+        super().apply_fully_shard(config)
+
+
+def sharded(root: str, cpu_offload: bool) -> tuple[list[str], str]:
+    from torch.distributed.fsdp import FSDPModule
+
+    trainer = set_up(KeepsConfig, "FSDP", root, cpu_offload=cpu_offload)
+    parts = [name for name, part in trainer.model.named_modules() if isinstance(part, FSDPModule)]
+    return parts, type(trainer.offload_policy).__name__  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("cpu_offload", "policy"), [(False, "NoneType"), (True, "CPUOffloadPolicy")]
+)
+def test_each_block_is_sharded_and_then_the_rest(
+    tmp_path: Path, cpu_offload: bool, policy: str
+) -> None:
+    parts = ["", "blocks.0", "blocks.1"]
+
+    assert run_on_ranks(sharded, 2, str(tmp_path), cpu_offload) == [(parts, policy)] * 2

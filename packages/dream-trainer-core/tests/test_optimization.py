@@ -107,6 +107,46 @@ def test_the_hooks_get_the_model_that_the_optimizer_changes(tmp_path: Path) -> N
     assert trainer.global_step == 1
 
 
+def test_each_optimizer_hook_sees_what_its_name_says(tmp_path: Path) -> None:
+    seen: list[tuple[str, bool, float | None]] = []
+
+    class Looks(Callback[TinyTrainer]):
+        def look(self, hook: str) -> None:
+            gradients = [p.grad for p in self.trainer.model.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients).item() if gradients else None
+            weight = self.trainer.model.head.weight
+            seen.append((hook, torch.equal(weight, self.before), norm))
+
+        def pre_train_step(self, batch: Any, batch_idx: int) -> None:
+            self.before = self.trainer.model.head.weight.detach().clone()
+
+        def pre_optimizer_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+            self.look("pre step")
+
+        def post_optimizer_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+            self.look("post step")
+
+        def pre_optimizer_zero_grad(
+            self, model: nn.Module, optimizer: torch.optim.Optimizer
+        ) -> None:
+            self.look("pre zero")
+
+        def post_optimizer_zero_grad(
+            self, model: nn.Module, optimizer: torch.optim.Optimizer
+        ) -> None:
+            self.look("post zero")
+
+    TinyTrainer(tiny_config(tmp_path, [Looks()], max_steps=1, gradient_clip_val=0.01)).fit()
+
+    clipped = pytest.approx(0.01, rel=1e-3)
+    assert seen == [
+        ("pre step", True, clipped),
+        ("post step", False, clipped),
+        ("pre zero", False, clipped),
+        ("post zero", False, None),
+    ]
+
+
 @pytest.mark.parametrize("returns", ["attribute", "scheduler", "mapping", "list"])
 def test_schedulers_are_stepped_once_per_optimizer_step(tmp_path: Path, returns: str) -> None:
     class Scheduled(TinyTrainer):
@@ -128,6 +168,17 @@ def test_schedulers_are_stepped_once_per_optimizer_step(tmp_path: Path, returns:
 
     assert list(trainer.named_schedulers()) == ["scheduler"]
     assert trainer.optimizer.param_groups[0]["lr"] == 0.5**3
+
+
+def test_a_scheduler_that_needs_a_result_is_left_to_the_user(tmp_path: Path) -> None:
+    class Plateau(TinyTrainer):
+        def configure_schedulers(self) -> None:
+            self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer)
+
+    trainer = Plateau(tiny_config(tmp_path, max_steps=3))
+    trainer.fit()
+
+    assert trainer.scheduler.last_epoch == 0
 
 
 @pytest.mark.parametrize("returns", ["nothing", "optimizer", "mapping", "list"])

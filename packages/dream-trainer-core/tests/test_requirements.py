@@ -56,6 +56,9 @@ class Swapped(Callback[FreeT], Generic[U, FreeT]): ...
 class Later(Callback["DefinedLater"]): ...
 
 
+class RankZeroLater(RankZeroCallback["DefinedLater"]): ...
+
+
 class DefinedLater(A): ...
 
 
@@ -122,6 +125,7 @@ class InheritsAndAdds(NeedsA, Callback[B]): ...  # type: ignore[misc]
         (type("Bare", (ForAnyA,), {}), (A,)),
         (ForBUnlessSaid, (B,)),
         (Later, (DefinedLater,)),
+        (RankZeroLater, (DefinedLater,)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

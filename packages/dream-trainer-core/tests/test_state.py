@@ -37,7 +37,7 @@ class Everything(TinyTrainer):
 
     def configure_dataloaders(self) -> Any:
         loader = DataLoader(Augmented(), batch_size=2, shuffle=True, num_workers=self.num_workers)
-        return loader, [torch.ones(2, 4)]
+        return loader, DataLoader(torch.ones(2, 4), batch_size=2)  # draws a random number
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         loss = nn.functional.dropout(self.model(batch), 0.2).square().mean()

@@ -208,29 +208,36 @@ def _axes() -> tuple[str, ...]:
     return AXES
 
 
-def timeouts() -> list[timedelta]:
-    world = launched(DeviceParameters(device="cpu", init_timeout_s=100, train_timeout_s=7))
-    groups = [dist.group.WORLD, world.group(), world.get_mesh("dp_replicate").get_group()]
+def timeouts() -> tuple[list[int], list[int]]:
+    """Seconds that each kind of group may take, before and after the first step."""
+    parameters = DeviceParameters(
+        device="cpu", dp_replicate=2, context_parallel=2, init_timeout_s=100, train_timeout_s=7
+    )
+    world = launched(parameters)
+    of_meshes = [*world.mesh.get_all_groups(), *world.fsdp_mesh.get_all_groups()]
+    groups = [dist.group.WORLD, world.group(), *of_meshes]
+    before = [timeout_of(group) for group in groups]
     world.tighten_timeouts()
     groups.append(world.group("made later"))
-    return [
-        group._get_backend(torch.device("cpu")).options._timeout  # noqa: SLF001
-        for group in groups
-        if group is not None
-    ]
+    return before, [timeout_of(group) for group in groups]
 
 
-def test_timeouts_are_tightened() -> None:
-    assert run_on_ranks(timeouts, 2) == [[timedelta(seconds=7)] * 4] * 2
+def timeout_of(group: Any) -> int:
+    timeout: timedelta = group._get_backend(torch.device("cpu")).options._timeout  # noqa: SLF001
+    return timeout.seconds
 
 
-def timeouts_in_training() -> list[timedelta]:
+def test_timeouts_of_all_groups_are_ours_and_are_tightened() -> None:
+    # The world, the control group, five axes, and copies × shards over two axes.
+    assert run_on_ranks(timeouts, 4) == [([100] * 9, [7] * 10)] * 4
+
+
+def timeouts_in_training() -> list[int]:
     seen = []
 
     class Looks(TinyTrainer):
         def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-            backend = dist.group.WORLD._get_backend(torch.device("cpu"))  # type: ignore[union-attr]  # noqa: SLF001
-            seen.append(backend.options._timeout)  # noqa: SLF001
+            seen.append(timeout_of(dist.group.WORLD))
             return super().training_step(batch, batch_idx)
 
     device = DeviceParameters(device="cpu", init_timeout_s=100, train_timeout_s=7)
@@ -239,9 +246,7 @@ def timeouts_in_training() -> list[timedelta]:
 
 
 def test_timeouts_are_tightened_after_the_first_step() -> None:
-    expected = [timedelta(seconds=seconds) for seconds in (100, 7, 7)]
-
-    assert run_on_ranks(timeouts_in_training, 2) == [expected] * 2
+    assert run_on_ranks(timeouts_in_training, 2) == [[100, 7, 7]] * 2
 
 
 def groups() -> dict[str, Any]:

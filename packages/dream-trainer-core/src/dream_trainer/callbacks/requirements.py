@@ -29,7 +29,7 @@ def _requirements(cls: type, root: type, given: Mapping[Any, Any]) -> Iterator[t
             continue
         parameters: tuple[Any, ...] = getattr(origin, "__parameters__", ())
         arguments = get_args(base) or tuple(map(_default, parameters))
-        arguments = tuple(given.get(argument, argument) for argument in arguments)
+        arguments = tuple(_looked_up(given.get(argument, argument), cls) for argument in arguments)
         if origin is root:
             for argument in arguments:
                 yield from members_of(_looked_up(_default(argument), cls))

@@ -28,8 +28,9 @@ def configure(trainer: BaseTrainer) -> None:
     callbacks = trainer.callbacks
     with failing_cleanly(trainer):
         callbacks.pre_launch()
-        trainer.world.launch()
+        trainer.world.connect()
         agree_on_plan(trainer)
+        trainer.world.launch()
         trainer.seed = trainer.world.seed(trainer.config.seed)
         callbacks.pre_configure()
         trainer.build_models()

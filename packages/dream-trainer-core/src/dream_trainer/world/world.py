@@ -62,6 +62,7 @@ class World:
         self.place = coordinates(self.rank, self.shape)
         self.device = _device(parameters, self.local_rank)
         self._mesh: DeviceMesh | None = None
+        self._fsdp_mesh: DeviceMesh | None = None
         self._groups: dict[str, ProcessGroup] = {}
         self._owns_process_group = False
         self._timeout_s = parameters.init_timeout_s
@@ -137,32 +138,41 @@ class World:
             self._watch = FailureWatch(self._store, self.rank, self.world_size, cleanup_timeout_s)
         return self._watch
 
-    def launch(self) -> None:
-        """Create the process group and the mesh. Collective; a second call does nothing."""
+    def connect(self) -> None:
+        """Create the process group. Collective; a second call does nothing.
+
+        From here on ranks can compare what the mesh is made of: those that don't agree on it would
+        wait for each other in `launch`.
+        """
         if self.parameters.deterministic:
             use_deterministic_algorithms()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        if not self.is_distributed or self._mesh is not None:
+        if not self.is_distributed or dist.is_initialized():
             return
-        if not dist.is_initialized():
-            self.failure_watch()
-            assert self._store is not None, "the watch has opened it"
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
-                store=self._store,
-                rank=self.rank,
-                world_size=self.world_size,
-                timeout=timedelta(seconds=self.parameters.init_timeout_s),
-                device_id=self.device if self.device.type == "cuda" else None,
-            )
-            self._owns_process_group = True
-            atexit.register(self.shutdown)
-        self._mesh = build_mesh(self.shape, self.device.type)
+        self.failure_watch()
+        assert self._store is not None, "the watch has opened it"
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+            store=self._store,
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timedelta(seconds=self.parameters.init_timeout_s),
+            device_id=self.device if self.device.type == "cuda" else None,
+        )
+        self._owns_process_group = True
+        atexit.register(self.shutdown)
+
+    def launch(self) -> None:
+        """Connect, and create the mesh. Collective; a second call does nothing."""
+        self.connect()
+        if self.is_distributed and self._mesh is None:
+            self._mesh = build_mesh(self.shape, self.device.type)
+            self._set_timeouts(self.parameters.init_timeout_s)
 
     def shutdown(self) -> None:
         """Destroy the process group, if `launch` made one. A second call does nothing."""
-        self._mesh = None
+        self._mesh = self._fsdp_mesh = None
         self._groups.clear()
         if self._owns_process_group and dist.is_initialized():
             dist.destroy_process_group()
@@ -201,15 +211,18 @@ class World:
 
     def tighten_timeouts(self) -> None:
         """Let collectives take `train_timeout_s` from now on instead of `init_timeout_s`."""
-        if not self.is_distributed:
-            return
+        if self.is_distributed:
+            self._set_timeouts(self.parameters.train_timeout_s)
+
+    def _set_timeouts(self, timeout_s: float) -> None:
+        """Let collectives of every group take so long: those of a mesh are made with torch's."""
         from torch.distributed.distributed_c10d import _set_pg_timeout  # there is no public one
 
-        self._timeout_s = self.parameters.train_timeout_s
-        timeout = timedelta(seconds=self._timeout_s)
-        mesh_groups = [self.mesh.get_group(axis) for axis in AXES]
+        self._timeout_s = timeout_s
+        meshes = [mesh for mesh in (self._mesh, self._fsdp_mesh) if mesh is not None]
+        mesh_groups = [group for mesh in meshes for group in mesh.get_all_groups()]
         for group in {dist.group.WORLD, *mesh_groups, *self._groups.values()}:
-            _set_pg_timeout(timeout, group)
+            _set_pg_timeout(timedelta(seconds=timeout_s), group)
 
     # Mesh and groups
 
@@ -250,7 +263,10 @@ class World:
         Raises:
             RuntimeError: As `mesh`.
         """
-        return fsdp_mesh(self.mesh, self.shape)
+        if self._fsdp_mesh is None:
+            self._fsdp_mesh = fsdp_mesh(self.mesh, self.shape)
+            self._set_timeouts(self._timeout_s)
+        return self._fsdp_mesh
 
     def group(self, kind: str = "control") -> ProcessGroup | None:
         """A CPU group of all ranks that callbacks may share; None in a world of one.

@@ -85,9 +85,14 @@ class DataLoaderSetupMixin(AbstractTrainer):
             for problem in problems:
                 if problem is not None:
                     raise ValueError(f"rank {rank}: {problem}" if len(lengths) > 1 else problem)
-        self.world.agree(length_of(train), "the number of batches of the training loader")
-        if val is not None:
-            self.world.agree(length_of(val), "the number of batches of the validation loader")
+        self.world.agree_on(
+            {
+                "the number of batches of the training loader": length_of(train),
+                "the number of batches of the validation loader": (
+                    "no loader" if val is None else length_of(val)
+                ),
+            }
+        )
         self._train_dataloader, self._val_dataloader = train, val
         self._num_train_batches = self._epoch_length(train)
         self._num_val_batches = None if val is None else self._validation_length(val)
