@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_damage import damage
+from test_damage import damage, reseal
 from test_manifest import manifest
 from tiny_runs import read_tensors, scored, steps, tiny
 from training import different, directory, weights
@@ -151,6 +151,21 @@ def test_export_refuses_what_is_damaged(root: Path, capsys: pytest.CaptureFixtur
 
     assert "its checksum doesn't match; give the --step of another one: 4, 8, 12, 16" in text
     assert not (root / "model.pt").exists()
+
+
+def test_export_writes_nothing_outside_of_its_folder(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = directory(root) / "step-0000000016"
+    state = json.loads((folder / "state.json").read_bytes())
+    state["models"] = {"../elsewhere": {}}
+    (folder / "state.json").write_text(json.dumps(state))
+    reseal(folder)
+
+    text = output(capsys, "export", folder, root / "out", "--format=torch", status=1)
+
+    assert "'../elsewhere' isn't the name of a model" in text
+    assert not list(root.rglob("elsewhere*"))
 
 
 @pytest.mark.parametrize("command", ["ls", "verify", "show"])
