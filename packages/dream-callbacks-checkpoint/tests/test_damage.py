@@ -348,6 +348,17 @@ def test_a_tensor_that_isnt_filled_exactly_is_refused(root: Path, change: Any) -
         tiny(root, resume_mode=8).setup()
 
 
+def test_no_more_memory_is_taken_than_the_files_have_bytes(root: Path) -> None:
+    def blow_up(index: Any) -> None:
+        tensor = index["tensors"]["rank-00000.trainer.random_state.torch"]
+        tensor[1] = tensor[2][0][1] = [10**13]
+
+    change_index(directory(root) / NEWER, blow_up)
+
+    with pytest.raises(CheckpointError, match=r"random_state.torch.* bytes, which can't hold it"):
+        tiny(root, resume_mode=8).setup()
+
+
 def test_a_state_nested_without_end_is_refused(root: Path) -> None:
     folder = directory(root) / NEWER
     (folder / "state.json").write_text('{"a":' * 200_000 + "1" + "}" * 200_000)
