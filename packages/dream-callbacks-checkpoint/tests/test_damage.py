@@ -21,7 +21,7 @@ from dream_callbacks.checkpoint.catalog import damage_of, read_catalog
 from dream_callbacks.checkpoint.disk import LocalDisk
 from dream_callbacks.checkpoint.manifest import sealed, unsealed
 from dream_trainer.callbacks import Every
-from dream_trainer.testing import TinyTrainer
+from dream_trainer.testing import TinyTrainer, run_on_ranks
 
 OLDER, NEWER = "step-0000000004", "step-0000000008"
 
@@ -149,6 +149,30 @@ def test_a_run_goes_on_from_the_newest_that_is_whole(
 
     assert trainer.global_step == 4
     assert f"{NEWER} is damaged: {NEWER}/{name}: its checksum doesn't match" in caplog.text
+
+
+def test_all_ranks_go_back_to_the_same_one_whoever_sees_the_damage(tmp_path: Path) -> None:
+    run_on_ranks(save_on_ranks, 2, tmp_path / "whole")
+    names = [path.name for path in files_of(directory(tmp_path / "whole") / NEWER)]
+    assert {"__0_0.distcp", "__1_0.distcp", "rank-00001.json"} <= set(names)
+    for name in names:
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        damage(directory(tmp_path / name) / NEWER / name)
+
+    results = run_on_ranks(steps_resumed, 2, [tmp_path / name for name in ("whole", *names)])
+
+    assert results == [[8] + [4] * len(names)] * 2
+
+
+def save_on_ranks(root: Path) -> None:
+    tiny(root, n_epochs=1, layout="fsdp").fit()
+
+
+def steps_resumed(roots: list[Path]) -> list[int]:
+    trainers = [tiny(root, layout="fsdp") for root in roots]
+    for trainer in trainers:
+        trainer.setup()
+    return [trainer.global_step for trainer in trainers]
 
 
 def test_a_damaged_manifest_is_passed_over_with_a_word(
