@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import gc
+import logging
+import re
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_errors import Limit, full_disk
+from test_errors import Limit, full_disk, heard
 from tiny_runs import SendSignal, saved, steps, tiny
 from training import CrashAt, Filled, PlannedError, different, directory, make, moments, weights
 
 from dream_callbacks.checkpoint import CheckpointError
+from dream_callbacks.checkpoint.disk import LocalDisk
 from dream_trainer.callbacks import Callback, Every
 from dream_trainer.testing import TinyTrainer, run_on_ranks
 
@@ -195,6 +199,44 @@ def test_a_failed_last_save_is_reported_at_the_end(tmp_path: Path) -> None:
 def last_one_fails(root: Path) -> list[str]:
     # Full from step 14 on: what step 16 begins can't be finished.
     return full_disk(root, Limit(14, 5_000), callback="async", every=Every(steps=4))
+
+
+def test_a_failed_save_is_reported_where_an_error_ends_the_run(tmp_path: Path) -> None:
+    (messages,) = run_on_ranks(crashes_beside, 1, tmp_path)
+
+    (message,) = messages
+    assert "the checkpoint of step 6 couldn't be saved" in message
+    assert "the newest one is step-0000000004" in message
+    assert steps(tmp_path) == [2, 4]
+
+
+def crashes_beside(root: Path) -> list[str]:
+    with heard(logging.WARNING) as messages, pytest.raises(PlannedError):
+        tiny(
+            root, Limit(5, 5_000), CrashAt(7), callback="async", every=Every(steps=2), n_epochs=1
+        ).fit()
+    return messages
+
+
+def test_on_a_slow_disk_the_next_save_waits_and_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sync = LocalDisk.sync
+
+    def slow(self: LocalDisk, folder: str = "", names: Any = ()) -> None:
+        time.sleep(0.6 * folder.startswith(".tmp-"))
+        sync(self, folder, names)
+
+    monkeypatch.setattr(LocalDisk, "sync", slow)
+    caplog.set_level(logging.INFO)
+    watch = Watch()
+    training = {"max_steps": 3}
+    tiny(tmp_path, watch, callback="async", every=Every(steps=1), training=training).fit()
+
+    assert max(watch.unfinished) == 1
+    assert steps(tmp_path) == [1, 2, 3]
+    for step in (1, 2, 3):
+        assert re.search(rf"waited [1-9]\.\d s until step {step} was written", caplog.text)
 
 
 def test_memory_is_one_copy_however_many_saves(tmp_path: Path) -> None:
