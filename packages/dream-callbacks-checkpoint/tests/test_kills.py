@@ -19,7 +19,6 @@ from training import Filled, make, train_until_killed
 from dream_trainer.callbacks import Every
 from dream_trainer.testing import run_on_ranks
 
-
 FULL = [pytest.mark.full, pytest.mark.timeout(1200)]
 
 

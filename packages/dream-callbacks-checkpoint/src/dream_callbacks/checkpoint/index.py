@@ -202,9 +202,7 @@ def _key(name: str, offsets: Sequence[int]) -> Any:
     return MetadataIndex(name, offsets)
 
 
-def _check_place(
-    name: str, chunk: Chunk, dtype: torch.dtype, files: Mapping[str, FileSum]
-) -> None:
+def _check_place(name: str, chunk: Chunk, dtype: torch.dtype, files: Mapping[str, FileSum]) -> None:
     file = files.get(chunk.relative_path)
     if file is None:
         raise DamagedCheckpointError(
