@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import re
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from training import CrashAt, Filled, PlannedError, different, directory, make, 
 from dream_callbacks.checkpoint import CheckpointError
 from dream_callbacks.checkpoint.disk import LocalDisk
 from dream_trainer.callbacks import Callback, Every
-from dream_trainer.testing import TinyTrainer, run_on_ranks
+from dream_trainer.testing import RankError, TinyTrainer, run_on_ranks
 
 
 class Watch(Callback[Any]):
@@ -117,6 +119,31 @@ def test_an_error_waits_for_the_save_in_flight(tmp_path: Path) -> None:
         tiny(tmp_path, CrashAt(9), kind=Wide, callback="async", every=Every(steps=8)).fit()
 
     assert steps(tmp_path) == [8]
+
+
+def test_an_error_of_one_rank_waits_for_what_all_are_writing(tmp_path: Path) -> None:
+    with pytest.raises(RankError):
+        run_on_ranks(crash_of_one_beside, 2, tmp_path)
+
+    assert steps(tmp_path) == [8]
+
+
+def crash_of_one_beside(root: Path) -> None:
+    slow_down(0.5)
+    crash = CrashAt(9 if os.environ["RANK"] == "1" else 10**9)
+    tiny(root, crash, kind=Wide, callback="async", layout="fsdp", every=Every(steps=8)).fit()
+
+
+def slow_down(seconds: float) -> Callable[[], None]:
+    """Let files take so long to be synced; returns what undoes it."""
+    sync = LocalDisk.sync
+
+    def slow(self: LocalDisk, folder: str = "", names: Any = ()) -> None:
+        time.sleep(seconds * folder.startswith(".tmp-"))
+        sync(self, folder, names)
+
+    LocalDisk.sync = slow  # type: ignore[method-assign]
+    return lambda: setattr(LocalDisk, "sync", sync)
 
 
 def test_ctrl_c_waits_for_the_save_in_flight(tmp_path: Path) -> None:
@@ -219,15 +246,9 @@ def crashes_beside(root: Path) -> list[str]:
 
 
 def test_on_a_slow_disk_the_next_save_waits_and_it_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sync = LocalDisk.sync
-
-    def slow(self: LocalDisk, folder: str = "", names: Any = ()) -> None:
-        time.sleep(0.6 * folder.startswith(".tmp-"))
-        sync(self, folder, names)
-
-    monkeypatch.setattr(LocalDisk, "sync", slow)
+    request.addfinalizer(slow_down(0.6))
     caplog.set_level(logging.INFO)
     watch = Watch()
     training = {"max_steps": 3}

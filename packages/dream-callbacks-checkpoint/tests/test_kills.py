@@ -62,9 +62,7 @@ def kill_repeatedly(
     steps = []
     for _ in range(num_kills):
         before = last_acknowledged(root)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         processes = [
             forked(train_until_killed, root, callback, rank=rank, num_ranks=num_ranks, port=port)
             for rank in range(num_ranks)
@@ -86,6 +84,13 @@ def kill_repeatedly(
     return steps
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 def forked(function: Callable[..., Any], *args: Any, rank: int, num_ranks: int, port: int) -> int:
     """Process that calls a function as a rank of its own world."""
     process = os.fork()
@@ -99,15 +104,16 @@ def forked(function: Callable[..., Any], *args: Any, rank: int, num_ranks: int, 
     os._exit(1)
 
 
-def wait_for(process: int, within_s: float = 10.0) -> None:
-    """Wait until a process has ended by itself; end it if it doesn't, which is an error."""
+def wait_for(process: int, within_s: float = 10.0) -> int:
+    """Exit status of a process that ends by itself; if it doesn't it is ended: an error."""
     deadline = time.monotonic() + within_s
-    while os.waitpid(process, os.WNOHANG) == (0, 0):
+    while (ended := os.waitpid(process, os.WNOHANG)) == (0, 0):
         if time.monotonic() > deadline:
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
-            raise AssertionError("a rank went on without the one that was killed")
+            raise AssertionError(f"a rank was still there after {within_s} s")
         time.sleep(0.01)
+    return os.waitstatus_to_exitcode(ended[1])
 
 
 def last_acknowledged(root: Path) -> int:
