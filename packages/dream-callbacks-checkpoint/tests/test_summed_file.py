@@ -51,9 +51,9 @@ def test_what_the_disk_says_to_that_is_raised_at_the_end_and_names_the_file() ->
         raise OSError(5, "Input/output error")
 
     file = SummedFile("x", io.BytesIO(), push)
+    file.write(bytes(33 * MIB))
+    file.write(bytes(MIB))
     with pytest.raises(OSError, match=r"Input/output error: 'x'"):
-        for _ in range(33):
-            file.write(bytes(MIB))
         file.close()
 
     assert file.first_error is not None
