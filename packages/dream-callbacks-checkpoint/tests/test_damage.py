@@ -138,6 +138,25 @@ def test_a_link_in_place_of_a_file_is_refused(root: Path, tmp_path: Path) -> Non
         moved.rename(file)
 
 
+def test_a_pipe_in_place_of_a_file_is_refused_and_nobody_waits_for_it(root: Path) -> None:
+    folder = directory(root) / NEWER
+    for file in files_of(folder):
+        whole = file.read_bytes()
+        file.unlink()
+        os.mkfifo(file)
+
+        assert "regular file" in problems(folder)[0]
+        file.unlink()
+        file.write_bytes(whole)
+
+
+def test_a_link_in_place_of_a_checkpoint_is_refused(root: Path, tmp_path: Path) -> None:
+    folder = directory(root) / NEWER
+    folder.symlink_to(folder.rename(tmp_path / "moved"))
+
+    assert problems(folder) == ["it isn't a folder"]
+
+
 @pytest.mark.parametrize("name", ["__0_0.distcp", "state.json", "rank-00000.json", "index.json"])
 def test_a_run_goes_on_from_the_newest_that_is_whole(
     root: Path, name: str, caplog: pytest.LogCaptureFixture

@@ -115,6 +115,13 @@ def test_prune_never_deletes_the_last_one(root: Path, capsys: pytest.CaptureFixt
     assert steps(root) == [16]
 
 
+def test_prune_leaves_what_is_being_read(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with LocalDisk(directory(root)).reading("step-0000000004"):
+        output(capsys, "prune", directory(root), "--keep-last", 1)
+
+    assert steps(root) == [4, 16]
+
+
 def test_prune_leaves_a_run_alone_that_is_going_on(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
