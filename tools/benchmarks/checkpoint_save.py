@@ -130,7 +130,7 @@ def measure(model_mb: int, folder: Path, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         note("write", written(folder, data))
         dcp_save()
-        note("CheckpointCallback", sync_save(folder, plain, parameters))
+        note("CheckpointCallback", sync_save(folder, plain))
     (folder / "raw").unlink()
     note_async(folder, plain, parameters, rounds, note)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -143,7 +143,7 @@ def ratio(found: dict[str, Any], one: str, other: str) -> float:
     return statistics.median(a / b for a, b in pairs)
 
 
-def sync_save(folder: Path, trainer: Large, parameters: CheckpointParameters) -> float:
+def sync_save(folder: Path, trainer: Large) -> float:
     """Seconds of one save through the callback's own way, without the step before it."""
     from dream_callbacks.checkpoint.retention import KeepRules
     from dream_callbacks.checkpoint.store import Facts, Store

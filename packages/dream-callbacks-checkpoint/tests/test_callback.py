@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import math
+import os
 import pickle
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_damage import damage
 from tiny_runs import Average, saved, scored, steps, tiny
 from torch import nn
 from training import (
@@ -199,6 +203,22 @@ def test_a_validation_after_the_save_belongs_to_it(tmp_path: Path) -> None:
     assert saved(tmp_path)[0].manifest.metrics == {}, "the folder never changes"
 
 
+def test_results_that_were_damaged_count_as_none_and_it_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = dict.fromkeys(range(2, 17, 2), 1.0)
+    fields: dict[str, Any] = {"every": Every(steps=2), "training": SCORED["training"]}
+    tiny(tmp_path, kind=scored(values), **fields).fit()
+    damage(directory(tmp_path) / "metrics-0000000004.json")
+
+    trainer = tiny(tmp_path, kind=scored(values), **fields)
+    trainer.setup()
+
+    assert trainer.global_step == 16
+    assert [c.metrics for c in saved(tmp_path)][:3] == [{"val_loss": 1.0}, {}, {"val_loss": 1.0}]
+    assert "metrics-0000000004.json can't be used: its own checksum doesn't match" in caplog.text
+
+
 def test_an_unknown_monitor_is_an_error_that_lists_what_there_is(tmp_path: Path) -> None:
     trainer = tiny(tmp_path, monitor="accuracy", keep_top_k=1)
 
@@ -327,6 +347,24 @@ def test_best_goes_back_and_last_then_means_the_new_branch(tmp_path: Path) -> No
     trainer = tiny(tmp_path, **fields)
     trainer.setup()
     assert trainer.global_step == 6
+
+
+def test_a_clock_that_jumps_back_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = itertools.count(2_000_000_000, -1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: float(next(clock)))
+        tiny(tmp_path, every=Every(steps=4), keep_last=2).fit()
+    for age_s, checkpoint in enumerate(saved(tmp_path)):
+        os.utime(directory(tmp_path) / checkpoint.name, (2e9 - age_s, 2e9 - age_s))
+
+    older, newer = saved(tmp_path)
+    assert (older.step, newer.step) == (12, 16)
+    assert older.manifest.created_unix > newer.manifest.created_unix
+    trainer = tiny(tmp_path)
+    trainer.setup()
+    assert trainer.global_step == 16
 
 
 def test_a_step_that_comes_again_replaces_the_one_of_the_old_branch(tmp_path: Path) -> None:

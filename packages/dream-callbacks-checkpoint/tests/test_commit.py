@@ -75,6 +75,30 @@ def test_the_directory_is_synced_after_each_rename(
     assert all(syncs.events[index + 1] == ("sync", root) for index in of_root)
 
 
+def test_the_directories_above_are_synced_where_they_are_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syncs = Syncs(monkeypatch)
+
+    trainer = tiny(tmp_path / "new")
+    trainer.setup()
+
+    assert trainer.run_dir.parents[3] == tmp_path
+    for path in (trainer.run_dir, *trainer.run_dir.parents[:4]):
+        assert str(path) in syncs.sizes
+
+
+def test_what_is_moved_aside_is_synced_where_it_is_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny(tmp_path, n_epochs=1).fit()
+    syncs = Syncs(monkeypatch)
+
+    tiny(tmp_path, resume_mode=None).setup()
+
+    assert str(directory(tmp_path) / "before-1") in syncs.sizes
+
+
 def test_nothing_is_deleted_before_its_successor_lasts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ from dream_callbacks.checkpoint.catalog import damage_of, read_catalog
 from dream_callbacks.checkpoint.disk import LocalDisk
 from dream_callbacks.checkpoint.manifest import sealed, unsealed
 from dream_trainer.callbacks import Every
-from dream_trainer.testing import TinyTrainer
+from dream_trainer.testing import TinyTrainer, run_on_ranks
 
 OLDER, NEWER = "step-0000000004", "step-0000000008"
 
@@ -138,6 +138,25 @@ def test_a_link_in_place_of_a_file_is_refused(root: Path, tmp_path: Path) -> Non
         moved.rename(file)
 
 
+def test_a_pipe_in_place_of_a_file_is_refused_and_nobody_waits_for_it(root: Path) -> None:
+    folder = directory(root) / NEWER
+    for file in files_of(folder):
+        whole = file.read_bytes()
+        file.unlink()
+        os.mkfifo(file)
+
+        assert "regular file" in problems(folder)[0]
+        file.unlink()
+        file.write_bytes(whole)
+
+
+def test_a_link_in_place_of_a_checkpoint_is_refused(root: Path, tmp_path: Path) -> None:
+    folder = directory(root) / NEWER
+    folder.symlink_to(folder.rename(tmp_path / "moved"))
+
+    assert problems(folder) == ["it isn't a folder"]
+
+
 @pytest.mark.parametrize("name", ["__0_0.distcp", "state.json", "rank-00000.json", "index.json"])
 def test_a_run_goes_on_from_the_newest_that_is_whole(
     root: Path, name: str, caplog: pytest.LogCaptureFixture
@@ -149,6 +168,30 @@ def test_a_run_goes_on_from_the_newest_that_is_whole(
 
     assert trainer.global_step == 4
     assert f"{NEWER} is damaged: {NEWER}/{name}: its checksum doesn't match" in caplog.text
+
+
+def test_all_ranks_go_back_to_the_same_one_whoever_sees_the_damage(tmp_path: Path) -> None:
+    run_on_ranks(save_on_ranks, 2, tmp_path / "whole")
+    names = [path.name for path in files_of(directory(tmp_path / "whole") / NEWER)]
+    assert {"__0_0.distcp", "__1_0.distcp", "rank-00001.json"} <= set(names)
+    for name in names:
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        damage(directory(tmp_path / name) / NEWER / name)
+
+    results = run_on_ranks(steps_resumed, 2, [tmp_path / name for name in ("whole", *names)])
+
+    assert results == [[8] + [4] * len(names)] * 2
+
+
+def save_on_ranks(root: Path) -> None:
+    tiny(root, n_epochs=1, layout="fsdp").fit()
+
+
+def steps_resumed(roots: list[Path]) -> list[int]:
+    trainers = [tiny(root, layout="fsdp") for root in roots]
+    for trainer in trainers:
+        trainer.setup()
+    return [trainer.global_step for trainer in trainers]
 
 
 def test_a_damaged_manifest_is_passed_over_with_a_word(
@@ -345,6 +388,17 @@ def test_a_tensor_that_isnt_filled_exactly_is_refused(root: Path, change: Any) -
     change_index(directory(root) / NEWER, change)
 
     with pytest.raises(CheckpointError, match=r"blocks.0.weight.*(don't fill|outside)"):
+        tiny(root, resume_mode=8).setup()
+
+
+def test_no_more_memory_is_taken_than_the_files_have_bytes(root: Path) -> None:
+    def blow_up(index: Any) -> None:
+        tensor = index["tensors"]["rank-00000.trainer.random_state.torch"]
+        tensor[1] = tensor[2][0][1] = [10**13]
+
+    change_index(directory(root) / NEWER, blow_up)
+
+    with pytest.raises(CheckpointError, match=r"random_state.torch.* bytes, which can't hold it"):
         tiny(root, resume_mode=8).setup()
 
 

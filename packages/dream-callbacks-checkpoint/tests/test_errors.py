@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -9,7 +10,7 @@ import resource
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,34 @@ class Limit(Callback[Any]):
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
 
-def full_disk(root: Path, limit: Callback[Any] | None = None, **fields: Any) -> list[str]:
+@contextlib.contextmanager
+def heard(level: int) -> Iterator[list[str]]:
+    """What is said meanwhile, from a level on."""
+    messages: list[str] = []
+    handler = logging.Handler(level)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("dream_callbacks.checkpoint")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def full_disk(
+    root: Path,
+    limit: Callback[Any] | None = None,
+    level: int = logging.WARNING,
+    **fields: Any,
+) -> list[str]:
     """Messages of a run for which the disk is full from step 5 to 9. In a process of its own."""
     limit = limit or Limit(5, 20_000, until=9)
     fields = {"every": Every(steps=2), **fields}
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("dream_callbacks.checkpoint").addHandler(handler)
-    tiny(root, limit, **fields).fit()
+    with heard(level) as messages:
+        tiny(root, limit, **fields).fit()
     return messages
 
 
@@ -67,6 +87,18 @@ def test_a_failed_save_doesnt_stop_training_and_loses_nothing(tmp_path: Path) ->
     assert "the newest one is step-0000000004" in messages[0]
     assert "Make sure that there is room" in messages[0]
     assert not [p for p in directory(tmp_path).iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("callback", ["sync", "async"])
+def test_nothing_is_called_saved_that_isnt(tmp_path: Path, callback: str) -> None:
+    (messages,) = run_on_ranks(full_disk_aloud, 1, tmp_path, callback)
+
+    said = [int(text.split()[2]) for text in messages if text.startswith("saved step ")]
+    assert said == steps(tmp_path) == [2, 4, 10, 12, 14, 16]
+
+
+def full_disk_aloud(root: Path, callback: str) -> list[str]:
+    return full_disk(root, level=logging.INFO, callback=callback)
 
 
 def test_a_failed_save_on_one_rank_fails_on_all(tmp_path: Path) -> None:

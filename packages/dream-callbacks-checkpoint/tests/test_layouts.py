@@ -101,6 +101,19 @@ def test_a_run_goes_on_in_another_layout(
         torch.testing.assert_close(before[0][name], tensor, rtol=1e-3, atol=1e-5)  # type: ignore[index]
 
 
+def test_weights_and_optimizer_are_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:
+    before: Any = None
+    for step, num_ranks in enumerate((1, 2, 3, 4, 3, 1), start=1):
+        layout = "single" if num_ranks == 1 else "fsdp"
+
+        results = run_on_ranks(part, num_ranks, tmp_path, layout, step)
+
+        for result in results if before is not None else ():
+            assert not different(result["loaded"][0], before[0]), f"weights on {num_ranks}"
+            assert not different(result["loaded"][1], before[1]), f"moments on {num_ranks}"
+        before = results[0]["final"]
+
+
 def test_what_changes_with_the_number_of_ranks_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -86,6 +86,29 @@ def test_a_forked_child_doesnt_have_the_lock(tmp_path: Path) -> None:
     lock.release()
 
 
+def test_a_worker_that_outlives_its_run_doesnt_keep_the_lock(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        DirectoryLock(path, "aa").acquire()
+        worker = os.fork()
+        if worker != 0:
+            os.write(writing, worker.to_bytes(4, "big"))
+        time.sleep(60)
+        os._exit(0)
+    worker = int.from_bytes(os.read(reading, 4), "big")
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    try:
+        lock = DirectoryLock(path, "bb")
+        lock.acquire()
+        os.kill(worker, 0)  # it is there
+        lock.release()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
 def test_each_holder_has_a_higher_fence(tmp_path: Path) -> None:
     fences = []
     for run in ("aa", "bb", "cc"):

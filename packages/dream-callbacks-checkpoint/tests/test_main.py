@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_damage import damage
+from test_damage import damage, reseal
 from test_manifest import manifest
 from tiny_runs import read_tensors, scored, steps, tiny
 from training import different, directory, weights
@@ -115,6 +115,13 @@ def test_prune_never_deletes_the_last_one(root: Path, capsys: pytest.CaptureFixt
     assert steps(root) == [16]
 
 
+def test_prune_leaves_what_is_being_read(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with LocalDisk(directory(root)).reading("step-0000000004"):
+        output(capsys, "prune", directory(root), "--keep-last", 1)
+
+    assert steps(root) == [4, 16]
+
+
 def test_prune_leaves_a_run_alone_that_is_going_on(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,6 +158,21 @@ def test_export_refuses_what_is_damaged(root: Path, capsys: pytest.CaptureFixtur
 
     assert "its checksum doesn't match; give the --step of another one: 4, 8, 12, 16" in text
     assert not (root / "model.pt").exists()
+
+
+def test_export_writes_nothing_outside_of_its_folder(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = directory(root) / "step-0000000016"
+    state = json.loads((folder / "state.json").read_bytes())
+    state["models"] = {"../elsewhere": {}}
+    (folder / "state.json").write_text(json.dumps(state))
+    reseal(folder)
+
+    text = output(capsys, "export", folder, root / "out", "--format=torch", status=1)
+
+    assert "'../elsewhere' isn't the name of a model" in text
+    assert not list(root.rglob("elsewhere*"))
 
 
 @pytest.mark.parametrize("command", ["ls", "verify", "show"])

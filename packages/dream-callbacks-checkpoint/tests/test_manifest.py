@@ -78,6 +78,18 @@ def test_a_missing_field_is_named(name: str) -> None:
         Manifest.decode(sealed(document))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"seq": "x"}, {"epoch": None}, {"created_unix": [1]}, {"shape": {"tp": math.inf}}],
+    ids=str,
+)
+def test_another_kind_of_value_is_refused(change: dict[str, Any]) -> None:
+    document = unsealed(manifest().encode()) | change
+
+    with pytest.raises(DamagedCheckpointError, match="holds it in another form"):
+        Manifest.decode(sealed(document))
+
+
 @pytest.mark.parametrize("name", ["../x", "a/b", "/etc/passwd", "..", ""])
 def test_a_file_outside_of_the_folder_is_refused(name: str) -> None:
     with pytest.raises(DamagedCheckpointError, match="nothing outside of it is read"):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
+from test_kills import forked, free_port, resumed_step, wait_for
 from tiny_runs import SendSignal, saved, steps, tiny
+from training import Filled
 
 from dream_callbacks.checkpoint.signals import SignalWatch
 from dream_trainer.callbacks import Callback, Every
@@ -140,6 +145,73 @@ def signalled(root: Path, number: int, layout: str) -> tuple[int, int]:
     )
     trainer.fit()
     return trainer.global_step, len(seen)
+
+
+@pytest.mark.parametrize(
+    "num_signals",
+    [4, pytest.param(100, marks=[pytest.mark.full, pytest.mark.timeout(1200)])],
+)
+def test_a_signal_at_any_moment_leaves_a_checkpoint_of_all_ranks(
+    tmp_path: Path, num_signals: int
+) -> None:
+    (found,) = run_on_ranks(
+        signal_repeatedly, 1, tmp_path, num_signals, timeout_s=100 + 5 * num_signals
+    )
+
+    assert found == sorted(set(found)), "each run went on from the last"
+    assert set(found) <= set(steps(tmp_path))
+    reasons = {checkpoint.manifest.reason for checkpoint in saved(tmp_path)}
+    assert reasons == {"SIGTERM", "SIGINT", "SIGUSR1"}
+
+
+def signal_repeatedly(root: Path, num_signals: int) -> list[int]:
+    """Body of a process that forks runs on two ranks and signals them; the steps they saved."""
+    draw = random.Random(num_signals)
+    found = []
+    for turn in range(num_signals):
+        port = free_port()
+        ranks = [
+            forked(train_until_signalled, root, turn, rank=rank, num_ranks=2, port=port)
+            for rank in (0, 1)
+        ]
+        wait_until(lambda turn=turn: len(list(root.glob(f"training-{turn}-*"))) == 2)  # type: ignore[misc]
+        time.sleep(draw.uniform(0, 0.3))
+        number = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)[turn % 3]
+        told = draw.choice([ranks, ranks[:1], ranks[1:]])
+        for process in told:
+            os.kill(process, number)
+        if number == signal.SIGUSR1:
+            wait_until(lambda: saved(root)[-1].manifest.reason == "SIGUSR1")
+            number, told = signal.SIGTERM, ranks
+            for process in told:
+                os.kill(process, number)
+        statuses = [wait_for(process, within_s=25.0) for process in ranks]
+        ended = {signal.SIGTERM: -signal.SIGTERM, signal.SIGINT: 130}[number]
+        assert statuses == [ended if process in told else 0 for process in ranks]
+        found.append(resumed_step(root, keep_last=None))
+    return found
+
+
+def train_until_signalled(root: Path, turn: int) -> None:
+    """Body of a rank: saves nothing unasked; its process ends as a script's would."""
+
+    class Mark(Callback[Any]):
+        def pre_train_step(self, batch: Any, batch_idx: int) -> None:
+            (root / f"training-{turn}-{self.trainer.world.rank}").touch()
+
+    fields: dict[str, Any] = {"kind": Filled, "layout": "fsdp", "n_epochs": 1_000_000}
+    try:
+        tiny(root, Mark(), every=Every(steps=10**9), **fields).fit()
+    except KeyboardInterrupt:
+        os._exit(130)
+    os._exit(0)
+
+
+def wait_until(condition: Callable[[], bool], within_s: float = 30.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_two_watches_share_the_signals_and_the_last_one_delivers() -> None:

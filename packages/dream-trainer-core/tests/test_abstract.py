@@ -28,6 +28,16 @@ def test_names_that_would_leave_the_run_directory_are_refused(name: str) -> None
         DreamTrainerConfig(experiment=name)
 
 
+@pytest.mark.parametrize("field", ["project", "group", "experiment"])
+def test_a_name_that_was_assigned_later_is_refused_too(tmp_path: Path, field: str) -> None:
+    trainer = TinyTrainer(tiny_config(tmp_path))
+    setattr(trainer.config, field, "../../elsewhere")
+
+    for name in (field, "run_dir"):
+        with pytest.raises(ValueError, match=rf"{field}='../../elsewhere' can't name a folder"):
+            getattr(trainer, name)
+
+
 @pytest.mark.parametrize("name", ["run 1", "größe", "..a", "v1.2-β"])
 def test_ordinary_and_unicode_names_are_taken(name: str) -> None:
     assert DreamTrainerConfig(experiment=name).experiment == name

@@ -109,6 +109,15 @@ def test_values_that_are_not_finite_stay_so(value: float) -> None:
     assert found == value or (math.isnan(found) and math.isnan(value))
 
 
+@pytest.mark.parametrize(("value", "expected"), [(10**400, math.inf), (-(10**400), -math.inf)])
+def test_an_int_that_no_float_can_hold_is_infinite(value: int, expected: float) -> None:
+    means = EpochMeans("training_step")
+    means.add({"loss": 1.0, "huge": value}, batch_of(1))
+    means.add({"loss": 1.0, "huge": 2}, batch_of(1))
+
+    assert means.reduce(world()) == {"loss": 1.0, "huge": expected}
+
+
 def test_a_key_that_changes_its_kind_is_refused() -> None:
     means = EpochMeans("training_step")
     means.add({"loss": torch.tensor(1.0)}, batch_of(1))

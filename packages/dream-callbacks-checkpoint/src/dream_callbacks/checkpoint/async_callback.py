@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 _PATIENCE_S = 60.0
 """How long a run that ends with an error waits for the save that is in flight."""
 
+_STALL_S = 1.0
+"""Who waits longer for the save before is told so."""
+
 
 class AsyncCheckpointCallback(CheckpointCallback):
     """A CheckpointCallback that writes beside the training.
@@ -53,8 +56,15 @@ class AsyncCheckpointCallback(CheckpointCallback):
         return {**state, "_buffers": {}}
 
     def on_exception(self, exception: BaseException) -> None:
-        if self._flight is not None:
-            self._flight.thread.join(_PATIENCE_S)
+        flight, session = self._flight, self._session
+        if flight is not None and session is not None:
+            flight.thread.join(_PATIENCE_S)
+            if flight.error is not None:
+                self._flight = None
+                logger.warning("%s", self._give_up(session, flight))
+            elif flight.thread.is_alive():
+                step = flight.save.facts.step
+                logger.warning("step %d isn't written after %.0f s: given up", step, _PATIENCE_S)
         super().on_exception(exception)
 
     def _new_session(self) -> Session:
@@ -86,12 +96,20 @@ class AsyncCheckpointCallback(CheckpointCallback):
         flight = self._flight
         if flight is None:
             return
+        began_s = time.monotonic()
         flight.thread.join()
+        waited_s = time.monotonic() - began_s
+        if waited_s > _STALL_S and self.trainer.world.is_global_zero:
+            logger.info("waited %.1f s until step %d was written", waited_s, flight.save.facts.step)
         self._flight = None
         if flight.error is not None:
-            self._saved_step = flight.saved_step_before
-            step = flight.save.facts.step
-            self._report(self._failure_text(session, step, flight.error), flight.error)
+            self._report(self._give_up(session, flight), flight.error)
+
+    def _give_up(self, session: Session, flight: _Flight) -> str:
+        """Let the step of a save that failed count as not saved; return what to say of it."""
+        assert flight.error is not None
+        self._saved_step = flight.saved_step_before
+        return self._failure_text(session, flight.save.facts.step, flight.error)
 
     def _add_late_metrics(self, session: Session, step: int) -> None:
         flight = self._flight

@@ -146,8 +146,11 @@ class LocalDisk:
     # Writing
 
     def make_root(self) -> None:
-        """Make the directory, and those above it."""
+        """Make the directory, and those above it; the disk has them when this returns."""
+        new = [path for path in (self.root, *self.root.parents) if not path.exists()]
         self.root.mkdir(parents=True, exist_ok=True)
+        for path in new:
+            _sync(path.parent)
 
     def make(self, folder: str) -> None:
         """Make a folder that isn't there yet."""
@@ -181,6 +184,9 @@ class LocalDisk:
         """Give a folder or file another name, at once; the disk has it when this returns."""
         (self.root / old).rename(self.root / new)
         self.sync()
+        folder, _, _ = new.rpartition("/")
+        if folder:
+            self.sync(folder)
 
     def replace(self, name: str, data: bytes, unique: str) -> None:
         """Write a file in the directory, or another content of it; no half of it is ever seen."""

@@ -88,8 +88,14 @@ def files_of(path: Path, models: tuple[str, ...], kind: Format) -> dict[str, Pat
     """The file of each model.
 
     Raises:
-        ValueError: If several models would get one file.
+        ValueError: If several models would get one file, or one would get a file elsewhere: names
+            may be those that someone has written into a checkpoint.
     """
+    for name in models:
+        if Path(name).name != name:
+            raise ValueError(
+                f"{name!r:.200} isn't the name of a model: its file would lie outside of {path}"
+            )
     if not path.suffix:
         return {name: path / f"{name}{SUFFIXES[kind]}" for name in models}
     if len(models) != 1:

@@ -137,7 +137,8 @@ class TensorIndex(Mapping[str, StoredTensor]):
 
         Raises:
             DamagedCheckpointError: If it isn't an index, a piece lies outside of its tensor or
-                file, pieces overlap, or a part of a tensor is missing.
+                file or is larger than its bytes there, pieces overlap, or a part of a tensor is
+                missing.
         """
         document = parsed_json(data)
         try:
@@ -156,7 +157,7 @@ class TensorIndex(Mapping[str, StoredTensor]):
             for name, tensor in tensors.items():
                 _check_filled(name, tensor)
                 for chunk in tensor.chunks:
-                    _check_place(name, chunk, files)
+                    _check_place(name, chunk, tensor.dtype, files)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, DamagedCheckpointError):
                 raise
@@ -201,7 +202,7 @@ def _key(name: str, offsets: Sequence[int]) -> Any:
     return MetadataIndex(name, offsets)
 
 
-def _check_place(name: str, chunk: Chunk, files: Mapping[str, FileSum]) -> None:
+def _check_place(name: str, chunk: Chunk, dtype: torch.dtype, files: Mapping[str, FileSum]) -> None:
     file = files.get(chunk.relative_path)
     if file is None:
         raise DamagedCheckpointError(
@@ -212,6 +213,12 @@ def _check_place(name: str, chunk: Chunk, files: Mapping[str, FileSum]) -> None:
         raise DamagedCheckpointError(
             f"{layout.INDEX}: {name!r} is said to be at bytes {chunk.offset} to "
             f"{chunk.offset + chunk.length} of {chunk.relative_path}, which has {file.num_bytes}"
+        )
+    # So that no more memory is taken than the checkpoint has bytes.
+    if chunk.volume * dtype.itemsize > chunk.length:
+        raise DamagedCheckpointError(
+            f"{layout.INDEX}: a piece of {name!r} of sizes {chunk.sizes} is said to be in "
+            f"{chunk.length} bytes, which can't hold it"
         )
 
 

@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 LOCK = "run.lock"
 MANIFEST = "MANIFEST.json"
@@ -99,11 +100,10 @@ def is_file_name(name: str) -> bool:
     return _FILE.fullmatch(name) is not None and name not in (".", "..")
 
 
-def _step_if(pattern: re.Pattern[str], name: str, spelled: object) -> int | None:
+def _step_if(pattern: re.Pattern[str], name: str, spelled: Callable[[int], str]) -> int | None:
     match = pattern.fullmatch(name)
     if match is None:
         return None
     step = int(match[1])
-    assert callable(spelled)
     # One spelling per step: step-00000000200 would hide behind step-0000000200.
     return step if spelled(step) == name else None

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,6 +16,15 @@ from dream_callbacks.checkpoint.tree import decode_plain, encode_plain
 
 FORMAT = 1
 """Grows when older readers can't read what is written any more."""
+
+_NUMBERS: Mapping[str, Callable[[Any], float]] = {
+    "step": int,
+    "epoch": int,
+    "seq": int,
+    "fence": int,
+    "created_unix": float,
+    "world_size": int,
+}
 
 _SEAL = re.compile(rb'\{"sha256":"([0-9a-f]{64})",\n')
 
@@ -94,6 +103,7 @@ class Manifest:
             )
         try:
             known = {name: document[name] for name in cls.__dataclass_fields__}
+            known |= {name: kind(document[name]) for name, kind in _NUMBERS.items()}
             known["dp_ranks"] = tuple(int(dp_rank) for dp_rank in document["dp_ranks"])
             known["metrics"] = {
                 str(name): float(value) for name, value in decode_plain(document["metrics"]).items()
@@ -103,7 +113,7 @@ class Manifest:
                 name: FileSum(int(num_bytes), int(crc32))
                 for name, (num_bytes, crc32) in document["files"].items()
             }
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DamagedCheckpointError(
                 f"{layout.MANIFEST} lacks something or holds it in another form: {error!r:.200}"
             ) from error

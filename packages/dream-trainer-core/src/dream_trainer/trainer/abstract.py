@@ -143,25 +143,24 @@ class AbstractTrainer(metaclass=TrainerMeta):
     world: World
     counters: Counters
 
-    # Identity
+    # Identity. Names are checked again, since they may have been assigned since.
 
     @property
     def project(self) -> str:
-        return self.config.project
+        return checked_name(self.config.project, "project")
 
     @property
     def group(self) -> str:
-        return self.config.group
+        return checked_name(self.config.group, "group")
 
     @property
     def experiment(self) -> str:
-        return self.config.experiment
+        return checked_name(self.config.experiment, "experiment")
 
     @property
     def run_dir(self) -> Path:
         """Everything that the run writes lies below it. Not made until something is written."""
-        config = self.config
-        return Path(config.root_dir) / config.project / config.group / config.experiment
+        return Path(self.config.root_dir) / self.project / self.group / self.experiment
 
     # Progress, which the loop alone changes
 

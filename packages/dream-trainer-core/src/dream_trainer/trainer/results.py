@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -164,13 +165,22 @@ def _stacked(key: str, column: Sequence[Tensor | float]) -> Tensor:
         if len(tensors) == len(column) and len({tensor.dim() for tensor in tensors}) == 1:
             return torch.stack(tensors).double().flatten()
         device = tensors[0].device if tensors else None
-        scalars = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in column]
+        numbers = [_as_float(value) if isinstance(value, int) else value for value in column]
+        scalars = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in numbers]
         return torch.stack([scalar.reshape(()) for scalar in scalars])
     except (TypeError, RuntimeError) as error:
         raise TypeError(
             f"the step reports {key!r} as a single number in some batches and as something else "
             "in others; report one kind under one name"
         ) from error
+
+
+def _as_float(value: int) -> float:
+    """The number, or an infinite one if no float can hold it."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _described(value: Any) -> str:
