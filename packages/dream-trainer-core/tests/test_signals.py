@@ -99,3 +99,30 @@ def takes_it_itself(root: str) -> tuple[int, int]:
 
 def test_who_handles_it_meanwhile_decides(tmp_path: Path) -> None:
     assert run_on_ranks(takes_it_itself, 2, str(tmp_path)) == [(8, 1), (8, 1)]
+
+
+class LetsThrough(Callback[TinyTrainer]):
+    """Stops the run as Ctrl-C on rank 1 does, and lets that through while rank 0 closes."""
+
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        if batch_idx == 2:
+            self.trainer.stop("SIGINT")
+
+    def post_fit(self) -> None:
+        if self.trainer.exception is None and self.trainer.world.rank == 1:
+            raise KeyboardInterrupt
+        time.sleep(1.0)
+
+
+def interrupted_at_its_end(root: str) -> str:
+    try:
+        TinyTrainer(tiny_config(root, [LetsThrough()], n_epochs=1)).fit()
+    except KeyboardInterrupt:
+        return "interrupted"
+    return "ended"
+
+
+def test_an_interrupt_that_was_let_through_is_no_failure_for_others(tmp_path: Path) -> None:
+    found = run_on_ranks(interrupted_at_its_end, 2, str(tmp_path))
+
+    assert found == ["ended", "interrupted"]

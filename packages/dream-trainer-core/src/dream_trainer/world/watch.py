@@ -97,6 +97,7 @@ class FailureWatch:
         self._deadline_s = math.inf
         self._depth = 0
         self._span = 0  # number of watches that have ended with success
+        self._has_said_goodbye = False  # in this span
         self._is_out = False
         self._place: str | None = None  # where the main thread was; by default where it is
         self._has_told_place = False
@@ -140,6 +141,8 @@ class FailureWatch:
         """
         self._depth = 0
         signals.ignore(signal.SIGCHLD)  # torch's handler raises when a loader's worker has died
+        if isinstance(error, KeyboardInterrupt) and self._has_said_goodbye:
+            return error  # the signal that asked to stop, let through: nobody has failed
         if isinstance(error, RemoteError):
             first = error.failure
             error.__notes__ = []  # where it came upon this rank; it isn't the cause
@@ -159,6 +162,7 @@ class FailureWatch:
     def say_goodbye(self) -> None:
         """From now on until `finish` this process may end, by a signal, without being missed."""
         self._record.say_goodbye(self._rank, self._span)
+        self._has_said_goodbye = True
 
     def finish(self, *, together: bool = True) -> None:
         """End the watch after success.
@@ -169,7 +173,7 @@ class FailureWatch:
         Raises:
             RemoteError: If another rank failed while this one waited.
         """
-        self.say_goodbye()
+        self._record.say_goodbye(self._rank, self._span)
         if together:
             self._record.count(f"finished/{self._span}")
             self._record.wait_for_all(f"finished/{self._span}", look=self._raise_if_failed)
@@ -179,6 +183,7 @@ class FailureWatch:
                 self._record.wait_for_all(f"known/{self._span}", limit_s=_PATIENCE_S)
         self._stop()
         self._span += 1
+        self._has_said_goodbye = False
 
     def leave(self) -> None:
         """The main thread has cleaned up after an error: it is on its own from here on."""
