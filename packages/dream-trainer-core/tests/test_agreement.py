@@ -71,6 +71,10 @@ class Dissenter(TinyTrainer):
         if self.dissents("optimizers"):
             self.optimizer = torch.optim.SGD(list(self.model.parameters())[1:], lr=0.1)
 
+    def configure_schedulers(self) -> None:
+        if self.dissents("schedulers"):
+            self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=1)
+
     def configure_dataloaders(self) -> Any:
         train, val = super().configure_dataloaders()
         if self.about == "validation_without_length":
@@ -88,6 +92,8 @@ class Dissenter(TinyTrainer):
     def configure_metrics(self) -> None:
         if self.dissents("metrics"):
             self.metric = Constant()
+        if self.about == "metric_keys":
+            self.metric = Constant("top5" if self.dissents("metric_keys") else "top1")
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         result = super().training_step(batch, batch_idx)
@@ -97,10 +103,13 @@ class Dissenter(TinyTrainer):
 
 
 class Constant:
+    def __init__(self, key: str = "accuracy") -> None:
+        self.key = key
+
     def update(self, value: float) -> None: ...
 
-    def compute(self) -> float:
-        return 1.0
+    def compute(self) -> dict[str, float]:
+        return {self.key: 1.0}
 
     def reset(self) -> None: ...
 
@@ -159,6 +168,12 @@ SAYS = {
     "models": ["ranks disagree on parameter extra.weight:", "rank {others}: nothing"],
     "optimizers": ["the optimizers, and the number of parameters in each group", "('SGD', [7])"],
     "metrics": ["ranks disagree on the metrics:", "rank {last}: ('metric',)"],
+    "metric_keys": [
+        "ranks disagree on the keys that metrics give:",
+        "rank {others}: ['top1']",
+        "rank {last}: ['top5']",
+    ],
+    "schedulers": ["ranks disagree on the schedulers:", "rank {last}: {{'scheduler': 'StepLR'}}"],
     "length": ["the number of batches of the validation loader", "rank {others}: 2"],
     "no_validation": [
         "the number of batches of the validation loader",

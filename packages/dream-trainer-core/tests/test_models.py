@@ -148,6 +148,29 @@ def test_shards_of_different_ranks_differ(tmp_path: Path) -> None:
     assert not any(same)
 
 
+class Distills(TinyTrainer):
+    """Has a second model that is not trained."""
+
+    def configure_models(self) -> None:
+        super().configure_models()
+        self.teacher = nn.Linear(4, 1).requires_grad_(False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        x, _ = batch
+        return super().training_step((x, self.teacher(x)), batch_idx)
+
+
+def distilled(layout: str, root: str) -> int:
+    trainer = set_up(Distills, layout, root)
+    trainer.fit()
+    return trainer.global_step
+
+
+@pytest.mark.parametrize("layout", ["DDP", "FSDP"])
+def test_a_model_without_gradients_may_stand_beside(tmp_path: Path, layout: str) -> None:
+    assert run_on_ranks(distilled, 2, layout, str(tmp_path)) == [16, 16]
+
+
 def accumulated(layout: str, accumulation: int, root: str) -> dict[str, torch.Tensor]:
     device = getattr(DeviceParameters, layout)(device="cpu")
     trainer = TinyTrainer(

@@ -54,9 +54,15 @@ class EvalMetricMixin(AbstractTrainer):
             metric.reset()
 
     def compute_metrics(self) -> dict[str, Any]:
-        """Values of all metrics, by name. Collective if a metric's `compute` is."""
+        """Values of all metrics, by name. Collective if there is a metric.
+
+        Raises:
+            ValueError: On all ranks, if metrics give other keys on some.
+        """
         values: dict[str, Any] = {}
         for name, metric in self.named_metrics().items():
             value = metric.compute()
             values.update(value if isinstance(value, Mapping) else {name: value})
+        if self._metric_names:
+            self.world.agree(sorted(values), "the keys that metrics give")
         return values
