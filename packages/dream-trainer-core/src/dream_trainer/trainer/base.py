@@ -205,8 +205,8 @@ class BaseTrainer(AbstractTrainer):
     def finish_setup(self) -> None:
         """Tie the parts together once all of them exist."""
         never_validates = self.training_parameters.val_every_n_steps == 0
-        has_step = type(self).validation_step is not BaseTrainer.validation_step
-        if self.validates and not never_validates and not has_step:
+        written = getattr(self.validation_step, "__func__", None)
+        if self.validates and not never_validates and written is BaseTrainer.validation_step:
             self.validation_step(None, 0)  # raises, and not after a whole epoch of training
         self.optimization = Optimization(
             self.named_models(),
