@@ -20,6 +20,7 @@ from dream_trainer.world import collectives, launcher, refusal
 from dream_trainer.world.collectives import ReduceOp
 from dream_trainer.world.determinism import seed_all, use_deterministic_algorithms
 from dream_trainer.world.disagreement import disagreements
+from dream_trainer.world.forking import let_threads_settle_before_forks
 from dream_trainer.world.mesh import build_mesh, coordinates, fsdp_mesh
 from dream_trainer.world.watch import Alone, FailureWatch
 
@@ -150,6 +151,7 @@ class World:
             torch.cuda.set_device(self.device)
         if not self.is_distributed or dist.is_initialized():
             return
+        let_threads_settle_before_forks()
         self.failure_watch()
         assert self._store is not None, "the watch has opened it"
         dist.init_process_group(
