@@ -127,7 +127,7 @@ def test_degrees_either_make_the_ranks_or_are_refused_with_the_numbers(world_siz
             continue
         with pytest.raises(ValueError, match="start ") as caught:
             parameters.mesh_shape(world_size)
-        assert f"{world_size} ranks" in str(caught.value)
+        assert f"{world_size} rank" in str(caught.value)
         assert str(product) in str(caught.value)
 
     assert accepted > 0
