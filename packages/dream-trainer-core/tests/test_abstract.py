@@ -72,6 +72,12 @@ def test_a_field_of_another_kind_is_refused(fields: dict[str, Any], message: str
         DreamTrainerConfig(**fields)
 
 
+@pytest.mark.parametrize("config", [DreamTrainerConfig, {}, None], ids=str)
+def test_what_is_no_config_is_refused(config: Any) -> None:
+    with pytest.raises(TypeError, match=r"TinyTrainer was given .*; an instance of a config is"):
+        TinyTrainer(config)
+
+
 def test_everything_has_a_default() -> None:
     config = DreamTrainerConfig()
 

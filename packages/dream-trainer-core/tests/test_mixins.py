@@ -54,6 +54,15 @@ def test_metrics_are_reset_computed_and_part_of_the_result(tmp_path: Path) -> No
     assert results[1]["error"] == trainer.error.compute()
 
 
+def test_a_metric_with_the_name_of_a_result_is_an_error(tmp_path: Path) -> None:
+    class Clashing(WithMetric):
+        def configure_metrics(self) -> None:
+            self.val_loss = self.error = MeanError()
+
+    with pytest.raises(ValueError, match=r"'val_loss' is reported by validation_step, and is the"):
+        Clashing(tiny_config(tmp_path, n_epochs=1)).fit()
+
+
 def test_torchmetrics_work_as_they_are(tmp_path: Path) -> None:
     torchmetrics = pytest.importorskip("torchmetrics")
 

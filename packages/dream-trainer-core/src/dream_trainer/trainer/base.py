@@ -72,6 +72,11 @@ class BaseTrainer(AbstractTrainer):
         check_definition(cls)
 
     def __init__(self, config: BaseTrainerConfig) -> None:
+        if not isinstance(config, BaseTrainerConfig):
+            raise TypeError(
+                f"{type(self).__name__} was given {config!r:.80}; an instance of a config is "
+                f"required: {type(self).__name__}(DreamTrainerConfig(…))"
+            )
         super().__init__()
         self.config = config
         self.training_parameters = config.training_parameters

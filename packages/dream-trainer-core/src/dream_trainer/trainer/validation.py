@@ -60,7 +60,13 @@ def _validate(trainer: BaseTrainer, max_batches: int | None) -> None:
         )
     result = means.reduce(trainer.world)
     refuse_divergence(trainer, result, "validation_step")
-    result |= trainer.compute_metrics()
+    metrics = trainer.compute_metrics()
+    if clashing := sorted(result.keys() & metrics.keys()):
+        raise ValueError(
+            f"{clashing[0]!r} is reported by validation_step, and is the name of a metric too; "
+            "give one of them another name"
+        )
+    result |= metrics
     if max_batches is None:
         trainer.counters.validated_step = trainer.counters.global_step
     callbacks.post_validation_epoch(result)
