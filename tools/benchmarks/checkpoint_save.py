@@ -11,8 +11,8 @@ A model of so many megabytes and its Adam state are saved by turns with each of:
   that it shares memory with; the time that it blocks
 - AsyncCheckpointCallback: the time that training waits
 
-The ways take turns, so that other programs slow all of them; figures are medians over the rounds,
-and ratios those of the same round.
+The ways take turns, each round beginning with another, so that other programs and the file system's
+own work slow all of them; figures are medians over the rounds, ratios those of the same round.
 """
 
 from __future__ import annotations
@@ -90,11 +90,12 @@ def timed(call: Callable[[], object]) -> float:
 
 def written(folder: Path, data: memoryview) -> float:
     def write() -> None:
-        with (folder / "raw").open("wb", buffering=0) as file:
+        with (folder / "raw").open("xb", buffering=0) as file:
             for start in range(0, len(data), 1 << 24):
                 file.write(data[start : start + (1 << 24)])
             os.fsync(file.fileno())
 
+    (folder / "raw").unlink(missing_ok=True)  # a new file, as each way makes
     return timed(write)
 
 
@@ -124,14 +125,19 @@ def measure(model_mb: int, folder: Path, rounds: int) -> dict[str, Any]:
     def note(name: str, value: float) -> None:
         seconds.setdefault(name, []).append(value)
 
-    def dcp_save() -> None:
+    def dcp_save() -> float:
         shutil.rmtree(folder / "dcp", ignore_errors=True)
-        note("dcp.save", timed(lambda: dcp.save(state, checkpoint_id=folder / "dcp")))
+        return timed(lambda: dcp.save(state, checkpoint_id=folder / "dcp"))
 
-    for _ in range(rounds):
-        note("write", written(folder, data))
-        dcp_save()
-        note("CheckpointCallback", sync_save(folder, plain))
+    ways: list[tuple[str, Callable[[], float]]] = [
+        ("write", lambda: written(folder, data)),
+        ("dcp.save", dcp_save),
+        ("CheckpointCallback", lambda: sync_save(folder, plain)),
+    ]
+    for round_ in range(rounds):
+        first = round_ % len(ways)
+        for name, save in (*ways[first:], *ways[:first]):
+            note(name, save())
     (folder / "raw").unlink()
     note_async(folder, plain, parameters, rounds, note)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
