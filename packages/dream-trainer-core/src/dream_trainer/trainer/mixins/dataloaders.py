@@ -77,9 +77,10 @@ class DataLoaderSetupMixin(AbstractTrainer):
         )
         # Every rank says what it found before any rank raises: nobody waits for one that left.
         lengths = self.world.all_gather(
-            (_problem(train, "training", type(self).__name__), _problem(val, "validation", ""))
-            if val is not None
-            else (_problem(train, "training", type(self).__name__), None)
+            (
+                _problem(train, "training", type(self).__name__),
+                None if val is None else _problem(val, "validation", type(self).__name__),
+            )
         )
         for rank, problems in enumerate(lengths):
             for problem in problems:
