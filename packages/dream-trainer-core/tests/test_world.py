@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import RankError, TinyTrainer, run_on_ranks, tiny_config
@@ -284,6 +285,10 @@ def guarded_collective(kind: str) -> str:
             try:
                 if kind == "world":
                     world.all_reduce(1.0)
+                elif kind == "group":
+                    dist.new_group([0, 1], backend="gloo")
+                elif kind == "mesh":
+                    init_device_mesh("cpu", (2, 1))
                 else:
                     dist.all_reduce(torch.ones(1))
             except RuntimeError as error:
@@ -292,7 +297,7 @@ def guarded_collective(kind: str) -> str:
     return "not run"
 
 
-@pytest.mark.parametrize("kind", ["world", "torch"])
+@pytest.mark.parametrize("kind", ["world", "torch", "group", "mesh"])
 def test_guarded_collectives_raise_instead_of_hanging(kind: str) -> None:
     message, _ = run_on_ranks(guarded_collective, 2, kind)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from typing import Any, Self
 
+from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode
 
 RANK_ZERO = (
@@ -15,9 +17,15 @@ AFTER_ERROR = (
     "trainer.exception is set, must do without collectives"
 )
 
+_NAME_GROUP = "_process_group_name"
+
 
 class RefuseCollectives(TorchDispatchMode):
-    """Makes every collective of torch.distributed an error.
+    """Makes every collective of torch.distributed an error, in the thread that enters it.
+
+    Also `dist.new_group`, `init_device_mesh` and whatever else makes a process group: each rank
+    waits for the others there, in C++ where no dispatch mode sees it. What they have in common is
+    that torch names the new group by a function of its module.
 
     Args:
         where: Named in the error.
@@ -28,6 +36,23 @@ class RefuseCollectives(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self._where = where
         self._advice = advice
+
+    def __enter__(self) -> Self:
+        name_group, thread = getattr(distributed_c10d, _NAME_GROUP), threading.get_ident()
+
+        def refuse_or_name(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                raise RuntimeError(refusal("making a process group", self._where, self._advice))
+            return name_group(*args, **kwargs)
+
+        self._name_group = name_group
+        setattr(distributed_c10d, _NAME_GROUP, refuse_or_name)
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch's
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        setattr(distributed_c10d, _NAME_GROUP, self._name_group)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch's
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
