@@ -1,4 +1,4 @@
-"""A trainer's optional method that is misspelt is refused where the class is defined."""
+"""A trainer's method that would never be called is refused where the class is defined."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from dream_trainer.callbacks.callback import HOOKS
 from dream_trainer.testing import TinyTrainer
 from dream_trainer.trainer import BaseTrainer
 from dream_trainer.trainer.definition import OPTIONAL
@@ -27,6 +28,12 @@ def method(self: Any) -> None:
 )
 def test_a_misspelt_method_is_refused(name: str, meant: str) -> None:
     with pytest.raises(TypeError, match=rf"Mine.{name} would never be called .* mean {meant}\?"):
+        type("Mine", (TinyTrainer,), {name: method})
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_a_hook_of_callbacks_is_refused(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"Mine.{name} would never be called.*Move it to a Callba"):
         type("Mine", (TinyTrainer,), {name: method})
 
 

@@ -1,9 +1,11 @@
-"""What a trainer class promises, checked where it is written: no optional method is misspelt."""
+"""What a trainer class promises, checked where it is written: its methods will be called."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+
+from dream_trainer.callbacks.callback import HOOKS
 
 # A method that isn't optional is missed when it is needed; one of these has a default instead.
 OPTIONAL = (
@@ -23,7 +25,9 @@ OPTIONAL = (
 
 
 def check_definition(cls: type) -> None:
-    """Refuse a trainer with a method that is almost named as one that it leaves at its default.
+    """Refuse a trainer with a method that nobody would call.
+
+    It has the name of a callback's hook, or almost that of a method left at its default.
 
     Args:
         cls: A new class of trainers.
@@ -34,6 +38,11 @@ def check_definition(cls: type) -> None:
     for name, value in vars(cls).items():
         if not inspect.isfunction(value) or name.startswith("_") or _is_inherited(cls, name):
             continue
+        if name in HOOKS:
+            raise TypeError(
+                f"{cls.__qualname__}.{name} would never be called: {name} is a hook of callbacks. "
+                f"Move it to a Callback, or, if it is a method of your own, name it _{name}"
+            )
         for meant in difflib.get_close_matches(name, OPTIONAL, n=1, cutoff=0.85):
             if _is_default(cls, meant):
                 raise TypeError(
