@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
-from dream_trainer.trainer.batches import BatchStream, length_of
+from dream_trainer.configs import DeviceParameters
+from dream_trainer.testing import TinyTrainer, tiny_config
+from dream_trainer.trainer import loader_watch
+from dream_trainer.trainer.batches import BatchStream, batches_together, length_of
+from dream_trainer.trainer.loader_watch import LoaderWatch
+from dream_trainer.world import World
 
 
 class Letters:
@@ -191,3 +204,98 @@ def test_length_of_a_loader_over_an_iterable_data_set_is_unknown() -> None:
     assert length_of(DataLoader(Endless())) is None
     assert length_of([1, 2]) == 2
     assert length_of(iter([1])) is None
+
+
+class Slow:
+    """Waits before a batch."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for index in range(4):
+            if index == 2:
+                time.sleep(0.8)
+            yield torch.tensor(index)
+
+
+@pytest.mark.parametrize("which", ["training", "validation"])
+def test_a_batch_that_does_not_come_is_warned_of(
+    which: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    watch = LoaderWatch(rank=3, patience_s=0.2)
+    stream = BatchStream(Slow(), "training", watch)
+    with caplog.at_level(logging.WARNING), watch.watching():
+        if which == "training":
+            stream.start_epoch(0)
+            batches = [int(stream.next_batch()) for _ in range(4)]
+        else:
+            world = World(DeviceParameters(device="cpu"))
+            batches = [int(b) for b in batches_together(Slow(), None, world, "validation", watch)]
+
+    assert batches == [0, 1, 2, 3]
+    first, *more = [record.getMessage() for record in caplog.records]
+    assert f"rank 3 has been waiting for batch 2 of the {which} loader for " in first
+    assert "in __iter__ (test_batches.py, line " in first
+    assert len(more) <= 1, "the wait has doubled"
+    assert "loader-watch" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_nobody_is_warned_of_a_loop_that_takes_its_time(caplog: pytest.LogCaptureFixture) -> None:
+    watch = LoaderWatch(patience_s=0.1)
+    stream = BatchStream([1, 2], "training", watch)
+    with caplog.at_level(logging.WARNING), watch.watching():
+        stream.start_epoch(0)
+        stream.next_batch()
+        time.sleep(0.4)
+        stream.next_batch()
+
+    assert not caplog.records
+
+
+def test_a_trainer_watches_its_loaders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loader_watch, "PATIENCE_S", 0.2)
+
+    class Stuck(TinyTrainer):
+        def configure_dataloaders(self) -> Any:
+            train, val = super().configure_dataloaders()
+            return train, DataLoader(val.dataset, batch_size=8, collate_fn=self.slowly)
+
+        def slowly(self, samples: Any) -> Any:
+            time.sleep(0.6)
+            return default_collate(samples)
+
+    with caplog.at_level(logging.WARNING):
+        Stuck(tiny_config(tmp_path, max_steps=1, num_sanity_val_steps=1)).fit()
+    assert "waiting for batch 0 of the validation loader" in caplog.text
+    assert "in slowly (test_batches.py" in caplog.text
+
+
+class Dies(torch.utils.data.Dataset[int]):
+    """Its process is killed for a sample."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> int:
+        if index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return index
+
+
+def test_a_killed_worker_is_told_with_the_batches_that_may_have_killed_it() -> None:
+    stream = BatchStream(DataLoader(Dies(), batch_size=2, num_workers=1), "training")
+    stream.start_epoch(7)
+    with pytest.raises(RuntimeError, match="DataLoader worker") as raised:
+        list(iter(stream.next_batch, None))
+
+    (note,) = raised.value.__notes__
+    said = re.fullmatch(
+        r"raised in the training loader, at batch (\d) of epoch 7; "
+        r"its workers were making the batches up to (\d)",
+        note,
+    )
+    assert said is not None
+    assert int(said[1]) <= 2 <= int(said[2]), "index 5 is in batch 2"

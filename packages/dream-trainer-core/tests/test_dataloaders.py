@@ -68,6 +68,21 @@ def test_a_trainer_without_loaders_says_what_to_write(tmp_path: Path) -> None:
         Without(tiny_config(tmp_path)).setup()
 
 
+def test_a_schedule_may_be_as_long_as_the_epochs(tmp_path: Path) -> None:
+    class Scheduled(TinyTrainer):
+        def configure_schedulers(self) -> None:
+            num_batches = self.num_train_batches
+            assert num_batches is not None
+            total = num_batches * self.training_parameters.n_epochs
+            self.scheduler = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, total)
+
+    trainer = Scheduled(tiny_config(tmp_path, n_epochs=3))
+    trainer.fit()
+
+    assert trainer.scheduler.last_epoch == trainer.global_step == 24
+    assert trainer.scheduler.get_last_lr() == [0.0]
+
+
 def test_an_epoch_is_one_pass_or_what_was_asked_for(tmp_path: Path) -> None:
     loaders = ([BATCH] * 6, [BATCH] * 5)
 

@@ -54,6 +54,7 @@ class Case:
 IN_STEP = r"failed in training_step at step 1 \(epoch 0, batch 1\)"
 HUNG = "failed in"
 KILLED = r"ended without a word"
+AT_STEP = r"; rank \d was at step 1"
 LOADER = r"failed in the training loader, at batch \d of epoch 0"
 
 SPECIAL = [
@@ -63,7 +64,7 @@ SPECIAL = [
     Case("training_step", 0),
     Case("validation_step", 1),
     Case("loader_raise", 1, place=LOADER),
-    Case("loader_kill", 0, place="failed in ", said="(DataLoader worker|Connection reset)"),
+    Case("loader_kill", 0, place="failed in ", said="(making the batches up to|Connection reset)"),
     Case("others_compute", 1, place=IN_STEP),
     Case("others_stuck", 1, place=IN_STEP),
     Case("clean_up_hangs", 1, place=IN_STEP),
@@ -73,12 +74,12 @@ SPECIAL = [
     Case("finally_collective", 1, place=IN_STEP),
     Case("thread_hangs", 0, place=IN_STEP),
     Case("backward", 1, place=IN_STEP),
-    Case("SIGKILL", 1, place=KILLED, said="killed"),
-    Case("SIGTERM", 1, place="was ended by SIGTERM", said=""),
+    Case("SIGKILL", 1, place=KILLED, said=AT_STEP),
+    Case("SIGTERM", 1, place="was ended by SIGTERM", said=AT_STEP),
     Case("killed_on_another_machine", 1, place=HUNG, said="rank 1: no answer"),
     Case("hangs", 1, place=HUNG, said="Timed out waiting"),
     Case("loader_hang", 0, place=HUNG, said="Timed out waiting"),
-    Case("os_exit", 0, place=KILLED, said="killed"),
+    Case("os_exit", 0, place=KILLED, said=AT_STEP),
     Case("out_of_memory", 1, place=IN_STEP, said="OutOfMemoryError: planned"),
     Case("system_exit", 1, place=IN_STEP, said="SystemExit: 3"),
 ]
@@ -88,8 +89,8 @@ ON_FOUR_RANKS = [
     Case("pre_fit", 3, 4),
     Case("post_fit", 1, 4),
     Case("backward", 3, 4, place=IN_STEP),
-    Case("SIGKILL", 2, 4, place=KILLED, said="killed"),
-    Case("SIGTERM", 2, 4, place="was ended by SIGTERM", said=""),
+    Case("SIGKILL", 2, 4, place=KILLED, said=AT_STEP),
+    Case("SIGTERM", 2, 4, place="was ended by SIGTERM", said=AT_STEP),
 ]
 ALL = [*IN_HOOKS, *SPECIAL, *ON_FOUR_RANKS]
 QUICK = {

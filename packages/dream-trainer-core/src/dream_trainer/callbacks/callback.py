@@ -10,7 +10,7 @@ The whole loop, with each hook in its place::
       post_configure
       pre_setup
         shard, compile, materialize and initialize the models
-        build optimizers, schedulers, loaders, metrics
+        build loaders, optimizers, schedulers, metrics
       post_setup                                # a checkpoint is restored here
       pre_fit
       if num_sanity_val_steps and nothing has been trained: validate()
@@ -127,7 +127,7 @@ class Callback(Generic[TrainerT]):
         """Before the models are sharded and materialized."""
 
     def post_setup(self) -> None:
-        """After models, optimizers, schedulers and loaders are ready."""
+        """After models, loaders, optimizers and schedulers are ready."""
 
     def pre_fit(self) -> None:
         """Before anything is trained; also when `fit` is called again."""

@@ -284,7 +284,7 @@ class AbstractTrainer(metaclass=TrainerMeta):
 
     @abstractmethod
     def setup(self) -> None:
-        """Materialize and shard the models; build optimizers, schedulers and loaders."""
+        """Materialize and shard the models; build loaders, optimizers and schedulers."""
 
     @abstractmethod
     def fit(self) -> None:

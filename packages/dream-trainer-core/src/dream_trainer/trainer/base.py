@@ -25,6 +25,7 @@ from dream_trainer.trainer.abstract import (
 )
 from dream_trainer.trainer.batches import BatchStream
 from dream_trainer.trainer.definition import check_definition
+from dream_trainer.trainer.loader_watch import LoaderWatch
 from dream_trainer.trainer.optimization import Optimization
 from dream_trainer.trainer.results import EpochMeans
 from dream_trainer.world.world import World
@@ -84,6 +85,7 @@ class BaseTrainer(AbstractTrainer):
         self.world = World(config.device_parameters)
         self.counters = Counters()
         self.epoch_means = EpochMeans("training_step")
+        self.loader_watch = LoaderWatch(self.world.rank)
         self.seed: int | None = None
         self.first_step_done = False
         self.moves_batches = (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, Protocol, runtime_checkable
 
+from dream_trainer.trainer.loader_watch import LoaderWatch
 from dream_trainer.world.determinism import random_state, random_state_kept, set_random_state
 from dream_trainer.world.world import World
 
@@ -33,11 +35,13 @@ class BatchStream:
         loader: Any iterable. If its sampler, batch sampler or data set has `set_epoch`, that is
             called.
         name: Used in errors.
+        watch: Told what is waited for.
     """
 
-    def __init__(self, loader: Iterable[Any], name: str) -> None:
+    def __init__(self, loader: Iterable[Any], name: str, watch: LoaderWatch | None = None) -> None:
         self.loader = loader
         self.name = name
+        self._watch = watch or LoaderWatch()
         self._iterator: Iterator[Any] | None = None
         self._position = 0
         self._random_state_at_start: dict[str, Any] | None = None
@@ -71,13 +75,16 @@ class BatchStream:
             RuntimeError: If there is none.
         """
         assert self._iterator is not None, "start_epoch comes first"
+        self._watch.waits_for = (self.name, self._position)
         try:
             batch = next(self._iterator)
         except StopIteration:
             batch = self._next_of_new_pass()
         except BaseException as error:
-            _note_place(error, self.name, self._position, self._epoch_at_start)
+            _note_place(error, self.loader, self.name, self._position, self._epoch_at_start)
             raise
+        finally:
+            self._watch.waits_for = None
         self._position += 1
         return batch
 
@@ -168,7 +175,7 @@ def begin(loader: Iterable[Any]) -> Iterator[Any]:
 
 
 def batches_together(
-    loader: Iterable[Any], limit: int | None, world: World, name: str
+    loader: Iterable[Any], limit: int | None, world: World, name: str, watch: LoaderWatch
 ) -> Iterator[Any]:
     """The batches of a loader, the same number on all ranks. Collective if it has no length.
 
@@ -180,6 +187,7 @@ def batches_together(
         limit: At most so many.
         world: Whose ranks iterate.
         name: Used in errors.
+        watch: Told what is waited for.
 
     Raises:
         RuntimeError: If the loader has a length and ends before.
@@ -190,11 +198,14 @@ def batches_together(
     iterator = begin(loader)
     position = 0
     while end is None or position < end:
+        watch.waits_for = (name, position)
         try:
             batch = next(iterator, _NO_BATCH)
         except BaseException as error:
-            _note_place(error, name, position)
+            _note_place(error, loader, name, position)
             raise
+        finally:
+            watch.waits_for = None
         if world.agree_on_any(batch is _NO_BATCH) if asks else batch is _NO_BATCH:
             break
         yield batch
@@ -206,9 +217,20 @@ def batches_together(
 _NO_BATCH = object()
 
 
-def _note_place(error: BaseException, name: str, position: int, epoch: int | None = None) -> None:
+def _note_place(
+    error: BaseException,
+    loader: Iterable[Any],
+    name: str,
+    position: int,
+    epoch: int | None = None,
+) -> None:
     of_epoch = "" if epoch is None else f" of epoch {epoch}"
-    error.add_note(f"raised in the {name} loader, at batch {position}{of_epoch}")
+    note = f"raised in the {name} loader, at batch {position}{of_epoch}"
+    if str(error).startswith("DataLoader worker (pid"):  # it died, and can't say of what
+        num_ahead = getattr(loader, "num_workers", 0) * getattr(loader, "prefetch_factor", 0)
+        last = min(position + num_ahead, length_of(loader) or sys.maxsize) - 1
+        note += f"; its workers were making the batches up to {last}"
+    error.add_note(note)
 
 
 def _ended_early(name: str, length: int, position: int) -> str:

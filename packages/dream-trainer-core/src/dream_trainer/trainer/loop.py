@@ -56,14 +56,15 @@ def fit(trainer: BaseTrainer) -> None:
         trainer.setup()
         _set_train_mode(trainer)
         callbacks.pre_fit()
-        sanity_validate(trainer)
-        if trainer.random_state_to_resume is not None:
-            set_random_state(trainer.random_state_to_resume)
-            trainer.random_state_to_resume = None
-        try:
-            _train(trainer)
-        finally:
-            trainer.train_batches.pause()
+        with trainer.loader_watch.watching():
+            sanity_validate(trainer)
+            if trainer.random_state_to_resume is not None:
+                set_random_state(trainer.random_state_to_resume)
+                trainer.random_state_to_resume = None
+            try:
+                _train(trainer)
+            finally:
+                trainer.train_batches.pause()
         watch, was_stopped = trainer.world.failure_watch(), trainer.stop_reason is not None
         if was_stopped:
             watch.say_goodbye()  # a callback may let the signal through that asked to stop
@@ -78,7 +79,7 @@ def failing_cleanly(trainer: BaseTrainer) -> Iterator[None]:
     """After the first error of any rank, let callbacks clean up, leave the world, and raise it."""
     watch = trainer.world.failure_watch()
     try:
-        with watch.watching():
+        with watch.watching(lambda: trainer.global_step):
             yield
     except BaseException as error:
         if trainer.exception is not None:

@@ -49,7 +49,8 @@ def _validate(trainer: BaseTrainer, max_batches: int | None) -> None:
     with torch.no_grad(), _eval_mode(trainer):
         batch_idx = 0
         loader, limit = trainer.val_dataloader or (), min(limits, default=None)
-        for batch in batches_together(loader, limit, trainer.world, "validation"):
+        watch = trainer.loader_watch
+        for batch in batches_together(loader, limit, trainer.world, "validation", watch):
             _validation_step(trainer, batch, batch_idx, means)
             batch_idx += 1
     _reshard(trainer)

@@ -22,7 +22,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NoReturn
 
@@ -57,7 +57,7 @@ class Alone:
 
     # As FailureWatch, whose docstrings say what these do.
 
-    def watching(self) -> AbstractContextManager[None]:
+    def watching(self, step: Callable[[], int]) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     def report(self, error: BaseException, step: int) -> BaseException:
@@ -95,6 +95,7 @@ class FailureWatch:
         self._lock = threading.Lock()
         self._first: Failure | None = None
         self._deadline_s = math.inf
+        self._step: Callable[[], int] = int
         self._depth = 0
         self._span = 0  # number of watches that have ended with success
         self._has_said_goodbye = False  # in this span
@@ -108,12 +109,16 @@ class FailureWatch:
     # What the loop calls
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
+    def watching(self, step: Callable[[], int]) -> Iterator[None]:
         """Watch the other ranks inside; may be nested.
+
+        Args:
+            step: Number of optimizer steps that this rank has completed.
 
         Raises:
             RemoteError: If another rank failed. It may come at any place inside.
         """
+        self._step = step
         if self._thread is None:
             self._start()
         if not self._depth:
@@ -297,6 +302,7 @@ class FailureWatch:
             if is_to_end:  # so are all
                 return
             what = "was ended by SIGTERM"
+        what += f"; rank {self._rank} was at step {self._step()}"
         mine = _failure(rank, pid, what)
         first = self._record.publish(mine)
         if first == mine:

@@ -9,6 +9,7 @@ from typing import Any
 from dream_trainer.configs.training import TrainingParameters
 from dream_trainer.trainer.abstract import AbstractTrainer
 from dream_trainer.trainer.batches import BatchStream, length_of
+from dream_trainer.trainer.loader_watch import LoaderWatch
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +18,7 @@ class DataLoaderSetupMixin(AbstractTrainer):
     """Builds the loaders once the models are ready."""
 
     training_parameters: TrainingParameters
+    loader_watch: LoaderWatch
     train_batches: BatchStream
     _train_dataloader: Iterable[Any] | None = None
     _val_dataloader: Iterable[Any] | None = None
@@ -97,7 +99,7 @@ class DataLoaderSetupMixin(AbstractTrainer):
         self._train_dataloader, self._val_dataloader = train, val
         self._num_train_batches = self._epoch_length(train)
         self._num_val_batches = None if val is None else self._validation_length(val)
-        self.train_batches = BatchStream(train, "training")
+        self.train_batches = BatchStream(train, "training", self.loader_watch)
         self._warn_of_repeated_data(train)
 
     def _epoch_length(self, loader: Iterable[Any]) -> int:

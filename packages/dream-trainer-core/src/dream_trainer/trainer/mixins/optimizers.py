@@ -36,8 +36,8 @@ class OptimizerSetupMixin(AbstractTrainer):
         """Assign learning rate schedulers to attributes, or return them. Optional.
 
         They are stepped once per optimizer step, after their optimizer; but for ReduceLROnPlateau,
-        which needs a result: step it in a callback's `post_validation_epoch`. The loaders don't
-        exist yet.
+        which needs a result: step it in a callback's `post_validation_epoch`. The loaders are
+        there: an epoch has `num_train_batches` batches.
 
         Returns:
             Nothing, a scheduler, several, or a dict from optimizer to scheduler.

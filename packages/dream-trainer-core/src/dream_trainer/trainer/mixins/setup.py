@@ -1,4 +1,4 @@
-"""SetupMixin: models, then optimizers, then loaders."""
+"""SetupMixin: models, then loaders, then optimizers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class SetupMixin(ModelSetupMixin, OptimizerSetupMixin, DataLoaderSetupMixin):
     """Everything between a config and the first step."""
 
     def build_training(self) -> None:
-        """Prepare the models; build optimizers, schedulers and loaders. Collective."""
+        """Prepare the models; build loaders, optimizers and schedulers. Collective."""
         self.prepare_models()
+        self.build_dataloaders()  # first: a scheduler may need the length of an epoch
         self.build_optimizers()
-        self.build_dataloaders()
