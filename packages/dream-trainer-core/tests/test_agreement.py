@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -63,6 +62,10 @@ class Dissenter(TinyTrainer):
             self.model.head = nn.Linear(8, 2)
         if self.dissents("frozen"):
             self.model.embed.bias.requires_grad_(False)
+        if self.dissents("order"):
+            embed = self.model.embed
+            del self.model.embed
+            self.model.embed = embed
         if self.dissents("models"):
             self.extra = nn.Linear(1, 1)
 
@@ -165,6 +168,11 @@ SAYS = {
     "name": ["ranks disagree on the run's name", "/mine'"],
     "shapes": ["parameter model.head.weight:", "rank {others}: '(1, 8)", "rank {last}: '(2, 8)"],
     "frozen": ["ranks disagree on parameter model.embed.bias:", "torch.float32, frozen'"],
+    "order": [
+        "ranks disagree on the order of the models' parameters:",
+        "rank {others}: ['parameter model.embed.weight'",
+        "rank {last}: ['parameter model.blocks.0.weight'",
+    ],
     "models": ["ranks disagree on parameter extra.weight:", "rank {others}: nothing"],
     "optimizers": ["the optimizers, and the number of parameters in each group", "('SGD', [7])"],
     "metrics": ["ranks disagree on the metrics:", "rank {last}: ('metric',)"],
@@ -192,11 +200,9 @@ ON_FOUR = ("training", "layout", "callbacks", "shapes", "results")
 def test_ranks_that_disagree_are_told_who_said_what(
     tmp_path: Path, about: str, num_ranks: int
 ) -> None:
-    start = time.monotonic()
     with pytest.raises(RankError) as caught:
         run_on_ranks(train, num_ranks, str(tmp_path), about)
 
-    assert time.monotonic() - start < 20
     others = {2: "0", 4: "0–2"}[num_ranks]
     assert len(caught.value.tracebacks) == num_ranks
     for text in caught.value.tracebacks.values():
