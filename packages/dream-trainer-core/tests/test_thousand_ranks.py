@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,13 @@ def pretend(rank: int, world_size: int) -> None:
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
 
 
+def fsdp_shape(world: World) -> tuple[int, ...]:
+    """Shape of the mesh for FSDP, made in a way that torch keeps."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Slicing a flattened dim")
+        return tuple(world.fsdp_mesh.shape)
+
+
 def mesh_of(name: str, world_size: int) -> list[dict[str, Any]]:
     """What a few of the ranks see of the mesh."""
     seen = []
@@ -67,7 +75,7 @@ def mesh_of(name: str, world_size: int) -> list[dict[str, Any]]:
                 "in_mesh": tuple(world.mesh.get_coordinate() or ()),
                 "data": (world.dp_rank, world.dp_size, world.data_part),
                 "tp_group": dist.get_process_group_ranks(world.mesh.get_group("tp")),
-                "fsdp": tuple(world.fsdp_mesh.shape),
+                "fsdp": fsdp_shape(world),
             }
         )
         world.shutdown()

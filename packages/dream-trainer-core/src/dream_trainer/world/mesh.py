@@ -26,11 +26,14 @@ def fsdp_mesh(mesh: DeviceMesh, shape: MeshShape) -> DeviceMesh:
     Ranks that share a sequence are shards too: each has a part of the batch's gradient.
     Collective the first time, with `cp`.
     """
-    shards = "dp_shard"
+    from torch.distributed.device_mesh import DeviceMesh
+
+    shards = mesh["dp_shard"]
     if shape.cp > 1:
-        shards = "dp_shard_cp"
-        mesh["dp_shard", "cp"]._flatten(shards)  # noqa: SLF001  # there is no public one
-    return mesh["dp_replicate", shards] if shape.dp_replicate > 1 else mesh[shards]
+        shards = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")  # noqa: SLF001  # none is public
+    if shape.dp_replicate == 1:
+        return shards
+    return DeviceMesh._concatenate([mesh["dp_replicate"], shards])  # noqa: SLF001  # none is public
 
 
 def coordinates(rank: int, shape: MeshShape) -> dict[str, int]:
