@@ -31,6 +31,7 @@ from training import (
 )
 
 from dream_callbacks.checkpoint import CheckpointCallback, CheckpointError, CheckpointParameters
+from dream_callbacks.checkpoint.__main__ import main
 from dream_callbacks.checkpoint.catalog import Checkpoint, read_catalog
 from dream_callbacks.checkpoint.disk import LocalDisk
 from dream_callbacks.checkpoint.loading import SavedState
@@ -633,6 +634,33 @@ def test_a_run_that_was_overtaken_since_it_was_set_up_is_refused(tmp_path: Path)
 
     with pytest.raises(CheckpointError, match="another run has saved there since"):
         trainer.fit()
+
+
+def test_a_start_reads_each_manifest_once_unless_another_was_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny(tmp_path).fit()
+    read: list[str] = []
+    read_file = LocalDisk.read
+
+    def noting(disk: LocalDisk, folder: str, name: str, max_bytes: int | None = None) -> bytes:
+        read.extend([folder] if name == "MANIFEST.json" else [])
+        return read_file(disk, folder, name, max_bytes)
+
+    monkeypatch.setattr(LocalDisk, "read", noting)
+
+    tiny(tmp_path, n_epochs=2).fit()
+    alone = sorted(read)
+    read.clear()
+    trainer = tiny(tmp_path, n_epochs=3)
+    trainer.setup()
+    assert main(["prune", "--keep-last", "1", str(directory(tmp_path))]) == 0
+    read.clear()
+    trainer.fit()
+
+    assert alone == ["step-0000000008", "step-0000000016"]
+    assert read == ["step-0000000016"]
+    assert steps(tmp_path) == [16, 24]
 
 
 def test_save_on_exception_saves_between_two_steps(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -195,23 +194,29 @@ def test_it_runs_as_a_module_and_bears_a_closed_pipe(root: Path) -> None:
     assert found.stderr == ""
 
 
-def test_ten_thousand_checkpoints_are_listed_and_chosen_from_in_a_second(
+def test_looking_needs_no_torch(root: Path) -> None:
+    program = """
+import sys
+from dream_callbacks.checkpoint.__main__ import main
+
+status = main(sys.argv[1:])
+sys.exit(status or "torch" in sys.modules)
+"""
+    for command in (["ls"], ["ls", "--json"], ["prune", "--keep-last=1", "--dry-run"]):
+        subprocess.run([sys.executable, "-c", program, *command, directory(root)], check=True)
+
+
+def test_ten_thousand_checkpoints_are_listed_and_chosen_from(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for step in range(10_000):
         folder = tmp_path / f"step-{step:010d}"
         folder.mkdir()
         (folder / "MANIFEST.json").write_bytes(manifest(step=step, seq=step).encode())
-    began_s = time.process_time()
 
     text = output(capsys, "ls", tmp_path)
-    listed_s = time.process_time() - began_s
     newest = candidates(read_catalog(LocalDisk(tmp_path)), "last", "val_loss", "min")
-    chosen_s = time.process_time() - began_s - listed_s
 
-    # Processor time: how long the disk takes isn't ours. Twice the goal: others run beside.
-    assert listed_s < 2.0
-    assert chosen_s < 2.0
     assert len(text.splitlines()) == 10_002
     assert newest.checkpoints[0].step == 9_999
 

@@ -13,18 +13,20 @@ import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dream_callbacks.checkpoint import commit, layout
+from dream_callbacks.checkpoint import commit, layout, plain
 from dream_callbacks.checkpoint.catalog import Catalog, Checkpoint, damage_of, read_catalog
 from dream_callbacks.checkpoint.choosing import directory_at
 from dream_callbacks.checkpoint.directory import Directory, directory_of
 from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
-from dream_callbacks.checkpoint.export import SUFFIXES, Format, export_checkpoint
-from dream_callbacks.checkpoint.loading import SavedState
 from dream_callbacks.checkpoint.retention import KeepRules, to_delete
 from dream_callbacks.checkpoint.spelling import json_value, spelled_bytes, table
-from dream_callbacks.checkpoint.tree import decode_plain
+
+if TYPE_CHECKING:
+    from dream_callbacks.checkpoint.export import Format
+
+# torch takes a second to import: only the commands that need it do so.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     export = command("export", _export, "Write the weights of a checkpoint to files.")
     export.add_argument("output", type=Path, help="a file, or a folder for a file per model")
-    export.add_argument("--format", choices=tuple(SUFFIXES), default=None)
+    export.add_argument("--format", choices=("safetensors", "torch"), default=None)
     for each in (verify, show, export):
         each.add_argument("--step", type=int, default=None, help="which; default: see above")
     text = "Train a trainer straight through, and killed and resumed; name the first difference."
@@ -133,6 +135,8 @@ def _ls(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from dream_callbacks.checkpoint.loading import SavedState
+
     disk, catalog, step = _opened(options)
     checkpoints = [c for c in catalog.checkpoints if step in (None, c.step)]
     found = {
@@ -165,10 +169,12 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
+    from dream_callbacks.checkpoint.loading import SavedState
+
     disk, catalog, step = _opened(options)
     checkpoint = _one(disk, catalog, step)
     saved = SavedState(disk, checkpoint)
-    counters = decode_plain(saved.shared["trainer"]["counters"])
+    counters = plain.decode(saved.shared["trainer"]["counters"])
     callbacks = sorted(saved.shared["trainer"]["callbacks"])
     if options.json:
         tensors = {n: [str(t.dtype), list(t.shape)] for n, t in saved.index.items()}
@@ -245,6 +251,8 @@ def _prune(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    from dream_callbacks.checkpoint.export import export_checkpoint
+
     disk, catalog, step = _opened(options)
     checkpoint = _one(disk, catalog, step)
     kind: Format = "torch" if options.output.suffix == ".pt" else "safetensors"

@@ -6,11 +6,10 @@ import logging
 import math
 from dataclasses import dataclass, field
 
-from dream_callbacks.checkpoint import layout
+from dream_callbacks.checkpoint import layout, plain
 from dream_callbacks.checkpoint.directory import Directory
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.manifest import FileSum, Manifest, sealed, unsealed
-from dream_callbacks.checkpoint.tree import decode_plain, encode_plain
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +107,7 @@ def read_manifest(disk: Directory, name: str) -> Manifest:
 
 def late_metrics_document(manifest: Manifest, metrics: dict[str, float]) -> bytes:
     """What the file of late results holds."""
-    return sealed({"run": manifest.run, "seq": manifest.seq, "metrics": encode_plain(metrics)})
+    return sealed({"run": manifest.run, "seq": manifest.seq, "metrics": plain.encode(metrics)})
 
 
 def read_late_metrics(disk: Directory, manifest: Manifest) -> dict[str, float]:
@@ -118,7 +117,7 @@ def read_late_metrics(disk: Directory, manifest: Manifest) -> dict[str, float]:
         document = unsealed(disk.read("", name, _MAX_MANIFEST_BYTES))
         if (document["run"], document["seq"]) != (manifest.run, manifest.seq):
             return {}  # of an earlier checkpoint of the same step
-        return {str(k): float(v) for k, v in decode_plain(document["metrics"]).items()}
+        return {str(k): float(v) for k, v in plain.decode(document["metrics"]).items()}
     except (DamagedCheckpointError, OSError, KeyError, TypeError, ValueError) as error:
         logger.warning(
             "%s/%s can't be used: %s; the checkpoint counts as one without metrics",

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from dream_callbacks.checkpoint import layout
 from dream_callbacks.checkpoint.catalog import Catalog, Checkpoint, damage_of
 from dream_callbacks.checkpoint.directory import Directory, directory_of, is_url
 from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
-from dream_callbacks.checkpoint.ranks import Ranks
 from dream_callbacks.checkpoint.resume import ResumeMode, candidates
+
+if TYPE_CHECKING:
+    from dream_callbacks.checkpoint.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 

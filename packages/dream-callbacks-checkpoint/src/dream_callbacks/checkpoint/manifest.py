@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from dream_callbacks.checkpoint import layout
+from dream_callbacks.checkpoint import layout, plain
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
-from dream_callbacks.checkpoint.tree import decode_plain, encode_plain
 
 FORMAT = 1
 """Grows when older readers can't read what is written any more."""
@@ -84,7 +83,7 @@ class Manifest:
         """As it is written."""
         document = {"format": FORMAT, **_shallow_dict(self)}
         document["dp_ranks"] = list(self.dp_ranks)
-        document["metrics"] = encode_plain(dict(self.metrics))
+        document["metrics"] = plain.encode(dict(self.metrics))
         document["files"] = {name: list(sums) for name, sums in sorted(self.files.items())}
         return sealed(document)
 
@@ -106,7 +105,7 @@ class Manifest:
             known |= {name: kind(document[name]) for name, kind in _NUMBERS.items()}
             known["dp_ranks"] = tuple(int(dp_rank) for dp_rank in document["dp_ranks"])
             known["metrics"] = {
-                str(name): float(value) for name, value in decode_plain(document["metrics"]).items()
+                str(name): float(value) for name, value in plain.decode(document["metrics"]).items()
             }
             known["shape"] = {str(axis): int(size) for axis, size in document["shape"].items()}
             known["files"] = {

@@ -28,9 +28,9 @@ from dream_callbacks.checkpoint.directory import Directory
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.index import TensorIndex
 from dream_callbacks.checkpoint.manifest import FileSum
+from dream_callbacks.checkpoint.plain import Path as TreePath
 from dream_callbacks.checkpoint.ranks import Ranks
 from dream_callbacks.checkpoint.summed_file import SummedFile
-from dream_callbacks.checkpoint.tree import Path as TreePath
 
 
 @dataclasses.dataclass

@@ -114,9 +114,12 @@ class Store:
 
         def prepare() -> None:
             self.disk.make_root()
+            fence = self.lock.fence
             self.lock.acquire()
             commit.probe(self.disk)
             commit.recover(self.disk)
+            if self._was_opened and self.lock.fence - fence <= 1:
+                return  # nobody else has held the lock since
             catalog = read_catalog(self.disk)
             if self._was_opened and catalog.next_seq != self._catalog.next_seq:
                 raise CheckpointError(
