@@ -8,7 +8,9 @@ import os
 import pickle
 import random
 import shutil
+import tracemalloc
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +265,16 @@ def damage(file: Path) -> None:
 # From here on someone means harm, and makes the checksums fit.
 
 
+@pytest.fixture
+def little_memory() -> Iterator[None]:
+    """The test takes at most 64 MiB of Python's memory."""
+    tracemalloc.start()
+    yield
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 64 << 20
+
+
 class Attack:
     """Leaves a trace when it is unpickled."""
 
@@ -295,6 +307,7 @@ def torch_saved(attack: Attack) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("kind", [pickled, torch_saved])
 def test_a_planted_pickle_is_never_executed(root: Path, kind: Any, tmp_path: Path) -> None:
     trace = tmp_path / "executed"
@@ -321,6 +334,7 @@ def test_a_planted_pickle_is_never_executed(root: Path, kind: Any, tmp_path: Pat
         reseal(folder)
 
 
+@pytest.mark.usefixtures("little_memory")
 def test_a_pickle_in_the_place_of_one_tensor_is_never_executed(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,6 +364,7 @@ def change_index(folder: Path, change: Any) -> None:
     reseal(folder)
 
 
+@pytest.mark.usefixtures("little_memory")
 def test_nothing_outside_of_the_folder_is_read(root: Path) -> None:
     folder = directory(root) / NEWER
     change_index(folder, lambda index: index["files"].__setitem__(0, f"../{OLDER}/__0_0.distcp"))
@@ -358,6 +373,7 @@ def test_nothing_outside_of_the_folder_is_read(root: Path) -> None:
         tiny(root, resume_mode=8).setup()
 
 
+@pytest.mark.usefixtures("little_memory")
 def test_a_manifest_that_names_a_file_outside_is_refused(root: Path) -> None:
     path = directory(root) / NEWER / "MANIFEST.json"
     document = unsealed(path.read_bytes())
@@ -383,6 +399,7 @@ def double(index: Any) -> None:
     ]
 
 
+@pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("change", [shrink, shift, double])
 def test_a_tensor_that_isnt_filled_exactly_is_refused(root: Path, change: Any) -> None:
     change_index(directory(root) / NEWER, change)
@@ -391,6 +408,7 @@ def test_a_tensor_that_isnt_filled_exactly_is_refused(root: Path, change: Any) -
         tiny(root, resume_mode=8).setup()
 
 
+@pytest.mark.usefixtures("little_memory")
 def test_no_more_memory_is_taken_than_the_files_have_bytes(root: Path) -> None:
     def blow_up(index: Any) -> None:
         tensor = index["tensors"]["rank-00000.trainer.random_state.torch"]
@@ -402,6 +420,7 @@ def test_no_more_memory_is_taken_than_the_files_have_bytes(root: Path) -> None:
         tiny(root, resume_mode=8).setup()
 
 
+@pytest.mark.usefixtures("little_memory")
 def test_a_state_nested_without_end_is_refused(root: Path) -> None:
     folder = directory(root) / NEWER
     (folder / "state.json").write_text('{"a":' * 200_000 + "1" + "}" * 200_000)

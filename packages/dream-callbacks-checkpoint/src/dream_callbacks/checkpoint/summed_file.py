@@ -15,6 +15,7 @@ from dream_callbacks.checkpoint.manifest import FileSum
 _LARGE_BYTES = 1 << 20
 _EARLY_BYTES = 1 << 25
 _CHUNK_BYTES = 1 << 22
+_PIECE_BYTES = 1 << 16
 
 
 class SummedFile:
@@ -142,10 +143,14 @@ def content_of(file: BinaryIO, name: str, max_bytes: int | None = None) -> bytes
     Raises:
         DamagedCheckpointError: If that is more than `max_bytes`; it isn't read to its end.
     """
-    data = file.read() if max_bytes is None else file.read(max_bytes + 1)
-    if max_bytes is not None and len(data) > max_bytes:
-        raise DamagedCheckpointError(f"{name} has more than {max_bytes} bytes")
-    return data
+    if max_bytes is None:
+        return file.read()
+    data = bytearray()
+    while chunk := file.read(_PIECE_BYTES):  # it takes as much memory as it is asked for
+        data += chunk
+        if len(data) > max_bytes:
+            raise DamagedCheckpointError(f"{name} has more than {max_bytes} bytes")
+    return bytes(data)
 
 
 def sums_of(file: BinaryIO) -> FileSum:
