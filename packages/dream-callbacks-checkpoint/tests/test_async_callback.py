@@ -234,7 +234,7 @@ def test_a_failed_save_is_reported_where_an_error_ends_the_run(tmp_path: Path) -
 
     (message,) = messages
     assert "the checkpoint of step 6 couldn't be saved" in message
-    assert "the newest one is step-0000000004" in message
+    assert "the newest one is that of step 4" in message
     assert steps(tmp_path) == [2, 4]
 
 

@@ -553,7 +553,7 @@ def test_a_state_that_couldnt_be_loaded_isnt_saved(
     assert steps(tmp_path) == []
     assert "the state of callback Careless holds" in caplog.text
     assert "state_dict()['path']" in caplog.text
-    assert "none has been saved yet; training goes on" in caplog.text, "no advice about the disk"
+    assert "there is none yet; training goes on" in caplog.text, "no advice about the disk"
 
 
 def test_two_of_them_in_one_directory_are_refused(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_a_failed_save_doesnt_stop_training_and_loses_nothing(tmp_path: Path) ->
     assert "the checkpoint of step 6 couldn't be saved in" in messages[0]
     assert "File too large" in messages[0]
     assert "__0_0.distcp" in messages[0]
-    assert "the newest one is step-0000000004" in messages[0]
+    assert "the newest one is that of step 4" in messages[0]
     assert "Make sure that there is room" in messages[0]
     assert not [p for p in directory(tmp_path).iterdir() if p.name.startswith(".")]
 
@@ -109,22 +109,28 @@ def test_a_failed_save_on_one_rank_fails_on_all(tmp_path: Path) -> None:
     assert second == [], "one rank says it"
 
 
-def full_disk_on_one(root: Path) -> list[str]:
-    limit = Limit(5, 20_000, until=9) if os.environ["RANK"] == "1" else Limit(10**9, 0)
-    return full_disk(root, limit, layout="fsdp")
+def full_disk_on_one(root: Path, **fields: Any) -> list[str]:
+    """As `full_disk`, for the last rank."""
+    is_last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    limit = Limit(5, 20_000, until=9) if is_last else Limit(10**9, 0)
+    layout = "fsdp" if os.environ["WORLD_SIZE"] != "1" else "single"
+    return full_disk(root, limit, layout=layout, **fields)
 
 
-def test_on_save_error_raise_ends_the_run(tmp_path: Path) -> None:
-    (message,) = run_on_ranks(full_disk_raises, 1, tmp_path)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_on_save_error_raise_ends_the_run(tmp_path: Path, num_ranks: int) -> None:
+    message, *others = run_on_ranks(full_disk_raises, num_ranks, tmp_path)
 
+    assert all(other == message for other in others)
     assert "the checkpoint of step 6 couldn't be saved" in message
+    assert "the newest one is that of step 4" in message
     assert "training goes on" not in message
     assert steps(tmp_path) == [2, 4]
 
 
 def full_disk_raises(root: Path) -> str:
     with pytest.raises(CheckpointError) as caught:
-        full_disk(root, on_save_error="raise")
+        full_disk_on_one(root, on_save_error="raise")
     return str(caught.value)
 
 
@@ -161,7 +167,7 @@ def test_room_is_looked_for_before_anything_is_written(tmp_path: Path) -> None:
     assert re.search(
         r"no space left for it: it needs 1.0 MiB, and \d+.\d KiB are free", messages[0]
     )
-    assert "the newest one is step-0000000004" in messages[0]
+    assert "the newest one is that of step 4" in messages[0]
 
 
 def on_read_only_disk(disk: Path) -> str:

@@ -61,7 +61,7 @@ class AsyncCheckpointCallback(CheckpointCallback):
             flight.thread.join(_PATIENCE_S)
             if flight.error is not None:
                 self._flight = None
-                logger.warning("%s", self._give_up(session, flight))
+                logger.warning("%s", self._give_up(flight))
             elif flight.thread.is_alive():
                 step = flight.save.facts.step
                 logger.warning("step %d isn't written after %.0f s: given up", step, _PATIENCE_S)
@@ -103,13 +103,13 @@ class AsyncCheckpointCallback(CheckpointCallback):
             logger.info("waited %.1f s until step %d was written", waited_s, flight.save.facts.step)
         self._flight = None
         if flight.error is not None:
-            self._report(self._give_up(session, flight), flight.error)
+            self._report(self._give_up(flight), flight.error)
 
-    def _give_up(self, session: Session, flight: _Flight) -> str:
+    def _give_up(self, flight: _Flight) -> str:
         """Let the step of a save that failed count as not saved; return what to say of it."""
         assert flight.error is not None
         self._saved_step = flight.saved_step_before
-        return self._failure_text(session, flight.save.facts.step, flight.error)
+        return self._failure_text(flight.save.facts.step, flight.error)
 
     def _add_late_metrics(self, session: Session, step: int) -> None:
         flight = self._flight

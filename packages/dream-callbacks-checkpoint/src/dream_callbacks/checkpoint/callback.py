@@ -227,7 +227,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
         try:
             self._write(session, facts)
         except CheckpointError as error:
-            self._report(self._failure_text(session, step, error), error)
+            self._report(self._failure_text(step, error), error)
         else:
             self._saved_step = step
 
@@ -246,9 +246,10 @@ class CheckpointCallback(Callback[BaseTrainer]):
         if self.trainer.world.is_global_zero:
             logger.warning("%s; training goes on, and the next save is tried as planned", text)
 
-    def _failure_text(self, session: Session, step: int, error: BaseException) -> str:
-        present = session.store.checkpoints
-        newest = f"the newest one is {present[-1].name}" if present else "none has been saved yet"
+    def _failure_text(self, step: int, error: BaseException) -> str:
+        """What to say of a save that failed. Not collective."""
+        saved = self._saved_step
+        newest = f"the newest one is that of step {saved}" if saved > 0 else "there is none yet"
         advice = (
             ""  # the text says what is wrong with the state
             if isinstance(error.__cause__, (TypeError, ValueError))
