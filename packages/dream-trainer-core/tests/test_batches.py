@@ -281,6 +281,7 @@ class Dies(torch.utils.data.Dataset[int]):
 
     def __getitem__(self, index: int) -> int:
         if index == 5:
+            time.sleep(0.2)  # until the main process waits: SIGCHLD raises wherever it is
             os.kill(os.getpid(), signal.SIGKILL)
         return index
 
@@ -299,3 +300,42 @@ def test_a_killed_worker_is_told_with_the_batches_that_may_have_killed_it() -> N
     )
     assert said is not None
     assert int(said[1]) <= 2 <= int(said[2]), "index 5 is in batch 2"
+
+
+class DiesOnTheWay:
+    """Its worker dies while it hands a batch over, which breaks the connection to it first."""
+
+    num_workers = 1
+    prefetch_factor = 2
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        yield torch.tensor(0)
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+
+@pytest.mark.parametrize("which", ["training", "validation"])
+def test_a_worker_killed_while_it_hands_a_batch_over_is_the_error_that_is_raised(
+    which: str,
+) -> None:
+    def as_torch_does(number: int, frame: Any) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    if which == "training":
+        stream = BatchStream(DiesOnTheWay(), "training")
+        stream.start_epoch(0)
+        batches = iter(stream.next_batch, None)
+    else:
+        world = World(DeviceParameters(device="cpu"))
+        batches = batches_together(DiesOnTheWay(), 4, world, "validation", LoaderWatch())
+    before = signal.signal(signal.SIGUSR1, as_torch_does)
+    try:
+        with pytest.raises(RuntimeError, match="killed by signal") as raised:
+            list(batches)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+    (note,) = raised.value.__notes__
+    assert note.startswith(f"raised in the {which} loader, at batch 1")
+    assert note.endswith("its workers were making the batches up to 2")
+    assert isinstance(raised.value.__cause__, ConnectionResetError)

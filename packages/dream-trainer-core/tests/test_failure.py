@@ -64,7 +64,7 @@ SPECIAL = [
     Case("training_step", 0),
     Case("validation_step", 1),
     Case("loader_raise", 1, place=LOADER),
-    Case("loader_kill", 0, place="failed in ", said="(making the batches up to|Connection reset)"),
+    Case("loader_kill", 0, place="failed in ", said="DataLoader worker"),
     Case("others_compute", 1, place=IN_STEP),
     Case("others_stuck", 1, place=IN_STEP),
     Case("clean_up_hangs", 1, place=IN_STEP),

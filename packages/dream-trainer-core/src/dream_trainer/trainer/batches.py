@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, Protocol, runtime_checkable
 
@@ -81,7 +82,7 @@ class BatchStream:
         except StopIteration:
             batch = self._next_of_new_pass()
         except BaseException as error:
-            _note_place(error, self.loader, self.name, self._position, self._epoch_at_start)
+            _explain(error, self.loader, self.name, self._position, self._epoch_at_start)
             raise
         finally:
             self._watch.waits_for = None
@@ -202,7 +203,7 @@ def batches_together(
         try:
             batch = next(iterator, _NO_BATCH)
         except BaseException as error:
-            _note_place(error, loader, name, position)
+            _explain(error, loader, name, position)
             raise
         finally:
             watch.waits_for = None
@@ -217,20 +218,40 @@ def batches_together(
 _NO_BATCH = object()
 
 
-def _note_place(
+def _explain(
     error: BaseException,
     loader: Iterable[Any],
     name: str,
     position: int,
     epoch: int | None = None,
 ) -> None:
+    """Note where a loader's error was raised; raise what killed its worker, if that caused it."""
+    num_workers = getattr(loader, "num_workers", 0)
+    cause = _what_killed_a_worker(error) if num_workers > 0 else error
     of_epoch = "" if epoch is None else f" of epoch {epoch}"
     note = f"raised in the {name} loader, at batch {position}{of_epoch}"
-    if str(error).startswith("DataLoader worker (pid"):  # it died, and can't say of what
-        num_ahead = getattr(loader, "num_workers", 0) * getattr(loader, "prefetch_factor", 0)
+    if str(cause).startswith("DataLoader worker (pid"):  # it died, and can't say of what
+        num_ahead = num_workers * getattr(loader, "prefetch_factor", 0)
         last = min(position + num_ahead, length_of(loader) or sys.maxsize) - 1
         note += f"; its workers were making the batches up to {last}"
-    error.add_note(note)
+    cause.add_note(note)
+    if cause is not error:
+        raise cause from error
+
+
+def _what_killed_a_worker(error: BaseException) -> BaseException:
+    """The cause of an error that a worker left behind which died while it handed a batch over.
+
+    A broken connection is seen first. What killed the worker is raised by torch when SIGCHLD
+    comes, a moment later, in whatever the main thread is doing then: so it waits for that here.
+    """
+    if isinstance(error, (ConnectionError, EOFError)):
+        try:
+            for _ in range(100):
+                time.sleep(0.01)
+        except RuntimeError as cause:
+            return cause
+    return error
 
 
 def _ended_early(name: str, length: int, position: int) -> str:
