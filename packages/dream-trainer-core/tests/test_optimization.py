@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from dream_trainer.callbacks import Callback
-from dream_trainer.testing import TinyTrainer, tiny_config
-from dream_trainer.world.gradients import gradient_norm
+from dream_trainer.configs import DeviceParameters
+from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
+from dream_trainer.world import World
+from dream_trainer.world.gradients import gradient_norm, sharded_gradient_norm
 
 
 def parameters(*gradients: list[float] | None) -> list[nn.Parameter]:
@@ -33,6 +36,26 @@ def test_clipping_scales_all_gradients_alike() -> None:
 
     assert norm.item() == 5.0
     assert gradient_norm(clipped).item() == pytest.approx(1.0, abs=1e-5)
+
+
+def clipped_on_a_mesh() -> tuple[float, list[list[float]]]:
+    """Norm of a sharded gradient and of one that is still to be summed; both, once clipped."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    World(DeviceParameters(device="cpu")).launch()
+    mesh = init_device_mesh("cpu", (2,))
+    sharded = nn.Parameter(distribute_tensor(torch.zeros(2), mesh, [Shard(0)]))
+    sharded.grad = distribute_tensor(torch.tensor([0.0, 3.0]), mesh, [Shard(0)])
+    replicated = nn.Parameter(distribute_tensor(torch.zeros(2), mesh, [Replicate()]))
+    replicated.grad = DTensor.from_local(torch.tensor([2.0, 0.0]), mesh, [Partial()])
+    norm = sharded_gradient_norm([sharded, replicated], max_norm=0.5)
+    return norm.item(), [p.grad.full_tensor().tolist() for p in (sharded, replicated)]
+
+
+def test_gradients_that_are_still_to_be_summed_over_ranks_are_clipped_too() -> None:
+    for norm, clipped in run_on_ranks(clipped_on_a_mesh, 2):
+        assert norm == 5.0
+        assert clipped == [pytest.approx([0.0, 0.3]), pytest.approx([0.4, 0.0])]
 
 
 def test_a_zero_norm_is_legal() -> None:

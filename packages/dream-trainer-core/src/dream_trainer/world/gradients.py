@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -51,15 +51,18 @@ def sharded_gradient_norm(
         ValueError: If no parameter has a gradient.
     """
     _refuse_without_gradient(parameters)
-    groups = _by_mesh([parameter for parameter in parameters if parameter.grad is not None])
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     norms = [
         _whole(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]))
-        for group in groups
+        for group in _grouped(with_gradient, _mesh_of).values()
     ]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if max_norm is not None:
-        for group in groups:
-            torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm)
+        groups = _grouped(with_gradient, lambda p: (_mesh_of(p), _is_unsummed(p)))
+        for (_, is_unsummed), group in groups.items():
+            # Several at once, torch 2.11 would leave those alone, and say nothing.
+            foreach = False if is_unsummed else None
+            torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm, foreach=foreach)
     return norm
 
 
@@ -72,18 +75,27 @@ def _refuse_without_gradient(parameters: Sequence[nn.Parameter]) -> None:
     )
 
 
-def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters, those apart whose gradients are sharded over other meshes."""
+def _grouped(
+    parameters: Iterable[nn.Parameter], key: Callable[[nn.Parameter], Any]
+) -> dict[Any, list[nn.Parameter]]:
     groups: dict[Any, list[nn.Parameter]] = {}
     for parameter in parameters:
-        groups.setdefault(_mesh_of(parameter), []).append(parameter)
-    return list(groups.values())
+        groups.setdefault(key(parameter), []).append(parameter)
+    return groups
 
 
 def _mesh_of(parameter: nn.Parameter) -> Any:
     from torch.distributed.tensor import DTensor
 
     return parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
+
+
+def _is_unsummed(parameter: nn.Parameter) -> bool:
+    """Whether a gradient is still to be summed over a mesh, as sequence parallelism leaves it."""
+    from torch.distributed.tensor import DTensor
+
+    gradient = parameter.grad
+    return isinstance(gradient, DTensor) and any(p.is_partial() for p in gradient.placements)
 
 
 def _whole(tensor: Tensor) -> Tensor:
