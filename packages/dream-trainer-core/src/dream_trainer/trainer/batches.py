@@ -216,6 +216,7 @@ def batches_together(
 
 
 _NO_BATCH = object()
+_WORKER_DIED = "DataLoader worker (pid"
 
 
 def _explain(
@@ -226,11 +227,11 @@ def _explain(
     epoch: int | None = None,
 ) -> None:
     """Note where a loader's error was raised; raise what killed its worker, if that caused it."""
-    num_workers = getattr(loader, "num_workers", 0)
+    num_workers = getattr(loader, "num_workers", None) or 0
     cause = _what_killed_a_worker(error) if num_workers > 0 else error
     of_epoch = "" if epoch is None else f" of epoch {epoch}"
     note = f"raised in the {name} loader, at batch {position}{of_epoch}"
-    if str(cause).startswith("DataLoader worker (pid"):  # it died, and can't say of what
+    if str(cause).startswith(_WORKER_DIED):  # it died, and can't say of what
         num_ahead = num_workers * getattr(loader, "prefetch_factor", 0)
         last = min(position + num_ahead, length_of(loader) or sys.maxsize) - 1
         note += f"; its workers were making the batches up to {last}"
@@ -250,6 +251,8 @@ def _what_killed_a_worker(error: BaseException) -> BaseException:
             for _ in range(100):
                 time.sleep(0.01)
         except RuntimeError as cause:
+            if not str(cause).startswith(_WORKER_DIED):
+                raise  # another rank failed
             return cause
     return error
 
