@@ -52,18 +52,24 @@ def sharded_gradient_norm(
     """
     _refuse_without_gradient(parameters)
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    groups = _grouped(with_gradient, _mesh_of).values()
     norms = [
         _whole(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]))
-        for group in _grouped(with_gradient, _mesh_of).values()
+        for group in groups
     ]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if max_norm is not None:
-        groups = _grouped(with_gradient, lambda p: (_mesh_of(p), _is_unsummed(p)))
-        for (_, is_unsummed), group in groups.items():
-            # Several at once, torch 2.11 would leave those alone, and say nothing.
-            foreach = False if is_unsummed else None
-            torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm, foreach=foreach)
+        for group in groups:
+            _clip(group, max_norm, norm)
     return norm
+
+
+def _clip(parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:
+    """Scale gradients of one mesh, whose norm together with all others is given."""
+    for is_unsummed, group in _grouped(parameters, _is_unsummed).items():
+        # Several at once, torch 2.11 would leave those alone, and say nothing.
+        foreach = False if is_unsummed else None
+        torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm, foreach=foreach)
 
 
 def _refuse_without_gradient(parameters: Sequence[nn.Parameter]) -> None:
