@@ -92,8 +92,13 @@ def raw() -> Run:
 
 
 def by_hand(num_callbacks: int) -> Run:
-    """The raw loop with calls of as many methods, and the mean of the loss: what nobody beats."""
+    """The raw loop with calls of as many methods, and the mean of the loss: what nobody beats.
+
+    It clips with the two functions that `clip_grad_norm_` is made of, and drops gradients without
+    the profiler's range around `zero_grad`: both are a few µs faster.
+    """
     model, optimizer = make_model()
+    parameters = list(model.parameters())
 
     class NoOp:
         def hook(self, first: Any, second: Any) -> None: ...
@@ -111,11 +116,13 @@ def by_hand(num_callbacks: int) -> Run:
             call_all(batch, batch_idx)
             loss = loss_of(model, batch)
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            nn.utils.clip_grads_with_norm_(parameters, MAX_NORM, norm)
             call_all(model, optimizer)
             optimizer.step()
             call_all(model, optimizer)
-            optimizer.zero_grad()
+            for parameter in parameters:
+                parameter.grad = None
             losses.append(loss.detach())
             if len(losses) == SPAN:
                 total += torch.stack(losses).sum()

@@ -170,6 +170,55 @@ def test_each_optimizer_hook_sees_what_its_name_says(tmp_path: Path) -> None:
     ]
 
 
+def test_gradients_of_parameters_that_a_hook_adds_are_dropped_too(tmp_path: Path) -> None:
+    class Adds(Callback[TinyTrainer]):
+        def post_optimizer_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+            if self.trainer.global_step == 0:
+                optimizer.add_param_group({"params": self.trainer.head.parameters()})
+
+    class Heads(TinyTrainer):
+        def configure_models(self) -> None:
+            super().configure_models()
+            self.head = nn.Linear(1, 1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = self.head(self.model(batch[0])).sum()
+            self.backward(loss)
+            self.step(self.optimizer)
+            return loss
+
+    trainer = Heads(tiny_config(tmp_path, [Adds()], max_steps=1))
+    trainer.fit()
+
+    assert trainer.head.weight.grad is None
+    assert len(trainer.optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize("changed", ["class", "instance"])
+def test_an_optimizers_own_zero_grad_is_called(tmp_path: Path, changed: str) -> None:
+    calls = []
+
+    class Keeps(torch.optim.SGD):
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            calls.append(set_to_none)
+            super().zero_grad(set_to_none=False)
+
+    class Own(TinyTrainer):
+        def configure_optimizers(self) -> None:
+            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+            keeps = Keeps(self.model.parameters(), lr=0.1)
+            if changed == "class":
+                self.optimizer = keeps
+            else:
+                self.optimizer.zero_grad = keeps.zero_grad  # type: ignore[method-assign]
+
+    trainer = Own(tiny_config(tmp_path, max_steps=2))
+    trainer.fit()
+
+    assert calls == [True, True]
+    assert trainer.model.head.weight.grad is not None
+
+
 @pytest.mark.parametrize("returns", ["attribute", "scheduler", "mapping", "list"])
 def test_schedulers_are_stepped_once_per_optimizer_step(tmp_path: Path, returns: str) -> None:
     class Scheduled(TinyTrainer):

@@ -95,12 +95,24 @@ class Optimization:
         optimizer.step()
         callbacks.post_optimizer_step(model, optimizer)
         callbacks.pre_optimizer_zero_grad(model, optimizer)
-        optimizer.zero_grad()
+        _zero_grad(optimizer)
         callbacks.post_optimizer_zero_grad(model, optimizer)
         for scheduler in self._schedulers_of[optimizer]:
             scheduler.step()
         self.num_steps += 1
         return norm
+
+
+def _zero_grad(optimizer: Optimizer) -> None:
+    """`optimizer.zero_grad()`; in place of torch's own, its effect alone: the range for profilers
+    that it opens takes 9 µs.
+    """
+    if getattr(optimizer.zero_grad, "__func__", None) is not Optimizer.zero_grad:
+        optimizer.zero_grad()
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
 
 
 def _gradient_sync_setters(model: nn.Module) -> list[Callable[[bool], None]]:

@@ -24,10 +24,11 @@ def gradient_norm(parameters: Sequence[nn.Parameter], max_norm: float | None = N
     Raises:
         ValueError: If no parameter has a gradient.
     """
-    _refuse_without_gradient(parameters)
+    parameters = _with_gradient(parameters)
+    norm = _norm(parameters)
     if max_norm is not None:
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 def sharded_gradient_norm(
@@ -50,13 +51,8 @@ def sharded_gradient_norm(
     Raises:
         ValueError: If no parameter has a gradient.
     """
-    _refuse_without_gradient(parameters)
-    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-    groups = _grouped(with_gradient, _mesh_of).values()
-    norms = [
-        _whole(torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]))
-        for group in groups
-    ]
+    groups = _grouped(_with_gradient(parameters), _mesh_of).values()
+    norms = [_whole(_norm(group)) for group in groups]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if max_norm is not None:
         for group in groups:
@@ -72,13 +68,17 @@ def _clip(parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> 
         torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm, foreach=foreach)
 
 
-def _refuse_without_gradient(parameters: Sequence[nn.Parameter]) -> None:
-    for parameter in parameters:
-        if parameter.grad is not None:
-            return
-    raise ValueError(
-        "no parameter has a gradient; call self.backward(loss) before self.step(optimizer)"
-    )
+def _with_gradient(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    if not parameters:
+        raise ValueError(
+            "no parameter has a gradient; call self.backward(loss) before self.step(optimizer)"
+        )
+    return parameters
+
+
+def _norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def _grouped(
