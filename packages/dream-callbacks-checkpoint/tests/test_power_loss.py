@@ -44,7 +44,7 @@ def power_lost_repeatedly(folder: Path, callback: str, options: str, times: int)
     """Steps that were resumed from what the disk had; each at least the last one called saved."""
     have_mounts_of_its_own()
     draw = random.Random(times)
-    image, copy = new_image(folder / "disk.img", 64 << 20), folder / "copy.img"
+    image, copy = new_image(folder / "disk.img", 256 << 20), folder / "copy.img"
     outside = folder / "outside"
     outside.mkdir()
     steps = []

@@ -168,7 +168,14 @@ def make(
 
 
 class Filled(TinyTrainer):
-    """Every number of the model and its optimizer is the step: a mixture of two steps shows."""
+    """Every number of the model and its optimizer is the step: a mixture of two steps shows.
+
+    With 8 MB of them, files are written in several chunks, on each of two ranks too.
+    """
+
+    def configure_models(self) -> None:
+        super().configure_models()
+        self.model.register_parameter("wide", nn.Parameter(torch.zeros(2048, 1024)))
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         result = super().training_step(batch, batch_idx)

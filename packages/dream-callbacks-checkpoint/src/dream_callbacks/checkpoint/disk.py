@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dream_callbacks.checkpoint import layout
+from dream_callbacks.checkpoint.chunked_file import ChunkedFile
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.lock import DirectoryLock
 from dream_callbacks.checkpoint.manifest import FileSum
@@ -160,8 +161,7 @@ class LocalDisk:
         """A new file to write."""
         path = self.root / folder / name
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        file = open(os.open(path, flags, 0o666), "wb", buffering=1 << 20)  # noqa: SIM115
-        return SummedFile(str(path), file, lambda file: os.fdatasync(file.fileno()))
+        return SummedFile(str(path), ChunkedFile(os.open(path, flags, 0o666)))
 
     def write(self, folder: str, name: str, data: bytes) -> FileSum:
         """Write a new file."""

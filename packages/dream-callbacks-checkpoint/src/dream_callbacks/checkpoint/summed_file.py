@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, BinaryIO
 
@@ -13,7 +14,6 @@ from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.manifest import FileSum
 
 _LARGE_BYTES = 1 << 20
-_EARLY_BYTES = 1 << 25
 _CHUNK_BYTES = 1 << 22
 _PIECE_BYTES = 1 << 16
 
@@ -24,61 +24,52 @@ class SummedFile:
     Args:
         name: For errors.
         file: Open, empty.
-        push: Sends to the disk what was written so far. Of a large file it is called beside the
-            writing, so that little is left to wait for in the end.
 
     Attributes:
         first_error: What the file system said first. Whoever writes may hide it: torch says
             "unexpected pos" where the disk is full.
     """
 
-    def __init__(
-        self, name: str, file: BinaryIO, push: Callable[[BinaryIO], None] | None = None
-    ) -> None:
+    def __init__(self, name: str, file: BinaryIO | io.RawIOBase) -> None:
         self.name = name
         self.first_error: OSError | None = None
         self._file = file
-        self._push = push
-        self._sums = FileSum(0, 0)
-        self._threads: ThreadPoolExecutor | None = None
-        self._pushed_bytes = 0
-        self._pushing: Future[None] | None = None
+        self._num_bytes = 0
+        self._crc32 = 0
+        self._small = bytearray()  # not yet written: torch.save writes a tensor in forty pieces
+        self._thread: ThreadPoolExecutor | None = None
 
     @property
     def sums(self) -> FileSum:
-        """Of what was written so far."""
-        return self._sums
+        """Of the whole file, once it is closed."""
+        return FileSum(self._num_bytes, self._crc32)
 
     def write(self, data: Any) -> int:
         """Append bytes, or anything that holds them."""
         view = memoryview(data).cast("B")
-        if len(view) < _LARGE_BYTES:
-            crc32 = zlib.crc32(view, self._sums.crc32)
-            with self._noting_errors():
-                self._file.write(view)
+        if len(view) >= _LARGE_BYTES:
+            self._write_small()
+            self._write_large(view)
         else:
-            crc32 = self._write_large(view)
-        self._sums = FileSum(self._sums.num_bytes + len(view), crc32)
+            self._small += view
+            if len(self._small) >= _LARGE_BYTES:
+                self._write_small()
+        self._num_bytes += len(view)
         return len(view)
 
     def tell(self) -> int:
         """How many bytes were written so far."""
-        return self._sums.num_bytes
+        return self._num_bytes
 
     def flush(self) -> None:
-        """Hand what was written to the operating system."""
-        with self._noting_errors():
-            self._file.flush()
+        """Nothing: `close` hands over what is left."""
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
         if self._file.closed:
             return
         try:
-            self.flush()
-            if self._pushing is not None:
-                with self._noting_errors():
-                    self._pushing.result()
+            self._write_small()
         finally:
             self._let_go()
 
@@ -97,32 +88,26 @@ class SummedFile:
             with contextlib.suppress(OSError):  # what is buffered has no room either
                 self._let_go()
 
-    def _write_large(self, view: memoryview) -> int:
+    def _write_small(self) -> None:
+        small, self._small = self._small, bytearray()
+        self._crc32 = zlib.crc32(small, self._crc32)
+        with self._noting_errors():
+            self._file.write(small)
+
+    def _write_large(self, view: memoryview) -> None:
         """Write, and compute the checksum meanwhile: both let go of the interpreter."""
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(2, "checkpoint-file")
-        summing = self._threads.submit(zlib.crc32, view, self._sums.crc32)
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "checkpoint-sum")
+        summing = self._thread.submit(zlib.crc32, view, self._crc32)
         try:
             with self._noting_errors():
                 self._file.write(view)
-                self._push_early()
         finally:
-            crc32 = summing.result()
-        return crc32
-
-    def _push_early(self) -> None:
-        if self._push is None or self.tell() - self._pushed_bytes < _EARLY_BYTES:
-            return
-        if self._pushing is None or self._pushing.done():
-            if self._pushing is not None:
-                self._pushing.result()
-            assert self._threads is not None, "only after a large write"
-            self._pushed_bytes = self.tell()
-            self._pushing = self._threads.submit(self._push, self._file)
+            self._crc32 = summing.result()
 
     def _let_go(self) -> None:
-        if self._threads is not None:
-            self._threads.shutdown()
+        if self._thread is not None:
+            self._thread.shutdown()
         with self._noting_errors():
             self._file.close()
 
