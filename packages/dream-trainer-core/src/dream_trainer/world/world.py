@@ -1,10 +1,9 @@
-"""World: who the ranks are, what device and mesh they have, and what they do together."""
+"""World: the ranks of a run, their groups and mesh, and what they do together."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import os
 import random
 import threading
 from collections.abc import Iterator, Mapping
@@ -15,13 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dream_trainer.configs.device import AXES, DeviceParameters, MeshShape
+from dream_trainer.configs.device import AXES, DeviceParameters
 from dream_trainer.world import collectives, launcher, refusal
 from dream_trainer.world.collectives import ReduceOp
 from dream_trainer.world.determinism import seed_all, use_deterministic_algorithms
 from dream_trainer.world.disagreement import disagreements
 from dream_trainer.world.forking import let_threads_settle_before_forks
-from dream_trainer.world.mesh import build_mesh, coordinates, fsdp_mesh
+from dream_trainer.world.identity import RankIdentity
+from dream_trainer.world.mesh import build_mesh, fsdp_mesh
 from dream_trainer.world.watch import Alone, FailureWatch
 
 if TYPE_CHECKING:
@@ -33,12 +33,11 @@ T = TypeVar("T")
 _ABANDON_S = 1.0
 
 
-class World:
-    """The ranks of a run.
+class World(RankIdentity):
+    """The ranks of a run: connected, laid out on a mesh, and asked to do things together.
 
     One process that torchrun didn't start is a world of one: no process group, no port, and
-    every method works. Ranks are read from the environment that torchrun sets, so they are known
-    before `launch`.
+    every method works. Which rank this is and how many there are is known before `launch`.
 
     Args:
         parameters: Layout, device and timeouts.
@@ -50,18 +49,7 @@ class World:
     """
 
     def __init__(self, parameters: DeviceParameters) -> None:
-        self.parameters = parameters
-        self.world_size = _from_environment("WORLD_SIZE", 1)
-        self.rank = _from_environment("RANK", 0)
-        self.local_rank = _from_environment("LOCAL_RANK", 0)
-        if self.world_size > 1 and "RANK" not in os.environ:
-            raise ValueError(
-                f"WORLD_SIZE={self.world_size} is set and RANK isn't; start the script with "
-                "torchrun, which sets both, or unset WORLD_SIZE"
-            )
-        self.shape: MeshShape = parameters.mesh_shape(self.world_size)
-        self.place = coordinates(self.rank, self.shape)
-        self.device = _device(parameters, self.local_rank)
+        super().__init__(parameters)
         self._mesh: DeviceMesh | None = None
         self._fsdp_mesh: DeviceMesh | None = None
         self._groups: dict[str, ProcessGroup] = {}
@@ -70,59 +58,6 @@ class World:
         self._refusal: tuple[str, str] | None = None
         self._store: Store | None = None
         self._watch: Alone | FailureWatch = Alone()
-
-    # Who
-
-    @property
-    def is_global_zero(self) -> bool:
-        return self.rank == 0
-
-    @property
-    def is_local_zero(self) -> bool:
-        return self.local_rank == 0
-
-    @property
-    def dp_rank(self) -> int:
-        """Which part of the data this rank reads, of `dp_size`."""
-        return self.place["dp_replicate"] * self.shape.dp_shard + self.place["dp_shard"]
-
-    @property
-    def dp_size(self) -> int:
-        return self.shape.dp_size
-
-    @property
-    def tp_rank(self) -> int:
-        return self.place["tp"]
-
-    @property
-    def tp_size(self) -> int:
-        return self.shape.tp
-
-    @property
-    def cp_rank(self) -> int:
-        return self.place["cp"]
-
-    @property
-    def cp_size(self) -> int:
-        return self.shape.cp
-
-    @property
-    def data_part(self) -> int:
-        """Which part of a global batch this rank computes; dropout is alike where it is."""
-        return self.dp_rank * self.cp_size + self.cp_rank
-
-    @property
-    def pp_rank(self) -> int:
-        return self.place["pp"]
-
-    @property
-    def pp_size(self) -> int:
-        return self.shape.pp
-
-    @property
-    def is_distributed(self) -> bool:
-        """Whether there is more than one rank."""
-        return self.world_size > 1
 
     # Life
 
@@ -416,26 +351,3 @@ class World:
 
 def _as_flag(condition: bool | Tensor) -> bool | Tensor:
     return condition.all() if isinstance(condition, Tensor) else bool(condition)
-
-
-def _from_environment(name: str, default: int) -> int:
-    text = os.environ.get(name)
-    if text is None:
-        return default
-    if not text.isdigit():
-        raise ValueError(f"the environment has {name}={text!r}; a whole number is required")
-    return int(text)
-
-
-def _device(parameters: DeviceParameters, local_rank: int) -> torch.device:
-    if parameters.device == "cpu" or (
-        parameters.device == "auto" and not torch.cuda.is_available()
-    ):
-        return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise RuntimeError(
-            f"local rank {local_rank} has no CUDA device: {torch.cuda.device_count()} are "
-            "visible; start at most as many ranks per node, or use "
-            'DeviceParameters(device="cpu")'
-        )
-    return torch.device("cuda", local_rank)

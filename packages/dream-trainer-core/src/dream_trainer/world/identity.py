@@ -1,0 +1,111 @@
+"""RankIdentity: which rank this is, of how many, on which device and place of the mesh."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from dream_trainer.configs.device import DeviceParameters, MeshShape
+from dream_trainer.world.mesh import coordinates
+
+
+class RankIdentity:
+    """Which rank this is; read from the environment that torchrun sets, and without it rank 0 of 1.
+
+    Args:
+        parameters: Layout and device.
+
+    Raises:
+        ValueError: If the layout doesn't fit the number of ranks, or the environment is
+            incomplete.
+        RuntimeError: If the device isn't there.
+    """
+
+    def __init__(self, parameters: DeviceParameters) -> None:
+        self.parameters = parameters
+        self.world_size = _from_environment("WORLD_SIZE", 1)
+        self.rank = _from_environment("RANK", 0)
+        self.local_rank = _from_environment("LOCAL_RANK", 0)
+        if self.world_size > 1 and "RANK" not in os.environ:
+            raise ValueError(
+                f"WORLD_SIZE={self.world_size} is set and RANK isn't; start the script with "
+                "torchrun, which sets both, or unset WORLD_SIZE"
+            )
+        self.shape: MeshShape = parameters.mesh_shape(self.world_size)
+        self.place = coordinates(self.rank, self.shape)
+        self.device = _device(parameters, self.local_rank)
+
+    @property
+    def is_global_zero(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_local_zero(self) -> bool:
+        return self.local_rank == 0
+
+    @property
+    def dp_rank(self) -> int:
+        """Which part of the data this rank reads, of `dp_size`."""
+        return self.place["dp_replicate"] * self.shape.dp_shard + self.place["dp_shard"]
+
+    @property
+    def dp_size(self) -> int:
+        return self.shape.dp_size
+
+    @property
+    def tp_rank(self) -> int:
+        return self.place["tp"]
+
+    @property
+    def tp_size(self) -> int:
+        return self.shape.tp
+
+    @property
+    def cp_rank(self) -> int:
+        return self.place["cp"]
+
+    @property
+    def cp_size(self) -> int:
+        return self.shape.cp
+
+    @property
+    def data_part(self) -> int:
+        """Which part of a global batch this rank computes; dropout is alike where it is."""
+        return self.dp_rank * self.cp_size + self.cp_rank
+
+    @property
+    def pp_rank(self) -> int:
+        return self.place["pp"]
+
+    @property
+    def pp_size(self) -> int:
+        return self.shape.pp
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether there is more than one rank."""
+        return self.world_size > 1
+
+
+def _from_environment(name: str, default: int) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    if not text.isdigit():
+        raise ValueError(f"the environment has {name}={text!r}; a whole number is required")
+    return int(text)
+
+
+def _device(parameters: DeviceParameters, local_rank: int) -> torch.device:
+    if parameters.device == "cpu" or (
+        parameters.device == "auto" and not torch.cuda.is_available()
+    ):
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise RuntimeError(
+            f"local rank {local_rank} has no CUDA device: {torch.cuda.device_count()} are "
+            "visible; start at most as many ranks per node, or use "
+            'DeviceParameters(device="cpu")'
+        )
+    return torch.device("cuda", local_rank)
