@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
 import random
 import resource
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,39 +70,80 @@ def is_direct(descriptor: int) -> bool:
     return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
 
 
+@pytest.mark.parametrize("limit", [CHUNK // 2, 3 * CHUNK, 3 * CHUNK + 512])
+def test_an_error_of_the_file_system_is_raised_and_the_file_closed(
+    folder: Path, limit: int
+) -> None:
+    descriptor = os.open(folder / "x", os.O_WRONLY | os.O_CREAT)
+
+    with size_limit(limit), pytest.raises(OSError, match="File too large"):
+        fill(ChunkedFile(descriptor), 20 if limit > CHUNK else 3)
+
+    assert is_let_go(descriptor)
+
+
+def test_an_error_of_one_chunk_is_raised_though_later_ones_are_written(folder: Path) -> None:
+    descriptor = os.open(folder / "x", os.O_WRONLY | os.O_CREAT)
+    file = ChunkedFile(descriptor)
+    with size_limit(CHUNK):
+        file.write(bytes(2 * CHUNK))
+        wait_for_writing()
+    with pytest.raises(OSError, match="File too large"):
+        fill(file, 3 * CHUNK // MIB)
+
+    assert is_let_go(descriptor)
+
+
+def test_an_error_that_comes_late_is_raised_when_the_file_is_closed(folder: Path) -> None:
+    descriptor = os.open(folder / "x", os.O_WRONLY | os.O_CREAT)
+    file = ChunkedFile(descriptor)
+    with size_limit(CHUNK):
+        file.write(bytes(CHUNK + 10))
+        with pytest.raises(OSError, match="File too large"):
+            file.close()
+
+    assert is_let_go(descriptor)
+
+
+def test_a_closed_file_refuses_what_would_go_to_another(tmp_path: Path) -> None:
+    file = new(tmp_path / "x")
+    file.close()
+    other = os.open(tmp_path / "other", os.O_WRONLY | os.O_CREAT)
+
+    with pytest.raises(ValueError, match="closed file"):
+        file.write(bytes(2 * CHUNK))
+
+    assert os.fstat(other).st_size == 0
+    os.close(other)
+
+
 def fill(file: ChunkedFile, num_pieces: int) -> None:
     with file:
         for _ in range(num_pieces):
             file.write(bytes(MIB + 1))
 
 
-@pytest.mark.parametrize("limit", [CHUNK // 2, 3 * CHUNK, 3 * CHUNK + 512])
-def test_an_error_of_the_file_system_is_raised_and_the_file_closed(
-    folder: Path, limit: int
-) -> None:
+@contextlib.contextmanager
+def size_limit(num_bytes: int) -> Iterator[None]:
+    """While this lasts, the system refuses to make files larger."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
-        file = new(folder / "x")
-        with pytest.raises(OSError, match="File too large"):
-            fill(file, 20 if limit > CHUNK else 3)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    assert file.closed
-    assert (folder / "x").stat().st_size <= limit
+
+def wait_for_writing() -> None:
+    while any(thread.name == "checkpoint-file" for thread in threading.enumerate()):
+        time.sleep(0.01)
 
 
-def test_an_error_that_comes_late_is_raised_when_the_file_is_closed(folder: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (CHUNK, hard))
+def is_let_go(descriptor: int) -> bool:
+    """Whether nothing writes any more, and the descriptor is closed."""
+    writing = [thread for thread in threading.enumerate() if thread.name == "checkpoint-file"]
     try:
-        file = new(folder / "x")
-        file.write(bytes(CHUNK))
-        file.write(bytes(10))
-        with pytest.raises(OSError, match="File too large"):
-            file.close()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    assert file.closed
+        os.fstat(descriptor)
+    except OSError as error:
+        return error.errno == errno.EBADF and not writing
+    return False

@@ -33,21 +33,28 @@ def test_sums_are_those_of_all_that_was_written(tmp_path: Path) -> None:
         assert sums_of(found) == file.sums
 
 
-def test_the_first_error_is_kept_and_names_the_file() -> None:
-    class Full(io.BytesIO):
+def test_after_an_error_nothing_more_is_written_and_closing_raises_it() -> None:
+    class FailsOnce(io.BytesIO):
         def write(self, data: Any) -> int:
-            raise OSError(28, "No space left on device")
+            if not written:
+                written.append(data)
+                raise OSError(28, "No space left on device")
+            return super().write(data)
 
-    file = SummedFile("x", Full())
+    written: list[Any] = []
+    content = FailsOnce()
+    file = SummedFile("x", content)
     file.write(bytes(10))
     with pytest.raises(OSError, match=r"No space left on device: 'x'") as first:
         file.write(bytes(2 * MIB))
-    with pytest.raises(OSError, match="No space left on device"):
-        file.write(bytes(2 * MIB))
-    with pytest.raises(OSError, match="No space left on device"):
-        file.close()
+    for call in (lambda: file.write(bytes(2 * MIB)), file.close):
+        with pytest.raises(OSError, match="No space left on device") as again:
+            call()
+        assert again.value is first.value
 
     assert file.first_error is first.value
+    assert content.closed
+    file.close()
 
 
 def test_small_pieces_are_written_together() -> None:

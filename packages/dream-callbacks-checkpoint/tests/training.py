@@ -170,7 +170,7 @@ def make(
 class Filled(TinyTrainer):
     """Every number of the model and its optimizer is the step: a mixture of two steps shows.
 
-    With 8 MB of them, files are written in several chunks, on each of two ranks too.
+    With 8 MB of them, files have a full chunk and more, on each of two ranks too.
     """
 
     def configure_models(self) -> None:

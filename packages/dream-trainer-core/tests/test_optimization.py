@@ -194,29 +194,42 @@ def test_gradients_of_parameters_that_a_hook_adds_are_dropped_too(tmp_path: Path
     assert len(trainer.optimizer.param_groups) == 2
 
 
-@pytest.mark.parametrize("changed", ["class", "instance"])
-def test_an_optimizers_own_zero_grad_is_called(tmp_path: Path, changed: str) -> None:
+@pytest.mark.parametrize("changed", ["class", "instance", "torch"])
+def test_an_optimizers_own_zero_grad_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
     calls = []
+    torchs = torch.optim.Optimizer.zero_grad
+
+    def keep(self: torch.optim.Optimizer, set_to_none: bool = True) -> None:
+        calls.append(set_to_none)
+        torchs(self, set_to_none=False)
 
     class Keeps(torch.optim.SGD):
-        def zero_grad(self, set_to_none: bool = True) -> None:
-            calls.append(set_to_none)
-            super().zero_grad(set_to_none=False)
+        zero_grad = keep  # type: ignore[assignment]
 
     class Own(TinyTrainer):
         def configure_optimizers(self) -> None:
-            self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
-            keeps = Keeps(self.model.parameters(), lr=0.1)
-            if changed == "class":
-                self.optimizer = keeps
-            else:
-                self.optimizer.zero_grad = keeps.zero_grad  # type: ignore[method-assign]
+            kind = Keeps if changed == "class" else torch.optim.SGD
+            self.optimizer = kind(self.model.parameters(), lr=0.1)
+            if changed == "instance":
+                self.optimizer.zero_grad = keep.__get__(self.optimizer)  # type: ignore[method-assign]
 
+    if changed == "torch":
+        monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", keep)
     trainer = Own(tiny_config(tmp_path, max_steps=2))
     trainer.fit()
 
     assert calls == [True, True]
     assert trainer.model.head.weight.grad is not None
+
+
+def test_a_profiler_sees_that_gradients_are_dropped(tmp_path: Path) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        TinyTrainer(tiny_config(tmp_path, max_steps=2)).fit()
+
+    counts = {event.key: event.count for event in profiler.key_averages()}
+    assert counts["Optimizer.zero_grad#AdamW.zero_grad"] == 2
 
 
 @pytest.mark.parametrize("returns", ["attribute", "scheduler", "mapping", "list"])

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import mmap
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from typing import Any
+
+from dream_callbacks.checkpoint.beside import beside
 
 _CHUNK_BYTES = 1 << 22
 
 
 class ChunkedFile(io.RawIOBase):
-    """A new file, written front to back: a thread writes one chunk while the next is filled.
+    """A new file, written front to back: while one chunk is filled, a thread writes the other.
 
-    On a disk of this machine full chunks go past the page cache (O_DIRECT): it would take memory
-    that a virtual machine may first have to be given, and that is what a large save then waits for
-    (`docs/benchmarks`). FastPersist, https://arxiv.org/abs/2406.13768, writes so for the sake of
-    fast disks. Elsewhere, the system is told after each chunk to send it off.
+    On a file system of a block device (ext4, XFS; not btrfs, ZFS, overlayfs) full chunks go past
+    the page cache (O_DIRECT). It would take memory for them, which the host of a virtual machine
+    may first have to find: that is what a large save then waits for (`docs/benchmarks`).
+    FastPersist, https://arxiv.org/abs/2406.13768, writes so for the sake of fast disks. Elsewhere
+    the system is told after each chunk to send it off, where it can be told.
 
     The disk has all of it after `close` and an fsync.
 
@@ -29,7 +33,6 @@ class ChunkedFile(io.RawIOBase):
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._is_direct = False
-        self._thread: ThreadPoolExecutor | None = None
         self._writing: Future[mmap.mmap] | None = None
         self._num_sent_bytes = 0
         self._chunk = _new_chunk()
@@ -41,6 +44,8 @@ class ChunkedFile(io.RawIOBase):
         Raises:
             OSError: Of this or an earlier write.
         """
+        if self.closed:
+            raise ValueError("write to a closed file")
         view = memoryview(data).cast("B")
         begin = 0
         while begin < len(view):
@@ -68,18 +73,15 @@ class ChunkedFile(io.RawIOBase):
             _write_at(self._descriptor, self._chunk, self._num_filled, self._num_sent_bytes)
         finally:
             super().close()
-            if self._thread is not None:
-                self._thread.shutdown()
+            if self._writing is not None:
+                wait([self._writing])
             os.close(self._descriptor)
 
     def _send(self) -> None:
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "checkpoint-file")
-            self._is_direct = _is_on_own_disk(self._descriptor) and _set_direct(
-                self._descriptor, True
-            )
         before = self._writing
-        self._writing = self._thread.submit(self._put, self._chunk, self._num_sent_bytes)
+        if before is None and _is_on_block_device(self._descriptor):
+            self._is_direct = _set_direct(self._descriptor, True)
+        self._writing = beside("checkpoint-file", self._put, self._chunk, self._num_sent_bytes)
         self._num_sent_bytes += _CHUNK_BYTES
         self._num_filled = 0
         self._chunk = _new_chunk() if before is None else before.result()
@@ -87,7 +89,8 @@ class ChunkedFile(io.RawIOBase):
     def _put(self, chunk: mmap.mmap, offset: int) -> mmap.mmap:
         _write_at(self._descriptor, chunk, _CHUNK_BYTES, offset)
         if not self._is_direct and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, offset, _CHUNK_BYTES, os.POSIX_FADV_DONTNEED)
+            with contextlib.suppress(OSError):  # it is only a hint
+                os.posix_fadvise(self._descriptor, offset, _CHUNK_BYTES, os.POSIX_FADV_DONTNEED)
         return chunk
 
 
@@ -102,9 +105,9 @@ def _write_at(descriptor: int, chunk: mmap.mmap, num_bytes: int, offset: int) ->
             done += os.pwrite(descriptor, view[done:num_bytes], offset + done)
 
 
-def _is_on_own_disk(descriptor: int) -> bool:
-    """Whether a file is on a block device: across a network, more than one chunk should be on its
-    way, and the page cache sees to that.
+def _is_on_block_device(descriptor: int) -> bool:
+    """Whether a file's system is one: across a network many chunks should be on their way, and the
+    page cache sees to that.
     """
     return os.major(os.fstat(descriptor).st_dev) != 0
 

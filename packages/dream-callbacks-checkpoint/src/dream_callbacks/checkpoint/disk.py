@@ -9,11 +9,12 @@ import os
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait
 from pathlib import Path
 from typing import BinaryIO
 
 from dream_callbacks.checkpoint import layout
+from dream_callbacks.checkpoint.beside import beside
 from dream_callbacks.checkpoint.chunked_file import ChunkedFile
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.lock import DirectoryLock
@@ -176,9 +177,10 @@ class LocalDisk:
             _sync(paths[0])
             return
         # At once, so that one commit of the file system's journal serves them all.
-        with ThreadPoolExecutor(len(paths), "checkpoint-sync") as threads:
-            for synced in [threads.submit(_sync, path) for path in paths]:
-                synced.result()
+        syncing = [beside("checkpoint-sync", _sync, path) for path in paths]
+        wait(syncing)
+        for synced in syncing:
+            synced.result()
 
     def rename(self, old: str, new: str) -> None:
         """Give a folder or file another name, at once; the disk has it when this returns."""

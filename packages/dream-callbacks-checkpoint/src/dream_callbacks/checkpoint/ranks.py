@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from dream_callbacks.checkpoint.beside import beside
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_trainer.world import World
 
@@ -80,17 +81,13 @@ class Ranks:
         """
         if self.size == 1:
             return self.each(function)
-        outcomes: list[tuple[T, _Failure | None]] = []
-        worker = threading.Thread(
-            target=lambda: outcomes.append(self._outcome(function)), daemon=True
-        )
-        worker.start()
+        outcome: Future[tuple[T, _Failure | None]]
+        outcome = beside("checkpoint-part", self._outcome, function)
         while True:
-            worker.join(_BEAT_S)
-            if all(self.all_gather(not worker.is_alive())):
+            wait([outcome], _BEAT_S)
+            if all(self.all_gather(outcome.done())):
                 break
-        assert outcomes, "the thread ends with an outcome"
-        value, error = outcomes[0]
+        value, error = outcome.result()
         self._raise(error, self.all_gather(_text(error)))
         return value
 

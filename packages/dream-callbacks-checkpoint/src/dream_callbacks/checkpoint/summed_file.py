@@ -6,10 +6,10 @@ import contextlib
 import io
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from dream_callbacks.checkpoint.beside import beside
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.manifest import FileSum
 
@@ -37,7 +37,6 @@ class SummedFile:
         self._num_bytes = 0
         self._crc32 = 0
         self._small = bytearray()  # not yet written: torch.save writes a tensor in forty pieces
-        self._thread: ThreadPoolExecutor | None = None
 
     @property
     def sums(self) -> FileSum:
@@ -45,7 +44,11 @@ class SummedFile:
         return FileSum(self._num_bytes, self._crc32)
 
     def write(self, data: Any) -> int:
-        """Append bytes, or anything that holds them."""
+        """Append bytes, or anything that holds them.
+
+        Raises:
+            OSError: Of this or an earlier write.
+        """
         view = memoryview(data).cast("B")
         if len(view) >= _LARGE_BYTES:
             self._write_small()
@@ -65,7 +68,11 @@ class SummedFile:
         """Nothing: `close` hands over what is left."""
 
     def close(self) -> None:
-        """Close the file; a second call does nothing."""
+        """Close the file; a second call does nothing.
+
+        Raises:
+            OSError: Of this or an earlier write.
+        """
         if self._file.closed:
             return
         try:
@@ -91,23 +98,23 @@ class SummedFile:
     def _write_small(self) -> None:
         small, self._small = self._small, bytearray()
         self._crc32 = zlib.crc32(small, self._crc32)
-        with self._noting_errors():
-            self._file.write(small)
+        self._write(small)
 
     def _write_large(self, view: memoryview) -> None:
         """Write, and compute the checksum meanwhile: both let go of the interpreter."""
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "checkpoint-sum")
-        summing = self._thread.submit(zlib.crc32, view, self._crc32)
+        summing = beside("checkpoint-sum", zlib.crc32, view, self._crc32)
         try:
-            with self._noting_errors():
-                self._file.write(view)
+            self._write(view)
         finally:
             self._crc32 = summing.result()
 
+    def _write(self, data: bytearray | memoryview) -> None:
+        if self.first_error is not None:
+            raise self.first_error  # a file with a hole must not pass for whole
+        with self._noting_errors():
+            self._file.write(data)
+
     def _let_go(self) -> None:
-        if self._thread is not None:
-            self._thread.shutdown()
         with self._noting_errors():
             self._file.close()
 
