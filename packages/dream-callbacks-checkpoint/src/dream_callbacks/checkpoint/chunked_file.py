@@ -74,7 +74,7 @@ class ChunkedFile(io.RawIOBase):
         finally:
             super().close()
             if self._writing is not None:
-                wait([self._writing])
+                wait([self._writing])  # after Ctrl-C too: it would write to the number's next file
             os.close(self._descriptor)
 
     def _send(self) -> None:
