@@ -7,10 +7,10 @@ import time
 from typing import Any
 
 import pytest
+from dream_callbacks.checkpoint.agreement import Agreement, Wishes
 
 from dream_callbacks.checkpoint import CheckpointError
 from dream_callbacks.checkpoint import ranks as ranks_module
-from dream_callbacks.checkpoint.agreement import Agreement, Wishes
 from dream_callbacks.checkpoint.ranks import Ranks
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import run_on_ranks

@@ -109,6 +109,9 @@ class Trainer(TinyTrainer):
 
     def configure_optimizers(self) -> None:
         self._fail_in("configure_optimizers")
+        if self.what == "SIGTERM" and is_failing_rank(self):
+            note_time(self)
+            os.kill(os.getpid(), signal.SIGTERM)  # from `fit` on, it would stop the run
         super().configure_optimizers()
 
     def configure_dataloaders(self) -> Any:
@@ -148,10 +151,7 @@ class Trainer(TinyTrainer):
             "clean_up_fails",
         ):
             fail(self)
-        if self.what in ("SIGKILL", "SIGTERM"):
-            note_time(self)
-            os.kill(os.getpid(), signal.Signals[self.what])
-        if self.what == "killed_on_another_machine":
+        if self.what in ("SIGKILL", "killed_on_another_machine"):
             note_time(self)
             os.kill(os.getpid(), signal.SIGKILL)
         if self.what == "os_exit":
@@ -173,7 +173,7 @@ class InCleanUp(Callback[TinyTrainer]):
         self.what = what
 
     def pre_fit(self) -> None:
-        if self.what == "gives_sigterm_back":  # as CheckpointCallback does
+        if self.what == "gives_sigterm_back":
             self.handler = signal.signal(signal.SIGTERM, lambda number, frame: None)
 
     def on_exception(self, exception: BaseException) -> None:

@@ -398,7 +398,6 @@ class NeverCloses(Good):
 class WillNotStop(Good):
     def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
         self.trainer.stop_reason = None
-        self.trainer._stop_request = None  # noqa: SLF001  # what a bad one may do
 
 
 @bad("stops", "the reason became 'mine'")

@@ -75,7 +75,7 @@ SPECIAL = [
     Case("thread_hangs", 0, place=IN_STEP),
     Case("backward", 1, place=IN_STEP),
     Case("SIGKILL", 1, place=KILLED, said=AT_STEP),
-    Case("SIGTERM", 1, place="was ended by SIGTERM", said=AT_STEP),
+    Case("SIGTERM", 1, place="was ended by SIGTERM", said=r"; rank \d was at step 0"),
     Case("killed_on_another_machine", 1, place=HUNG, said="rank 1: no answer"),
     Case("hangs", 1, place=HUNG, said="Timed out waiting"),
     Case("loader_hang", 0, place=HUNG, said="Timed out waiting"),
@@ -90,7 +90,7 @@ ON_FOUR_RANKS = [
     Case("post_fit", 1, 4),
     Case("backward", 3, 4, place=IN_STEP),
     Case("SIGKILL", 2, 4, place=KILLED, said=AT_STEP),
-    Case("SIGTERM", 2, 4, place="was ended by SIGTERM", said=AT_STEP),
+    Case("SIGTERM", 2, 4, place="was ended by SIGTERM", said=r"; rank \d was at step 0"),
 ]
 ALL = [*IN_HOOKS, *SPECIAL, *ON_FOUR_RANKS]
 QUICK = {

@@ -1,4 +1,4 @@
-"""SIGTERM while ranks are watched: it ends a process as ever, and no other one."""
+"""Signals of a run: they stop it or ask for a save, and take effect once it has cleaned up."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +44,13 @@ def test_what_a_child_gets_is_not_its_parents(tmp_path: Path) -> None:
 
 
 class Hangs(Callback[TinyTrainer]):
-    """Rank 0 waits for the others, which never come; all get SIGTERM then."""
+    """Before training, rank 0 waits for the others, which never come; all get SIGTERM then."""
 
-    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
-        if batch_idx == 2:
-            threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
-            if self.trainer.world.rank == 0:
-                dist.barrier()
-            time.sleep(60)
+    def post_setup(self) -> None:
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        if self.trainer.world.rank == 0:
+            dist.barrier()
+        time.sleep(60)
 
 
 def hangs(root: str) -> None:
@@ -101,28 +102,268 @@ def test_who_handles_it_meanwhile_decides(tmp_path: Path) -> None:
     assert run_on_ranks(takes_it_itself, 2, str(tmp_path)) == [(8, 1), (8, 1)]
 
 
-class LetsThrough(Callback[TinyTrainer]):
-    """Stops the run as Ctrl-C on rank 1 does, and lets that through while rank 0 closes."""
+class Sends(Callback[Any]):
+    """Sends this process, or its group, signals in one hook of one rank."""
+
+    def __init__(
+        self, *numbers: int, hook: str = "post_train_step", rank: int = 0, at_step: int = 3
+    ) -> None:
+        self.numbers = numbers
+        self.hook = hook
+        self.rank = rank
+        self.at_step = at_step
+
+    def _send(self, hook: str) -> None:
+        trainer = self.trainer
+        if (hook, trainer.world.rank, trainer.global_step) == (self.hook, self.rank, self.at_step):
+            self.at_step = -1
+            for number in self.numbers:
+                signal.raise_signal(number)
+
+    def pre_fit(self) -> None:
+        self._send("pre_fit")
 
     def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
-        if batch_idx == 2:
-            self.trainer.stop("SIGINT")
+        self._send("post_train_step")
+
+    def post_validation_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        self._send("post_validation_step")
+
+
+class Notes(Callback[Any]):
+    """Appends to a file what is called at the end, and why."""
+
+    def __init__(self, file: Path, name: str) -> None:
+        self.file = file
+        self.name = name
+
+    def _note(self, hook: str) -> None:
+        trainer = self.trainer
+        with self.file.open("a") as file:
+            file.write(f"{self.name}.{hook} {trainer.stop_reason} {trainer.exception!r}\n")
+
+    def on_exception(self, exception: BaseException) -> None:
+        self._note("on_exception")
+
+    def post_validation_epoch(self, result: dict[str, Any]) -> None:
+        self._note("post_validation_epoch")
 
     def post_fit(self) -> None:
-        if self.trainer.exception is None and self.trainer.world.rank == 1:
-            raise KeyboardInterrupt
-        time.sleep(1.0)
+        self._note("post_fit")
 
 
-def interrupted_at_its_end(root: str) -> str:
+def status_of(function: Callable[..., object], *args: Any) -> int:
+    """Exit status of a forked process that makes a call, as if that were its whole script."""
+    process = os.fork()
+    if process == 0:
+        try:
+            function(*args)
+        except KeyboardInterrupt:
+            os._exit(130)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def train(root: Path, *callbacks: Callback[Any], **training: Any) -> TinyTrainer:
+    trainer = TinyTrainer(tiny_config(root, callbacks, **training))
+    trainer.fit()
+    return trainer
+
+
+def notes_of(root: Path, sends: Sends, **training: Any) -> tuple[int, list[str]]:
+    """Exit status, and what two callbacks noted, one before the sender and one after it."""
+    file = root / "notes"
+    callbacks = [Notes(file, "first"), sends, Notes(file, "last")]
+    status = status_of(partial(train, root, *callbacks, **training))
+    return status, file.read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)]
+)
+def test_a_signal_ends_the_process_after_every_callback_has_cleaned_up(
+    tmp_path: Path, number: signal.Signals, expected: int
+) -> None:
+    ((status, notes),) = run_on_ranks(notes_of, 1, tmp_path, Sends(number))
+
+    assert status == expected
+    # The run was stopped; it hasn't failed, so there is no on_exception.
+    assert notes == [f"{name}.post_fit {number.name} None" for name in ("first", "last")]
+
+
+@pytest.mark.parametrize("hook", ["pre_fit", "post_validation_step"])
+def test_a_signal_before_and_in_the_sanity_validation_stops_before_the_first_step(
+    tmp_path: Path, hook: str
+) -> None:
+    sends = Sends(signal.SIGTERM, hook=hook, at_step=0)
+
+    ((status, notes),) = run_on_ranks(partial(notes_of, num_sanity_val_steps=2), 1, tmp_path, sends)
+
+    assert status == -signal.SIGTERM
+    assert notes == [f"{name}.post_fit SIGTERM None" for name in ("first", "last")]
+
+
+class StopsInValidation(TinyTrainer):
+    """Gets SIGTERM in the first of two validation batches, or asks to stop there."""
+
+    def configure_dataloaders(self) -> Any:
+        train, _ = super().configure_dataloaders()
+        self.evaluated: list[int] = []
+        batches = [next(iter(train))] * 2
+        return train, batches
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        self.evaluated.append(self.global_step)
+        if self.global_step == 8 and batch_idx == 0:
+            self.stop("seen enough")
+        return super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("every", [None, 4])
+def test_a_stop_in_a_validation_takes_effect_after_its_batch(
+    tmp_path: Path, every: int | None
+) -> None:
+    notes = Notes(tmp_path / "notes", "callback")
+    config = tiny_config(tmp_path, [notes], n_epochs=2, val_every_n_steps=every)
+    trainer = StopsInValidation(config)
+
+    trainer.fit()
+
+    assert trainer.evaluated[-3:] == ([4, 4, 8] if every else [8])
+    assert (trainer.global_step, trainer.counters.validated_step) == (8, 4 if every else -1)
+    seen = notes.file.read_text().splitlines()
+    assert [line.split()[0] for line in seen] == [
+        *(["callback.post_validation_epoch"] if every else []),
+        "callback.post_fit",
+    ]
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path: Path) -> None:
+    ((status, notes),) = run_on_ranks(notes_of, 1, tmp_path, Sends(signal.SIGINT, signal.SIGINT))
+
+    assert status == 130
+    assert [line.split()[0] for line in notes] == [
+        "first.on_exception",
+        "last.on_exception",
+        "first.post_fit",
+        "last.post_fit",
+    ]
+    assert all("KeyboardInterrupt" in line for line in notes)
+
+
+def handler_of_a_user(root: Path) -> tuple[list[int], list[int], bool]:
+    """Steps done when the signal came through, and how the handler was found afterwards."""
+    trainer = TinyTrainer(tiny_config(root, [Sends(signal.SIGTERM)]))
+    seen: list[int] = []
+
+    def handler(number: int, frame: Any) -> None:
+        seen.append(trainer.counters.local_batches)
+
+    signal.signal(signal.SIGTERM, handler)
+    trainer.fit()
+    return seen, [trainer.global_step], signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_a_users_handler_gets_the_signal_once_after_the_run(tmp_path: Path) -> None:
+    assert run_on_ranks(handler_of_a_user, 1, tmp_path) == [([3], [3], True)]
+
+
+def ignores(root: Path) -> int:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return train(root, Sends(signal.SIGTERM)).global_step
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    assert run_on_ranks(ignores, 1, tmp_path) == [8]
+
+
+def test_a_request_to_save_that_nobody_hears_is_warned_of_and_doesnt_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = train(tmp_path, Sends(signal.SIGUSR1))
+
+    assert trainer.global_step == 8
+    assert caplog.messages == [
+        "SIGUSR1 asks for a save, and no callback saves: add a CheckpointCallback"
+    ]
+
+
+class TrainsAnother(Callback[Any]):
+    """Trains another trainer, which gets a signal."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def pre_epoch(self) -> None:
+        self.inner = train(self.root / "inner", Sends(signal.SIGTERM))
+        self.goes_on = True
+
+
+def trains_in_a_callback(root: Path) -> tuple[int, int, bool, int]:
+    seen: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    outer = TrainsAnother(root)
+    trainer = train(root, outer)
+    return outer.inner.global_step, trainer.global_step, outer.goes_on, len(seen)
+
+
+def test_a_signal_stops_the_runs_that_it_finds_and_takes_effect_after_the_outermost(
+    tmp_path: Path,
+) -> None:
+    # The outer run has one step behind it: it was stopped before it began.
+    assert run_on_ranks(trains_in_a_callback, 1, tmp_path) == [(3, 1, True, 1)]
+
+
+def fails_after_a_signal(root: Path) -> list[str]:
+    """The run fails although a signal had come; the next run has nothing to do with that."""
+
+    class Fails(Callback[Any]):
+        def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+            signal.raise_signal(signal.SIGINT)
+            raise ZeroDivisionError
+
+    seen = []
     try:
-        TinyTrainer(tiny_config(root, [LetsThrough()], n_epochs=1)).fit()
+        train(root / "failed", Fails())
+    except ZeroDivisionError:
+        seen.append("failed")
+    train(root / "next")
+    return [*seen, str(signal.getsignal(signal.SIGINT) is signal.default_int_handler)]
+
+
+def test_a_signal_of_a_run_that_failed_is_not_delivered_by_the_next(tmp_path: Path) -> None:
+    assert run_on_ranks(fails_after_a_signal, 1, tmp_path) == [["failed", "True"]]
+
+
+def in_a_thread(root: Path) -> int:
+    trainers: list[TinyTrainer] = []
+    thread = threading.Thread(target=lambda: trainers.append(train(root)))
+    thread.start()
+    thread.join()
+    return trainers[0].global_step
+
+
+def test_outside_of_the_main_thread_signals_are_left_alone(tmp_path: Path) -> None:
+    assert run_on_ranks(in_a_thread, 1, tmp_path) == [8]
+
+
+def interrupted_on_one_rank(root: Path) -> tuple[str, int, str | None]:
+    class Slow(Callback[Any]):
+        def post_fit(self) -> None:
+            if self.trainer.world.rank == 0:
+                time.sleep(1.0)
+
+    trainer = TinyTrainer(tiny_config(root, [Sends(signal.SIGINT, rank=1), Slow()], n_epochs=1))
+    try:
+        trainer.fit()
     except KeyboardInterrupt:
-        return "interrupted"
-    return "ended"
+        return "interrupted", trainer.global_step, trainer.stop_reason
+    return "ended", trainer.global_step, trainer.stop_reason
 
 
-def test_an_interrupt_that_was_let_through_is_no_failure_for_others(tmp_path: Path) -> None:
-    found = run_on_ranks(interrupted_at_its_end, 2, str(tmp_path))
+def test_ctrl_c_on_one_rank_stops_all_and_is_a_failure_of_none(tmp_path: Path) -> None:
+    first, second = run_on_ranks(interrupted_on_one_rank, 2, tmp_path)
 
-    assert found == ["ended", "interrupted"]
+    assert [first[0], second[0]] == ["ended", "interrupted"]
+    assert first[1:] == second[1:]
+    assert first[2] == "SIGINT"

@@ -12,17 +12,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from dream_callbacks.checkpoint.agreement import Agreement
 from dream_callbacks.checkpoint.config import CheckpointParameters
 from dream_callbacks.checkpoint.directory import below
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.loading import load_into
 from dream_callbacks.checkpoint.ranks import described
 from dream_callbacks.checkpoint.retention import is_among_best
-from dream_callbacks.checkpoint.signals import SignalWatch
 from dream_callbacks.checkpoint.store import Facts, Store
 from dream_trainer.callbacks import Cadence, Callback, Every
 from dream_trainer.trainer import BaseTrainer
+from dream_trainer.world import RUN_SIGNALS, Request
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +31,9 @@ class Session:
     """What the callback has while its run lasts."""
 
     store: Store
-    signals: SignalWatch
-    agreement: Agreement
+    save: Request
+    time_is_up: Request
+    save_failed: Request
     cadence: Cadence | None = None
     clock: Cadence | None = None
     metrics: dict[str, float] = field(default_factory=dict)
@@ -100,21 +100,18 @@ class CheckpointCallback(Callback[BaseTrainer]):
         session.store.open()
         self._start_counting(session)
         session.is_between_steps = True
-        if self.parameters.save_on_signal:
-            session.signals.begin()
 
     def post_fit(self) -> None:
         session = self._session
         if session is None:
             return
+        reason = self.trainer.stop_reason or "end"
         try:
             if self.trainer.exception is None:
-                self._save(self.trainer.stop_reason or "end")
+                self._save_if_asked(reason)
                 self._settle(session)
         finally:
             self._close()
-        if self.trainer.exception is None:
-            session.signals.deliver()
 
     def on_exception(self, exception: BaseException) -> None:
         session = self._session
@@ -146,20 +143,24 @@ class CheckpointCallback(Callback[BaseTrainer]):
         session.is_between_steps = True
         if not session.knows_monitor:
             session.step_keys = tuple(result)
-        step = self.trainer.global_step
-        wishes = session.agreement.poll(
-            save=session.signals.take_save_request(),
-            time_is_up=session.clock is not None and session.clock.due(step),
-            failed=self._has_failed(),
-        )
-        if wishes.failed:
+        self._ask(session)
+        if session.save_failed.take():
             self._settle(session)
-        if session.cadence is not None and session.cadence.due(step):
+        is_asked, is_time = session.save.take(), session.time_is_up.take()
+        if session.cadence is not None and session.cadence.due(self.trainer.global_step):
             self._save(f"every {session.cadence.every.steps} steps")
-        elif wishes.save:
-            self._save("SIGUSR1")
-        elif wishes.time_is_up:
+        elif is_time:
             self._save("time")
+        elif is_asked:
+            self._save_if_asked(session.save.reason())
+
+    def _ask(self, session: Session) -> None:
+        """Ask all ranks for what this one has come to know: clocks and threads differ by rank."""
+        if session.clock is not None and self.trainer.world.is_global_zero:
+            if session.clock.due(self.trainer.global_step):
+                session.time_is_up.ask()
+        if self._has_failed():
+            session.save_failed.ask()
 
     def post_train_epoch(self, result: dict[str, Any]) -> None:
         session = self._session
@@ -206,6 +207,11 @@ class CheckpointCallback(Callback[BaseTrainer]):
 
     # Saving
 
+    def _save_if_asked(self, reason: str) -> None:
+        """Save, unless a signal asked for it that doesn't count."""
+        if self.parameters.save_on_signal or reason not in RUN_SIGNALS:
+            self._save(reason)
+
     def _save(self, reason: str) -> None:
         """Save this step, unless that was done."""
         session, trainer = self._session, self.trainer
@@ -223,7 +229,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
             metrics=dict(metrics),
         )
         self._start_clock(session)
-        session.agreement.forget()
+        session.time_is_up.withdraw()
         try:
             self._write(session, facts)
         except CheckpointError as error:
@@ -333,13 +339,21 @@ class CheckpointCallback(Callback[BaseTrainer]):
                         f"callback {name} writes to {self.directory} too; give one of the two "
                         "another root_dir, or leave it out"
                     )
-        store = Store(self.directory, trainer.world, self.parameters.keep_rules)
-        return Session(store, SignalWatch(self._stop), Agreement(store.ranks))
+        requests, name = trainer.requests, self._name()
+        return Session(
+            Store(self.directory, trainer.world, self.parameters.keep_rules),
+            save=requests.register("save"),
+            time_is_up=requests.register(f"{name}: time"),
+            save_failed=requests.register(f"{name}: failed save"),
+        )
+
+    def _name(self) -> str:
+        """Its name in the collection."""
+        return next(name for name, each in self.trainer.callbacks.items() if each is self)
 
     def _close(self) -> None:
         session, self._session = self._session, None
         if session is not None:
-            session.signals.end()
             session.store.close()
 
     def _restore(self, session: Session) -> None:
@@ -366,9 +380,6 @@ class CheckpointCallback(Callback[BaseTrainer]):
         self._saved_step = checkpoint.step
         if self.trainer.world.is_global_zero:
             logger.info("continuing from %s/%s", store.disk, checkpoint.name)
-
-    def _stop(self, signal_name: str) -> None:
-        self.trainer.stop(signal_name)
 
     def _start_counting(self, session: Session) -> None:
         every = self.parameters.cadence

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Never, NoReturn
 
 from dream_trainer.configs.device import DeviceParameters
 from dream_trainer.trainer.intersection import TrainerMeta
+from dream_trainer.world.requests import Requests
 from dream_trainer.world.world import World
 
 if TYPE_CHECKING:
@@ -136,12 +137,14 @@ class AbstractTrainer(metaclass=TrainerMeta):
         callbacks: The callbacks of this trainer; may be changed at any time.
         world: Ranks, device, mesh and collectives.
         counters: How far training has come; for the loop to change and nobody else.
+        requests: What any rank may ask of all ranks, without a step waiting for another rank.
     """
 
     config: AbstractTrainerConfig
     callbacks: CallbackCollection
     world: World
     counters: Counters
+    requests: Requests
 
     # Identity. Names are checked again, since they may have been assigned since.
 
@@ -216,10 +219,21 @@ class AbstractTrainer(metaclass=TrainerMeta):
 
     @abstractmethod
     def stop(self, reason: str) -> None:
-        """End training after the current optimizer step, on all ranks alike.
+        """End training, on all ranks after the same optimizer step.
 
-        May be called on any rank, from any hook, and from another thread. Not collective.
-        Clean-up and `post_fit` follow as they do at the end.
+        With one rank that is the current step; with several, the step at which all of them know,
+        within one second or two steps, whichever is longer. A validation is left after the batch
+        being evaluated, and repeated when the run is resumed. `post_fit` follows as at the end.
+
+        May be called on any rank, in any hook, in another thread and in a signal handler. Not
+        collective. The first reason counts.
+        """
+
+    @abstractmethod
+    def request_save(self, reason: str) -> None:
+        """Ask the callbacks that save to do so after a step, on all ranks. As SIGUSR1 does.
+
+        May be called where `stop` may. Takes effect as soon as that. Not collective.
         """
 
     # Parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,10 @@ from dream_trainer.trainer.definition import check_definition
 from dream_trainer.trainer.loader_watch import LoaderWatch
 from dream_trainer.trainer.optimization import Optimization
 from dream_trainer.trainer.results import EpochMeans
+from dream_trainer.world.requests import Requests, Tick
 from dream_trainer.world.world import World
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -83,6 +87,7 @@ class BaseTrainer(AbstractTrainer):
         self.training_parameters = config.training_parameters
         self.training_parameters.validate()
         self.world = World(config.device_parameters)
+        self.requests = Requests(self.world)
         self.counters = Counters()
         self.epoch_means = EpochMeans("training_step")
         self.loader_watch = LoaderWatch(self.world.rank)
@@ -96,8 +101,7 @@ class BaseTrainer(AbstractTrainer):
         self._is_configured = False
         self._is_set_up = False
         self._is_fitting = False
-        self._has_other_ranks = self.world.is_distributed
-        self._stop_request: str | None = None
+        self._stop_request = self.requests.register("stop")
         self._deadline_s: float | None = None
         self.callbacks = config.callbacks
         self.callbacks.initialize(self)
@@ -184,16 +188,25 @@ class BaseTrainer(AbstractTrainer):
         self.training_parameters.validate()
         self.callbacks.initialize(self)
         self._is_fitting = True
-        self.exception, self.stop_reason, self._stop_request = None, None, None
+        self.exception, self.stop_reason = None, None
         try:
             loop.fit(self)
         finally:
             self._is_fitting = False
 
     def stop(self, reason: str) -> None:
-        self._stop_request = reason
-        if not self.world.is_distributed:
+        if self.world.is_distributed:
+            self._stop_request.ask(reason)
+        elif self.stop_reason is None:
             self.stop_reason = reason
+
+    def request_save(self, reason: str) -> None:
+        if self.requests.is_heard("save"):
+            self.requests.ask("save", reason)
+        else:
+            logger.warning(
+                "%s asks for a save, and no callback saves: add a CheckpointCallback", reason
+            )
 
     def state_dict(self, *, as_target: bool = False) -> dict[str, Any]:
         return state.state_dict(self, as_target=as_target)
@@ -240,23 +253,26 @@ class BaseTrainer(AbstractTrainer):
         max_time_s = self.training_parameters.max_time
         self._deadline_s = None if max_time_s is None else time.monotonic() + max_time_s
 
-    @property
-    def may_be_stopped(self) -> bool:
-        """Whether `agree_to_stop` could be true: always with several ranks, as one may ask."""
-        return self._deadline_s is not None or self.stop_reason is not None or self._has_other_ranks
+    def receive_requests(self) -> None:
+        """Before the hooks at the end of a step or an evaluated batch: learn what was agreed."""
+        self.requests.receive()
+        self._note_stop()
 
-    def agree_to_stop(self) -> bool:
-        """Whether some rank wants to stop. Collective, on the CPU: the device isn't waited for."""
+    def send_requests(self, tick: Tick) -> None:
+        """After these hooks: tell the other ranks what this one asks for. Doesn't wait."""
         if self._deadline_s is not None and time.monotonic() > self._deadline_s:
             self._deadline_s = None
             self.stop(f"max_time={self.training_parameters.max_time} s has passed")
-        if not self.world.is_distributed:
-            return self.stop_reason is not None
-        if self.world.agree_on_any(self._stop_request is not None):
-            reasons = self.world.all_gather((self._stop_request,))
-            self.stop_reason = next(reason for (reason,) in reasons if reason is not None)
-            return True
-        return False
+        self.requests.send(tick)
+
+    def exchange_requests(self) -> None:
+        """Tell and learn at once, where the ranks meet anyway. Collective, blocking."""
+        self.requests.exchange()
+        self._note_stop()
+
+    def _note_stop(self) -> None:
+        if self._stop_request.take():
+            self.stop_reason = self._stop_request.reason()
 
 
 def _moved(batch: Any, device: torch.device) -> Any:

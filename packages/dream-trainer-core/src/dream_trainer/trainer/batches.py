@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from dream_trainer.trainer.loader_watch import LoaderWatch
 from dream_trainer.world.determinism import random_state, random_state_kept, set_random_state
+from dream_trainer.world.worker_signals import protected_workers
 from dream_trainer.world.world import World
 
 
@@ -123,7 +124,8 @@ class BatchStream:
         if isinstance(self.loader, StatefulLoader) and "loader" in state_dict:
             self._set_epoch(state_dict["epoch"])
             self.loader.load_state_dict(state_dict["loader"])
-            self._iterator = iter(self.loader)
+            with protected_workers(self.loader):
+                self._iterator = iter(self.loader)
         else:
             now = random_state()
             set_random_state(state_dict["random_state"])
@@ -169,10 +171,12 @@ def begin(loader: Iterable[Any]) -> Iterator[Any]:
     Workers that stay (`persistent_workers`) are seeded when they are made: the random number that
     this takes would be missing in every later epoch, and a resumed run couldn't give the same.
     """
-    if getattr(loader, "persistent_workers", False) and getattr(loader, "_iterator", None) is None:
-        with random_state_kept():
-            iter(loader)
-    return iter(loader)
+    with protected_workers(loader):
+        starts_workers = getattr(loader, "_iterator", None) is None
+        if getattr(loader, "persistent_workers", False) and starts_workers:
+            with random_state_kept():
+                iter(loader)
+        return iter(loader)
 
 
 def batches_together(

@@ -15,6 +15,7 @@ from dream_trainer.trainer.divergence import refuse_divergence
 from dream_trainer.trainer.results import EpochMeans
 from dream_trainer.trainer.steps import in_contexts, note_place
 from dream_trainer.trainer.validation import sanity_validate, validate_if_due, validate_if_new
+from dream_trainer.world import signals
 from dream_trainer.world.determinism import random_state_kept, set_random_state
 
 if TYPE_CHECKING:
@@ -50,10 +51,11 @@ def setup(trainer: BaseTrainer) -> None:
 
 def fit(trainer: BaseTrainer) -> None:
     """Train until the run's limit, a stop or an error."""
-    callbacks = trainer.callbacks
-    with failing_cleanly(trainer):
-        trainer.configure()
-        trainer.setup()
+    trainer.configure()
+    trainer.setup()
+    with signals.handled_by(trainer), failing_cleanly(trainer):
+        callbacks, watch = trainer.callbacks, trainer.world.failure_watch()
+        trainer.requests.start()
         _set_train_mode(trainer)
         callbacks.pre_fit()
         with trainer.loader_watch.watching():
@@ -65,13 +67,12 @@ def fit(trainer: BaseTrainer) -> None:
                 _train(trainer)
             finally:
                 trainer.train_batches.pause()
-        watch, was_stopped = trainer.world.failure_watch(), trainer.stop_reason is not None
-        if was_stopped:
-            watch.say_goodbye()  # a callback may let the signal through that asked to stop
+        trainer.requests.finish()
         error = callbacks.post_fit()
         if error is not None:
             raise error
-        watch.finish(together=not was_stopped)
+        watch.finish()
+    signals.deliver()
 
 
 @contextmanager
@@ -106,7 +107,7 @@ def _train(trainer: BaseTrainer) -> None:
             counters.global_step,
         )
     validate_if_due(trainer)  # a checkpoint of this step may have been saved before it was
-    while not _is_done(trainer) and not trainer.agree_to_stop():
+    while not _is_done(trainer) and not _is_stopped_between_epochs(trainer):
         if counters.epoch_stage == "end":
             counters.current_epoch += 1
             counters.epoch_batches = 0
@@ -116,6 +117,12 @@ def _train(trainer: BaseTrainer) -> None:
     if ended_inside_epoch and trainer.stop_reason is None and parameters.val_every_n_steps is None:
         with random_state_kept():  # a run that goes on from here must not notice
             validate_if_new(trainer)
+
+
+def _is_stopped_between_epochs(trainer: BaseTrainer) -> bool:
+    """Whether to train no further epoch; the ranks meet here anyway. Collective, blocking."""
+    trainer.exchange_requests()
+    return trainer.stop_reason is not None
 
 
 def _is_done(trainer: BaseTrainer) -> bool:
@@ -139,7 +146,8 @@ def _run_epoch(trainer: BaseTrainer) -> None:
         counters.epoch_stage = "validate"
         callbacks.post_train_epoch(result)
     if trainer.training_parameters.val_every_n_steps is None:
-        validate_if_new(trainer)
+        if not validate_if_new(trainer):
+            return
     counters.epoch_stage = "end"
     callbacks.post_epoch()
 
@@ -156,6 +164,7 @@ def _train_epoch(trainer: BaseTrainer) -> bool:
         trainer.optimization,
     )
     accumulation = trainer.training_parameters.gradient_accumulation_steps
+    step_limit = trainer.training_parameters.step_limit
     num_batches = trainer.num_train_batches
     assert num_batches is not None, "the loaders are built in setup"
     trainer.callbacks.pre_train_epoch()
@@ -171,9 +180,10 @@ def _train_epoch(trainer: BaseTrainer) -> bool:
             if group_size != 1 or optimization.group_size != 1:
                 optimization.begin_batch(index_in_group, group_size)
             train_step(trainer, batches.next_batch())
-        if _ends_after_step(trainer) and counters.epoch_batches < num_batches:
-            return False
+        _finish_step(trainer)
         if trainer.stop_reason is not None:
+            return False
+        if counters.global_step >= step_limit and counters.epoch_batches < num_batches:
             return False
     batches.finish_epoch()
     if counters.global_step == steps_before:
@@ -206,20 +216,19 @@ def train_step(trainer: BaseTrainer, batch: Any) -> None:
     counters.local_batches += 1
     if optimization.num_steps != steps_before:
         counters.global_step += 1
+    if not optimization.is_accumulating:
+        trainer.receive_requests()
     callbacks.post_train_step(result, batch_idx)
 
 
-def _ends_after_step(trainer: BaseTrainer) -> bool:
-    """Validate if it is time. Whether the run ends with the step that was just completed."""
-    parameters = trainer.training_parameters
+def _finish_step(trainer: BaseTrainer) -> None:
+    """After the batches of an optimizer step: tell the ranks what is asked for, validate if due."""
+    trainer.send_requests("train")
     if not trainer.first_step_done:
         trainer.first_step_done = True
         trainer.world.tighten_timeouts()
-    if parameters.val_every_n_steps is not None:
+    if trainer.training_parameters.val_every_n_steps is not None and trainer.stop_reason is None:
         validate_if_due(trainer)
-    if trainer.may_be_stopped and trainer.agree_to_stop():
-        return True
-    return parameters.max_steps is not None and trainer.global_step >= parameters.max_steps
 
 
 def _set_train_mode(trainer: BaseTrainer) -> None:

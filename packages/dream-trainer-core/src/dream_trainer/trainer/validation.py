@@ -12,7 +12,7 @@ from dream_trainer.trainer.batches import batches_together
 from dream_trainer.trainer.divergence import refuse_divergence
 from dream_trainer.trainer.results import EpochMeans
 from dream_trainer.trainer.steps import in_contexts, note_place
-from dream_trainer.world.determinism import random_state_kept
+from dream_trainer.world.determinism import random_state, random_state_kept, set_random_state
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -33,28 +33,38 @@ def validate_if_due(trainer: BaseTrainer) -> None:
         validate_if_new(trainer)
 
 
-def validate_if_new(trainer: BaseTrainer) -> None:
-    """Validate, unless that was done since the last step."""
+def validate_if_new(trainer: BaseTrainer) -> bool:
+    """Validate, unless that was done since the last step.
+
+    Returns:
+        False if the run was stopped before the last batch; `validated_step` tells that it is due.
+    """
     if trainer.validates and trainer.counters.validated_step != trainer.counters.global_step:
-        _validate(trainer, max_batches=None)
+        return _validate(trainer, max_batches=None)
+    return True
 
 
-def _validate(trainer: BaseTrainer, max_batches: int | None) -> None:
-    """Run validation over the loader, or over `max_batches` of it."""
+def _validate(trainer: BaseTrainer, max_batches: int | None) -> bool:
+    """Run validation over the loader, or over `max_batches` of it.
+
+    If the run is stopped, leave it after the batch being evaluated, with the random state that it
+    found, so that a resumed run repeats it as if nothing had happened.
+
+    Returns:
+        Whether it was completed.
+    """
     callbacks = trainer.callbacks
+    random_state_before = random_state()
     callbacks.pre_validation_epoch()
     trainer.reset_metrics()
     means = EpochMeans("validation_step")
-    limits = [n for n in (max_batches, trainer.num_val_batches) if n is not None]
     with torch.no_grad(), _eval_mode(trainer):
-        batch_idx = 0
-        loader, limit = trainer.val_dataloader or (), min(limits, default=None)
-        watch = trainer.loader_watch
-        for batch in batches_together(loader, limit, trainer.world, "validation", watch):
-            _validation_step(trainer, batch, batch_idx, means)
-            batch_idx += 1
+        num_batches = _evaluate(trainer, max_batches, means)
     _reshard(trainer)
-    if batch_idx == 0:
+    if trainer.stop_reason is not None:
+        set_random_state(random_state_before)
+        return False
+    if num_batches == 0:
         raise RuntimeError(
             "the validation loader gave no batch; at least 1 is required: return an iterable "
             "that can be iterated again, or no validation loader"
@@ -71,6 +81,25 @@ def _validate(trainer: BaseTrainer, max_batches: int | None) -> None:
     if max_batches is None:
         trainer.counters.validated_step = trainer.counters.global_step
     callbacks.post_validation_epoch(result)
+    trainer.exchange_requests()
+    return True
+
+
+def _evaluate(trainer: BaseTrainer, max_batches: int | None, means: EpochMeans) -> int:
+    """Evaluate the batches of the validation loader until its end, a limit or a stop.
+
+    Returns:
+        Number of batches.
+    """
+    limits = [n for n in (max_batches, trainer.num_val_batches) if n is not None]
+    loader, limit = trainer.val_dataloader or (), min(limits, default=None)
+    batch_idx = 0
+    for batch in batches_together(loader, limit, trainer.world, "validation", trainer.loader_watch):
+        _validation_step(trainer, batch, batch_idx, means)
+        batch_idx += 1
+        if trainer.stop_reason is not None:
+            break
+    return batch_idx
 
 
 def _validation_step(trainer: BaseTrainer, batch: Any, batch_idx: int, means: EpochMeans) -> None:
@@ -89,7 +118,9 @@ def _validation_step(trainer: BaseTrainer, batch: Any, batch_idx: int, means: Ep
     except BaseException as error:
         note_place(error, trainer, "validation_step", batch_idx)
         raise
+    trainer.receive_requests()
     callbacks.post_validation_step(result, batch_idx)
+    trainer.send_requests("validate")
 
 
 def _reshard(trainer: BaseTrainer) -> None:

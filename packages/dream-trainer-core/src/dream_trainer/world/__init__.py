@@ -1,6 +1,8 @@
-"""torch.distributed as the trainer sees it: ranks, device, mesh, collectives, seeds, failure."""
+"""torch.distributed as the trainer sees it: ranks, mesh, collectives, requests, signals, failure."""
 
 from dream_trainer.world.failure import Failure, RemoteError
+from dream_trainer.world.requests import Request, Requests
+from dream_trainer.world.signals import RUN_SIGNALS
 from dream_trainer.world.world import World
 
-__all__ = ["Failure", "RemoteError", "World"]
+__all__ = ["RUN_SIGNALS", "Failure", "RemoteError", "Request", "Requests", "World"]

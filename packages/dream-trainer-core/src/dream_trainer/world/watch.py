@@ -63,10 +63,7 @@ class Alone:
     def report(self, error: BaseException, step: int) -> BaseException:
         return error
 
-    def say_goodbye(self) -> None:
-        pass
-
-    def finish(self, *, together: bool = True) -> None:
+    def finish(self) -> None:
         pass
 
     def leave(self) -> None:
@@ -147,7 +144,7 @@ class FailureWatch:
         self._depth = 0
         signals.ignore(signal.SIGCHLD)  # torch's handler raises when a loader's worker has died
         if isinstance(error, KeyboardInterrupt) and self._has_said_goodbye:
-            return error  # the signal that asked to stop, let through: nobody has failed
+            return error  # it waited for the others to finish: nobody has failed
         if isinstance(error, RemoteError):
             first = error.failure
             error.__notes__ = []  # where it came upon this rank; it isn't the cause
@@ -164,28 +161,21 @@ class FailureWatch:
             launcher.record_error(error, str(first), first.time_s + (not is_mine))
         return error
 
-    def say_goodbye(self) -> None:
-        """From now on until `finish` this process may end, by a signal, without being missed."""
-        self._record.say_goodbye(self._rank, self._span)
-        self._has_said_goodbye = True
+    def finish(self) -> None:
+        """End the watch after success, once all ranks have come here, for as long as that takes.
 
-    def finish(self, *, together: bool = True) -> None:
-        """End the watch after success.
-
-        Args:
-            together: First wait until all ranks have come here, for as long as that takes.
+        From here on this process may end without being missed.
 
         Raises:
             RemoteError: If another rank failed while this one waited.
         """
-        self._record.say_goodbye(self._rank, self._span)
-        if together:
-            self._record.count(f"finished/{self._span}")
-            self._record.wait_for_all(f"finished/{self._span}", look=self._raise_if_failed)
-            self._record.count(f"known/{self._span}")
-            if self._rank == 0 and not launcher.keeps_store():
-                # The store ends with this process, when the others have read that all are here.
-                self._record.wait_for_all(f"known/{self._span}", limit_s=_PATIENCE_S)
+        self._say_goodbye()
+        self._record.count(f"finished/{self._span}")
+        self._record.wait_for_all(f"finished/{self._span}", look=self._raise_if_failed)
+        self._record.count(f"known/{self._span}")
+        if self._rank == 0 and not launcher.keeps_store():
+            # The store ends with this process, when the others have read that all are here.
+            self._record.wait_for_all(f"known/{self._span}", limit_s=_PATIENCE_S)
         self._stop()
         self._span += 1
         self._has_said_goodbye = False
@@ -198,9 +188,13 @@ class FailureWatch:
     def close(self) -> None:
         """Say goodbye, and watch no longer."""
         if self._first is None:
-            self.say_goodbye()
+            self._say_goodbye()
             self._stop()
             atexit.unregister(self._at_exit)
+
+    def _say_goodbye(self) -> None:
+        self._record.say_goodbye(self._rank, self._span)
+        self._has_said_goodbye = True
 
     # What happened
 

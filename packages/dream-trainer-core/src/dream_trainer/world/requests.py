@@ -1,0 +1,256 @@
+"""Requests: what one rank wants takes effect on all ranks at the same step, and no step waits.
+
+A rank that is told to stop, or whose background save failed, can't act alone: the others would
+wait for it in the next collective. Asking all ranks after each step would make each step wait for
+the slowest host. So an exchange is started after one step and read after a later one, when it has
+arrived: an asynchronous all-reduce of a few integers on a CPU group of its own, about once a
+second.
+
+All ranks must start and read it after the same steps. Each exchange carries rank 0's measurement of
+how long steps take; between two exchanges every rank advances the same virtual clock by it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import zlib
+from collections import deque
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from dream_trainer.world.world import World
+
+Tick = Literal["train", "validate"]
+"""What was completed: an optimizer step, or an evaluated batch."""
+
+_TICKS: tuple[Tick, ...] = get_args(Tick)
+_WITHIN_US = 1_000_000
+"""A request takes effect within this time, or within two steps if they take longer."""
+_IN_FLIGHT_US = 120_000
+"""How long an exchange is left alone before it is read."""
+_NUM_DURATIONS = 32
+_NUM_NAMES = 32
+_UNKNOWN_US = 2**40
+
+
+class Request:
+    """Something that any rank may ask of all ranks. Made by `Requests.register`.
+
+    Args:
+        name: What is asked for.
+        requests: Where it is registered.
+    """
+
+    def __init__(self, name: str, requests: Requests) -> None:
+        self.name = name
+        self._requests = requests
+        self._num_taken = requests.num_agreed(name)
+
+    def ask(self, reason: str = "") -> None:
+        """Ask for it, on this rank. Not collective; safe in any thread and in signal handlers."""
+        self._requests.ask(self.name, reason)
+
+    def take(self) -> bool:
+        """Whether some rank asked since the last call; True on all ranks after the same step.
+
+        Call it on all ranks in the same hook, such as `post_train_step`. Sends nothing.
+        """
+        num_agreed = self._requests.num_agreed(self.name)
+        is_new = num_agreed > max(self._num_taken, self._requests.num_of_earlier_runs(self.name))
+        self._num_taken = num_agreed
+        return is_new
+
+    def withdraw(self) -> None:
+        """Drop what this rank has asked for and not sent yet. Not collective."""
+        self._requests.withdraw(self.name)
+
+    def reason(self) -> str:
+        """The reason that was given; of several ranks, the lowest rank's. Collective, blocking."""
+        return self._requests.reason(self.name)
+
+
+class Requests:
+    """The requests of a run. In a world of one, what is asked for is agreed at once.
+
+    Callbacks call `register`; the loop calls the rest. The names "stop" and "save" are always
+    registered: `trainer.stop` asks for the first, SIGUSR1 for the second.
+
+    Args:
+        world: The ranks that agree.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._is_distributed = world.is_distributed
+        self._num_agreed = {"stop": 0, "save": 0}
+        self._num_of_earlier_runs = dict(self._num_agreed)
+        self._heard: set[str] = set()
+        self._asked: dict[str, str] = {}  # on this rank, and not sent yet: reasons by name
+        self._reasons: dict[str, str] = {}  # the last one given on this rank
+        self._work: dist.Work | None = None
+        self._values = torch.empty(0, dtype=torch.int64)
+        self._sent_names: list[str] = []
+        self._reads_next = False
+        self._since_sent_us = _UNKNOWN_US
+        self._tick_us: dict[Tick, int] = dict.fromkeys(_TICKS, _UNKNOWN_US)
+        self._durations_s = {tick: deque[float](maxlen=_NUM_DURATIONS) for tick in _TICKS}
+        self._last_tick_s: float | None = None
+
+    # For callbacks
+
+    def register(self, name: str) -> Request:
+        """A handle to ask for something, and to learn that some rank has.
+
+        Every rank must register the same names: in `pre_fit` of a Callback, for example, and not
+        in a RankZeroCallback. Several handles of one name all learn of each request.
+
+        Raises:
+            ValueError: If there are too many names.
+        """
+        if name not in self._num_agreed:
+            if len(self._num_agreed) == _NUM_NAMES:
+                raise ValueError(
+                    f"request {name!r} would be number {_NUM_NAMES + 1}; an exchange between ranks "
+                    f"holds {_NUM_NAMES} names, and {', '.join(self._num_agreed)} are registered: "
+                    "use one name for several of them"
+                )
+            self._num_agreed[name] = self._num_of_earlier_runs[name] = 0
+        self._heard.add(name)
+        return Request(name, self)
+
+    def ask(self, name: str, reason: str = "") -> None:
+        """Ask for something on this rank. Not collective; safe in threads and signal handlers.
+
+        Raises:
+            KeyError: If the name isn't registered.
+        """
+        if name not in self._num_agreed:
+            raise KeyError(
+                f"request {name!r} isn't registered; {', '.join(self._num_agreed)} are: call "
+                f"trainer.requests.register({name!r}) on every rank, for example in pre_fit"
+            )
+        self._reasons[name] = reason
+        if self._is_distributed:
+            self._asked[name] = reason
+        else:
+            self._num_agreed[name] += 1
+
+    def withdraw(self, name: str) -> None:
+        """Drop what this rank has asked for and not sent yet. Not collective."""
+        self._asked.pop(name, None)
+
+    def reason(self, name: str) -> str:
+        """The reason given for a request; of several ranks, the lowest rank's. Collective."""
+        reasons = self._world.all_gather((self._reasons.pop(name, None),))
+        return next((reason for (reason,) in reasons if reason is not None), "")
+
+    def is_heard(self, name: str) -> bool:
+        """Whether something on this rank has registered the name."""
+        return name in self._heard
+
+    def num_agreed(self, name: str) -> int:
+        """How many requests of this name have been agreed on, in all runs."""
+        return self._num_agreed[name]
+
+    def num_of_earlier_runs(self, name: str) -> int:
+        """How many of them before this run."""
+        return self._num_of_earlier_runs[name]
+
+    @property
+    def is_in_flight(self) -> bool:
+        """Whether an exchange was started and not read yet."""
+        return self._work is not None
+
+    # For the loop
+
+    def start(self) -> None:
+        """Start a run: forget what was asked for before. Collective the first time."""
+        self._world.group("requests")
+        self._asked.clear()
+        self._reasons.clear()
+        self._num_of_earlier_runs = dict(self._num_agreed)
+        self._work = None
+        self._reads_next = False
+        self._since_sent_us = _UNKNOWN_US
+        self._last_tick_s = None
+
+    def receive(self) -> None:
+        """Before the hooks at the end of a step: read the exchange that is due, if one is.
+
+        Raises:
+            ValueError: On all ranks, if they have registered different names.
+        """
+        if self._reads_next:
+            self._read()
+
+    def send(self, tick: Tick) -> None:
+        """After the hooks at the end of a step: start an exchange if it is time. Doesn't wait.
+
+        Every rank must call it after the same steps and batches.
+        """
+        if not self._is_distributed:
+            return
+        now_s, last_s = time.perf_counter(), self._last_tick_s
+        self._last_tick_s = now_s
+        if last_s is not None:
+            self._durations_s[tick].append(now_s - last_s)
+        tick_us = self._tick_us[tick]
+        self._since_sent_us += tick_us
+        if self._work is not None:
+            self._reads_next = self._since_sent_us + tick_us > _IN_FLIGHT_US
+        elif self._since_sent_us + tick_us + max(tick_us, _IN_FLIGHT_US) > _WITHIN_US:
+            self._start_exchange()
+            self._reads_next = tick_us > _IN_FLIGHT_US
+
+    def exchange(self) -> None:
+        """Send and read at once. Collective, blocking.
+
+        For moments at which the ranks wait for each other anyway: after an epoch or a validation.
+        """
+        if not self._is_distributed:
+            return
+        self.finish()
+        self._start_exchange()
+        self._read()
+        self._last_tick_s = None  # what lies between is no step
+
+    def finish(self) -> None:
+        """Read what is in flight. Collective, blocking."""
+        if self._work is not None:
+            self._read()
+
+    # Exchanges
+
+    def _start_exchange(self) -> None:
+        names = self._sent_names = sorted(self._num_agreed)
+        asked = [int(self._asked.pop(name, None) is not None) for name in names]
+        tick_us = [self._measured_us(tick) if self._world.rank == 0 else 0 for tick in _TICKS]
+        digest = zlib.crc32("\n".join(names).encode())
+        unused = [0] * (_NUM_NAMES - len(names))
+        # Equal digests have a maximum that is minus the maximum of their negatives.
+        self._values = torch.tensor([digest, -digest, *tick_us, *asked, *unused])
+        group = self._world.group("requests")
+        self._work = dist.all_reduce(self._values, dist.ReduceOp.MAX, group=group, async_op=True)
+        self._since_sent_us = 0
+
+    def _read(self) -> None:
+        work, self._work, self._reads_next = self._work, None, False
+        assert work is not None, "an exchange was started"
+        work.wait()
+        digest, minus_digest, *values = self._values.tolist()
+        if digest != -minus_digest:
+            self._world.agree(sorted(self._num_agreed), "the requests that are registered")
+        self._tick_us = dict(zip(_TICKS, values, strict=False))
+        for name, is_asked in zip(self._sent_names, values[len(_TICKS) :], strict=False):
+            self._num_agreed[name] += is_asked
+
+    def _measured_us(self, tick: Tick) -> int:
+        """Median of the last durations: now and then a save or a validation lies between two."""
+        durations_s = self._durations_s[tick]
+        if not durations_s:
+            return _UNKNOWN_US
+        return max(int(statistics.median(durations_s) * 1e6), 1)

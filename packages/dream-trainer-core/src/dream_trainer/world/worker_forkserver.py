@@ -1,0 +1,16 @@
+"""Imported by the forkserver of a protected loader, which starts with signals blocked.
+
+The server itself keeps them blocked: its workers take it for their main process, and end with it.
+Processes that it forks get them unblocked, whoever asked for them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+_BLOCKED = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+os.register_at_fork(
+    after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, _BLOCKED) and None
+)
