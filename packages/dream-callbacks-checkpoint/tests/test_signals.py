@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from test_kills import forked, free_port, resumed_step, wait_for
 from tiny_runs import SendSignal, saved, steps, tiny
-from training import Filled
+from training import Everything, Filled, History, different, make, weights
 
 from dream_trainer.callbacks import Callback, Every
 from dream_trainer.testing import run_on_ranks
@@ -199,3 +199,79 @@ def wait_until(condition: Callable[[], bool], within_s: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+class InterruptsAValidation(Callback[Any]):
+    """Ctrl-C in the first batch of a validation, on rank 0."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def post_validation_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        trainer = self.trainer
+        if trainer.world.is_distributed:
+            time.sleep(0.1)  # the other rank knows within a second, which is ten batches
+        if (trainer.global_step, batch_idx, trainer.world.rank) == (self.step, 0, 0):
+            signal.raise_signal(signal.SIGINT)
+
+
+class ManyValidationBatches(Everything):
+    """Long enough that two ranks know of the stop before the validation ends."""
+
+    def configure_dataloaders(self) -> Any:
+        return self._augmented(24, shuffle=True), self._augmented(80, shuffle=False)
+
+
+def interrupted_and_resumed(
+    root: Path, training: dict[str, Any], layout: str, num_workers: int
+) -> Any:
+    """What a run gave that never stopped, and one that was stopped in a validation and resumed."""
+    found = []
+    for name, interrupted in (("straight", [False]), ("resumed", [True, False])):
+        history, evaluated = History(), 0
+        for is_interrupted in interrupted:
+            callbacks = [InterruptsAValidation(6)] if is_interrupted else []
+            trainer = make(
+                root / name,
+                history,
+                *callbacks,
+                kind=ManyValidationBatches,
+                layout=layout,
+                keep_last=None,
+                training={"n_epochs": 3, **training},
+            )
+            trainer.num_workers = num_workers
+            try:
+                trainer.fit()
+            except KeyboardInterrupt:
+                assert is_interrupted
+            if is_interrupted:
+                evaluated = trainer.counters.validated_step
+        found.append((history.batches, history.epochs, history.validations, weights(trainer)))
+    return found, trainer.global_step, evaluated
+
+
+@pytest.mark.parametrize(
+    ("layout", "num_workers", "training"),
+    [
+        ("single", 0, {}),
+        ("single", 2, {"gradient_accumulation_steps": 2, "n_epochs": 5}),
+        ("single", 0, {"val_every_n_steps": 3}),
+        ("fsdp", 0, {"val_every_n_steps": 3}),
+    ],
+    ids=["epochs", "accumulating", "steps", "ranks"],
+)
+def test_stopped_in_a_validation_and_resumed_equals_never_stopped(
+    tmp_path: Path, layout: str, num_workers: int, training: dict[str, Any]
+) -> None:
+    num_ranks = 2 if layout == "fsdp" else 1
+
+    for found, last_step, validated_step in run_on_ranks(
+        interrupted_and_resumed, num_ranks, tmp_path, training, layout, num_workers
+    ):
+        straight, resumed = found
+        assert validated_step < 6, "it was left before its end"
+        assert last_step > 6
+        assert resumed[:3] == straight[:3]
+        assert len(straight[2]) > 2
+        assert different(resumed[3], straight[3]) == []

@@ -42,8 +42,7 @@ class CheckpointParameters:
             model's; else load what matches.
         resume_data: Continue at the next batch; else begin the epoch in hand anew, as after a
             change of the data.
-        save_on_signal: On SIGTERM and SIGINT end the run after the step in hand and save; on
-            SIGUSR1 save and go on. A second SIGINT ends the run at once.
+        save_on_signal: Save when SIGTERM or SIGINT stops the run, and on SIGUSR1.
         save_on_exception: Save when an error ends the run between two steps. In a world of one
             alone: with several ranks, some of them may be gone.
         on_save_error: "warn" to train on when a save fails; "raise" to end the run.

@@ -34,8 +34,8 @@ The whole loop, with each hook in its place::
                   scheduler.step()
           # the counters advance: batches each time, global_step with the last of a group
           post_train_step(result, batch_idx)                  [each batch]
+          if the ranks have agreed to stop: leave             [after the last batch of a step]
           if val_every_n_steps are done: validate()
-          if any rank called stop(): leave                    [agreed at each optimizer step]
         post_train_epoch(result)
         unless val_every_n_steps: validate()
         post_epoch
@@ -48,9 +48,12 @@ The whole loop, with each hook in its place::
         with validation_context():
           result = validation_step(batch, batch_idx)
         post_validation_step(result, batch_idx)
+        if the ranks have agreed to stop: leave, to validate again when resumed
       post_validation_epoch(result)
 
-    after an error, Ctrl-C or SystemExit, from wherever it came, another rank included:
+    SIGTERM, Ctrl-C: stop() is called; after post_fit the signal takes effect
+
+    after an error, a second Ctrl-C or SystemExit, from wherever it came, another rank included:
       on_exception(exception)                   # every callback
       post_fit                                  # every callback whose pre_fit ran
 
@@ -183,7 +186,7 @@ class Callback(Generic[TrainerT]):
         """After training and validation of an epoch."""
 
     def on_exception(self, exception: BaseException) -> None:
-        """After anything left the loop as an exception, Ctrl-C included, before `post_fit`.
+        """After anything left the loop as an exception, a second Ctrl-C included, before `post_fit`.
 
         On every rank, whichever failed: elsewhere `exception` is a RemoteError that names the
         first. Other ranks may be gone, so collectives raise.

@@ -7,7 +7,8 @@ arrived: an asynchronous all-reduce of a few integers on a CPU group of its own,
 second.
 
 All ranks must start and read it after the same steps. Each exchange carries rank 0's measurement of
-how long steps take; between two exchanges every rank advances the same virtual clock by it.
+how long steps take; between two exchanges every rank advances the same virtual clock by it. If
+steps suddenly become longer, the next exchange, and no later one, comes as much later.
 """
 
 from __future__ import annotations

@@ -10,7 +10,9 @@ ignoring or blocking the signals for good: programs that a worker starts, a vide
 example, must not inherit that.
 
 A worker still ends when its main process has gone, by any signal: torch's worker loop looks for its
-parent every 5 s. After the run it ends on SIGTERM, which is how multiprocessing ends daemons.
+parent every 5 s. The parent of a worker from the forkserver is that server, which lives as long as
+one of its children; there a thread looks for the main process. After the run a worker ends on
+SIGTERM, which is how multiprocessing ends daemons.
 """
 
 from __future__ import annotations
@@ -20,12 +22,15 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver, resource_tracker, sharedctypes
 from types import FrameType
 from typing import Any
 
 _SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
+_LOOK_EVERY_S = 5.0  # as torch's worker loop
 _IN_FORKSERVER = "dream_trainer.world.worker_forkserver"
 
 _is_held = False
@@ -119,13 +124,24 @@ class _WorkerInit:
     def __init__(self, user_init: Callable[[int], object] | None, main_decides: Any) -> None:
         self._user_init = user_init
         self._main_decides = main_decides
+        self._main_pid = os.getpid()
 
     def __call__(self, worker_id: int) -> None:
+        if os.getppid() != self._main_pid:
+            threading.Thread(target=self._end_with_main, daemon=True).start()
         for number in _SIGNALS:
             signal.signal(number, self._on_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         if self._user_init is not None:
             self._user_init(worker_id)
+
+    def _end_with_main(self) -> None:
+        while True:
+            try:
+                os.kill(self._main_pid, 0)
+            except ProcessLookupError:
+                os._exit(1)
+            time.sleep(_LOOK_EVERY_S)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGTERM and not self._main_decides.value:
