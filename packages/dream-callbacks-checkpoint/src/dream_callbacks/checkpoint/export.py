@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -44,9 +44,6 @@ class ExportCallback(Callback[ModelSetupMixin]):
     Raises:
         ValueError: If the format is unknown.
     """
-
-    # That one ends the process, if a signal asked for it.
-    before: ClassVar = {"CheckpointCallback"}
 
     def __init__(self, path: str | Path, format: Format = "safetensors") -> None:  # noqa: A002  # the contract's name
         if format not in SUFFIXES:

@@ -186,7 +186,7 @@ class Callback(Generic[TrainerT]):
         """After training and validation of an epoch."""
 
     def on_exception(self, exception: BaseException) -> None:
-        """After anything left the loop as an exception, a second Ctrl-C included, before `post_fit`.
+        """After any exception left the loop, a second Ctrl-C included, before `post_fit`.
 
         On every rank, whichever failed: elsewhere `exception` is a RemoteError that names the
         first. Other ranks may be gone, so collectives raise.

@@ -1,4 +1,4 @@
-"""torch.distributed as the trainer sees it: ranks, mesh, collectives, requests, signals, failure."""
+"""torch.distributed as the trainer sees it: ranks, mesh, collectives, requests, failure."""
 
 from dream_trainer.world.failure import Failure, RemoteError
 from dream_trainer.world.requests import Request, Requests
