@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from dream_callbacks.checkpoint.beside import beside
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_trainer.world import World
+from dream_trainer.world.daemon_thread import call_in_daemon_thread
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -82,7 +82,7 @@ class Ranks:
         if self.size == 1:
             return self.each(function)
         outcome: Future[tuple[T, _Failure | None]]
-        outcome = beside("checkpoint-part", self._outcome, function)
+        outcome = call_in_daemon_thread("checkpoint-part", self._outcome, function)
         while True:
             wait([outcome], _BEAT_S)
             if all(self.all_gather(outcome.done())):

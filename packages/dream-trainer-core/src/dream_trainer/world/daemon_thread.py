@@ -1,4 +1,4 @@
-"""beside: call a function in a thread, in a process that may end without it."""
+"""call_in_daemon_thread: call a function in a thread, in a process that may end without it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def beside(name: str, function: Callable[..., T], *args: object) -> Future[T]:
+def call_in_daemon_thread(name: str, function: Callable[..., T], *args: object) -> Future[T]:
     """Call a function in a thread of its own, and return what will have become of it.
 
     Unlike those of a ThreadPoolExecutor, the thread isn't waited for when Python exits: a disk that
