@@ -1,4 +1,4 @@
-"""A thread that a process may end without."""
+"""A thread that doesn't keep its process from exiting."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import pytest
 from dream_trainer.world.daemon_thread import call_in_daemon_thread
 
 
-def test_what_becomes_of_a_call_is_told() -> None:
+def test_the_future_has_the_result_or_the_error() -> None:
     assert call_in_daemon_thread("adds", sum, [1, 2]).result(timeout=10) == 3
     with pytest.raises(ZeroDivisionError):
         call_in_daemon_thread("divides", divmod, 1, 0).result(timeout=10)
 
 
-def test_a_call_that_never_ends_keeps_no_process_from_ending() -> None:
+def test_a_call_that_never_returns_does_not_keep_the_process_from_exiting() -> None:
     script = (
         "import time\n"
         "from dream_trainer.world.daemon_thread import call_in_daemon_thread\n"

@@ -1,4 +1,4 @@
-"""call_in_daemon_thread: call a function in a thread, in a process that may end without it."""
+"""Call a function in a daemon thread: the process may exit without it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ T = TypeVar("T")
 
 
 def call_in_daemon_thread(name: str, function: Callable[..., T], *args: object) -> Future[T]:
-    """Call a function in a thread of its own, and return what will have become of it.
+    """Call a function in a thread of its own and return a future of its result.
 
-    Unlike those of a ThreadPoolExecutor, the thread isn't waited for when Python exits: a disk that
+    Unlike the threads of a ThreadPoolExecutor, this one isn't joined when Python exits: a disk that
     doesn't answer must not keep a run from ending.
 
     Args:
-        name: Of the thread.
-        function: What to call.
-        *args: With these.
+        name: Name of the thread.
+        function: Called as `function(*args)`.
+        *args: Positional arguments of the function.
     """
     future: Future[T] = Future()
 
     def call() -> None:
         try:
             result = function(*args)
-        except BaseException as error:  # noqa: BLE001  # whoever asks for the result gets it
+        except BaseException as error:  # noqa: BLE001  # raised by future.result()
             future.set_exception(error)
         else:
             future.set_result(result)
