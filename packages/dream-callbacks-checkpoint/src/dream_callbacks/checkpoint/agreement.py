@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from dream_callbacks.checkpoint.ranks import Ranks
+from dream_trainer.world.coordination import Ranks
 
 _INTERVAL_S = 1.0
 _MAX_STEPS = 10_000

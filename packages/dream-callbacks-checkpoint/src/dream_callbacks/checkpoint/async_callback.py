@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from dream_callbacks.checkpoint.callback import CheckpointCallback, Session
 from dream_callbacks.checkpoint.config import CheckpointParameters
 from dream_callbacks.checkpoint.errors import CheckpointError
-from dream_callbacks.checkpoint.ranks import Ranks
 from dream_callbacks.checkpoint.store import Facts, Save, Store
+from dream_trainer.world.coordination import Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor

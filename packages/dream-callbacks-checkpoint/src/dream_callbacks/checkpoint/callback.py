@@ -17,12 +17,12 @@ from dream_callbacks.checkpoint.config import CheckpointParameters
 from dream_callbacks.checkpoint.directory import below
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.loading import load_into
-from dream_callbacks.checkpoint.ranks import described
 from dream_callbacks.checkpoint.retention import is_among_best
 from dream_callbacks.checkpoint.signals import SignalWatch
 from dream_callbacks.checkpoint.store import Facts, Store
 from dream_trainer.callbacks import Cadence, Callback, Every
 from dream_trainer.trainer import BaseTrainer
+from dream_trainer.world.coordination import described
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from dream_callbacks.checkpoint.resume import ResumeMode, candidates
 
 if TYPE_CHECKING:
-    from dream_callbacks.checkpoint.ranks import Ranks
+    from dream_trainer.world.coordination import Ranks
 
 logger = logging.getLogger(__name__)
 

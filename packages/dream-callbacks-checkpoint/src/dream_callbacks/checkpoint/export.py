@@ -17,9 +17,9 @@ from dream_callbacks.checkpoint.catalog import Checkpoint
 from dream_callbacks.checkpoint.directory import Directory, is_url
 from dream_callbacks.checkpoint.disk import LocalDisk
 from dream_callbacks.checkpoint.errors import CheckpointError
-from dream_callbacks.checkpoint.ranks import Ranks
 from dream_trainer.callbacks import Callback
 from dream_trainer.trainer.mixins import ModelSetupMixin
+from dream_trainer.world.coordination import Ranks
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from dream_callbacks.checkpoint.directory import Directory
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.index import TensorIndex
 from dream_callbacks.checkpoint.manifest import parsed_json
-from dream_callbacks.checkpoint.ranks import Ranks
 from dream_callbacks.checkpoint.reshard import Source
 from dream_callbacks.checkpoint.tree import Split, decode, split, tensor_names
+from dream_trainer.world.coordination import Ranks
 
 if TYPE_CHECKING:
     from dream_trainer.trainer import BaseTrainer

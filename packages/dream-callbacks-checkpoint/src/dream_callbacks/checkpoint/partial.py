@@ -15,11 +15,11 @@ from dream_callbacks.checkpoint.choosing import choose, directory_at
 from dream_callbacks.checkpoint.directory import below, directory_of
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.loading import SavedState
-from dream_callbacks.checkpoint.ranks import Ranks
 from dream_callbacks.checkpoint.resume import ResumeMode
 from dream_callbacks.checkpoint.tree import split
 from dream_trainer.callbacks import Callback
 from dream_trainer.trainer.mixins import ModelSetupMixin
+from dream_trainer.world.coordination import Ranks
 
 logger = logging.getLogger(__name__)
 

@@ -29,8 +29,8 @@ from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.index import TensorIndex
 from dream_callbacks.checkpoint.manifest import FileSum
 from dream_callbacks.checkpoint.plain import Path as TreePath
-from dream_callbacks.checkpoint.ranks import Ranks
 from dream_callbacks.checkpoint.summed_file import SummedFile
+from dream_trainer.world.coordination import Ranks
 
 
 @dataclasses.dataclass

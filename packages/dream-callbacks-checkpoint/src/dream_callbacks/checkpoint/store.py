@@ -28,12 +28,12 @@ from dream_callbacks.checkpoint.choosing import choose
 from dream_callbacks.checkpoint.directory import directory_of
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.manifest import FileSum, Manifest
-from dream_callbacks.checkpoint.ranks import Ranks, described
 from dream_callbacks.checkpoint.resume import ResumeMode
 from dream_callbacks.checkpoint.retention import KeepRules, to_delete
 from dream_callbacks.checkpoint.spelling import spelled_bytes
 from dream_callbacks.checkpoint.tree import Split, split
 from dream_trainer.world import World
+from dream_trainer.world.coordination import Ranks, described
 
 if TYPE_CHECKING:
     from torch import Tensor

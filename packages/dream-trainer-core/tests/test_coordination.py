@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from dream_callbacks.checkpoint import CheckpointError
-from dream_callbacks.checkpoint import ranks as ranks_module
 from dream_callbacks.checkpoint.agreement import Agreement, Wishes
-from dream_callbacks.checkpoint.ranks import Ranks
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import run_on_ranks
 from dream_trainer.world import World
+from dream_trainer.world import coordination as ranks_module
+from dream_trainer.world.coordination import Ranks
 
 
 def launched(train_timeout_s: float = 300.0) -> tuple[World, Ranks]:
