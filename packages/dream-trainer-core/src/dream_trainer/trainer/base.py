@@ -252,7 +252,7 @@ class BaseTrainer(AbstractTrainer):
             self.stop(f"max_time={self.training_parameters.max_time} s has passed")
         if not self.world.is_distributed:
             return self.stop_reason is not None
-        if self.world.agree_on_any(self._stop_request is not None):
+        if self.world.any_rank(self._stop_request is not None):
             reasons = self.world.all_gather((self._stop_request,))
             self.stop_reason = next(reason for (reason,) in reasons if reason is not None)
             return True
