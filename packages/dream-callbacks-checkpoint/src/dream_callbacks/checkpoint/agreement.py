@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from dream_trainer.world.coordination import Ranks
+from dream_trainer.world import Coordination
 
 _INTERVAL_S = 1.0
 _MAX_STEPS = 10_000
@@ -37,7 +37,7 @@ class Agreement:
         ranks: Who agrees.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Coordination) -> None:
         self._ranks = ranks
         self._wishes = Wishes()
         self._steps_to_go = 1
@@ -49,7 +49,7 @@ class Agreement:
 
         In a world of one there is nobody to ask, so that wishes come back at once.
         """
-        if self._ranks.size == 1:
+        if self._ranks.world_size == 1:
             return Wishes(save, time_is_up, failed)
         wishes = self._wishes
         wishes.save |= save
@@ -62,9 +62,9 @@ class Agreement:
         agreed = self._ranks.maximum(
             [
                 int(wishes.save),
-                int(wishes.time_is_up and self._ranks.is_zero),
+                int(wishes.time_is_up and self._ranks.is_global_zero),
                 int(wishes.failed),
-                self._next_steps() if self._ranks.is_zero else 0,
+                self._next_steps() if self._ranks.is_global_zero else 0,
             ]
         )
         self._wishes = Wishes()

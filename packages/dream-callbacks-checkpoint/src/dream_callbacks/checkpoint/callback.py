@@ -15,14 +15,13 @@ import torch
 from dream_callbacks.checkpoint.agreement import Agreement
 from dream_callbacks.checkpoint.config import CheckpointParameters
 from dream_callbacks.checkpoint.directory import below
-from dream_callbacks.checkpoint.errors import CheckpointError
+from dream_callbacks.checkpoint.errors import CheckpointError, error_text
 from dream_callbacks.checkpoint.loading import load_into
 from dream_callbacks.checkpoint.retention import is_among_best
 from dream_callbacks.checkpoint.signals import SignalWatch
 from dream_callbacks.checkpoint.store import Facts, Store
 from dream_trainer.callbacks import Cadence, Callback, Every
 from dream_trainer.trainer import BaseTrainer
-from dream_trainer.world.coordination import described
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +257,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
         )
         return (
             f"the checkpoint of step {step} couldn't be saved in {self.directory}: "
-            f"{described(error)}; {newest}{advice}"
+            f"{error_text(error)}; {newest}{advice}"
         )
 
     # For saves that go on beside the training
@@ -301,7 +300,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
             return None
         value = session.metrics.get(parameters.monitor)
         store = session.store
-        is_best = store.ranks.on_zero(
+        is_best = store.ranks.on_rank_zero(
             lambda: (
                 value is not None and is_among_best(value, store.checkpoints, parameters.keep_rules)
             )
