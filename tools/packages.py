@@ -64,7 +64,7 @@ DISTRIBUTIONS: tuple[Distribution, ...] = (
         "dream-callbacks-checkpoint",
         "dream_callbacks.checkpoint",
         extras=("fsspec", "safetensors"),
-        test_requirements=("torchdata",),
+        test_requirements=("numpy", "torchdata"),  # numpy: its random numbers are saved too
     ),
     Distribution(
         "dream-callbacks-logging",

@@ -257,8 +257,10 @@ COLLECTIVES: dict[str, Callable[[Any], Any]] = {
     "world.broadcast_object": lambda world: world.broadcast_object("x"),
     "world.barrier": lambda world: world.barrier(),
     "world.agree": lambda world: world.agree(1),
-    "world.agree_on_any": lambda world: world.agree_on_any(True),
+    "world.any_rank": lambda world: world.any_rank(True),
     "world.all_ranks": lambda world: world.all_ranks(True),
+    "world.each": lambda world: world.each(lambda: 1),
+    "world.on_rank_zero": lambda world: world.on_rank_zero(lambda: 1),
     "world.group": lambda world: world.group("a new kind"),
 }
 TORCH_COLLECTIVES: dict[str, Callable[[Any], Any]] = {

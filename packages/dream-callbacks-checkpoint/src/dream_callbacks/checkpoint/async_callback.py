@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from dream_callbacks.checkpoint.callback import CheckpointCallback, Session
 from dream_callbacks.checkpoint.config import CheckpointParameters
+from dream_callbacks.checkpoint.coordination import coordination
 from dream_callbacks.checkpoint.errors import CheckpointError
-from dream_callbacks.checkpoint.ranks import Ranks
 from dream_callbacks.checkpoint.store import Facts, Save, Store
+from dream_trainer.world import Coordination
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +45,7 @@ class AsyncCheckpointCallback(CheckpointCallback):
     """
 
     _flight: _Flight | None = None
-    _background: Ranks | None = None
+    _background: Coordination | None = None
 
     def __init__(self, parameters: CheckpointParameters | None = None) -> None:
         super().__init__(parameters)
@@ -69,7 +70,7 @@ class AsyncCheckpointCallback(CheckpointCallback):
 
     def _new_session(self) -> Session:
         session = super()._new_session()
-        self._background = Ranks(self.trainer.world, "checkpoint-background")
+        self._background = coordination(self.trainer.world, "checkpoint-background")
         return session
 
     def _close(self) -> None:
@@ -121,7 +122,7 @@ class _Flight:
     """A save that is being written by a thread."""
 
     def __init__(
-        self, store: Store, save: Save, ranks: Ranks, saved_step_before: int, began_s: float
+        self, store: Store, save: Save, ranks: Coordination, saved_step_before: int, began_s: float
     ) -> None:
         self.save = save
         self.saved_step_before = saved_step_before
@@ -146,7 +147,7 @@ class _Flight:
             self._store.write(self.save, self._ranks)
             with self._changing:
                 self._is_committed = True
-            if self._ranks.is_zero:
+            if self._ranks.is_global_zero:
                 facts = self.save.facts
                 self._store.finish(facts, self._late_metrics, time.monotonic() - self._began_s)
         except CheckpointError as error:

@@ -14,9 +14,8 @@ import torch
 
 from dream_callbacks.checkpoint.config import CheckpointParameters
 from dream_callbacks.checkpoint.directory import below
-from dream_callbacks.checkpoint.errors import CheckpointError
+from dream_callbacks.checkpoint.errors import CheckpointError, error_text
 from dream_callbacks.checkpoint.loading import load_into
-from dream_callbacks.checkpoint.ranks import described
 from dream_callbacks.checkpoint.retention import is_among_best
 from dream_callbacks.checkpoint.store import Facts, Store
 from dream_trainer.callbacks import Cadence, Callback, Every
@@ -47,14 +46,14 @@ class Session:
 class CheckpointCallback(Callback[BaseTrainer]):
     """Saves the whole state of a run, and continues from it when the run is started again.
 
-    Saves between two optimizer steps, as `parameters` say, at the end, and before the run ends on
-    SIGTERM or SIGINT; SIGUSR1 saves at the next occasion. A save is complete and on the disk
+    Saves between two optimizer steps, as `parameters` say, at the end of the run, also when SIGTERM
+    or SIGINT stops it, and when a rank asks for it (`trainer.request_save`, SIGUSR1). A save is complete and on the disk
     before anything is called saved, and the ones before it stay until then. Restores in
     `post_setup`.
 
     Runs after all other callbacks that don't ask for a place after it, so that it saves what they
-    leave. Its work is collective. Steps that don't save cost no host synchronization; with several
-    ranks, one small exchange on the CPU about once a second.
+    leave. Its work is collective. Steps that don't save cost no host synchronization, and wait for
+    no other rank.
 
     Args:
         parameters: When to save, what to keep, what to resume.
@@ -264,7 +263,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
         )
         return (
             f"the checkpoint of step {step} couldn't be saved in {self.directory}: "
-            f"{described(error)}; {newest}{advice}"
+            f"{error_text(error)}; {newest}{advice}"
         )
 
     # For saves that go on beside the training
@@ -307,7 +306,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
             return None
         value = session.metrics.get(parameters.monitor)
         store = session.store
-        is_best = store.ranks.on_zero(
+        is_best = store.ranks.on_rank_zero(
             lambda: (
                 value is not None and is_among_best(value, store.checkpoints, parameters.keep_rules)
             )

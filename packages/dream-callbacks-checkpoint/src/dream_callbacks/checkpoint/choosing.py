@@ -14,7 +14,7 @@ from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from dream_callbacks.checkpoint.resume import ResumeMode, candidates
 
 if TYPE_CHECKING:
-    from dream_callbacks.checkpoint.ranks import Ranks
+    from dream_trainer.world import Coordination
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 def choose(
     disk: Directory,
     catalog: Catalog,
-    ranks: Ranks,
+    ranks: Coordination,
     resume_mode: ResumeMode,
     monitor: str,
     mode: Literal["min", "max"],
@@ -49,8 +49,8 @@ def choose(
     Raises:
         CheckpointError: If there are some, and none is whole.
     """
-    chosen = ranks.on_zero(lambda: candidates(catalog, resume_mode, monitor, mode))
-    if ranks.is_zero:
+    chosen = ranks.on_rank_zero(lambda: candidates(catalog, resume_mode, monitor, mode))
+    if ranks.is_global_zero:
         for text in chosen.passed_over:
             logger.warning("%s/%s; not resumed from", disk, text)
     problems: list[str] = []
@@ -60,7 +60,7 @@ def choose(
         if not damage:
             return checkpoint
         problems.append("; ".join(damage[:3]))
-        if ranks.is_zero:
+        if ranks.is_global_zero:
             logger.warning(
                 "%s is damaged: %s; trying the one before it", checkpoint.name, problems[-1]
             )
@@ -74,16 +74,16 @@ def choose(
 
 
 def damage_seen(
-    disk: Directory, checkpoint: Checkpoint, ranks: Ranks, *, checksums: bool
+    disk: Directory, checkpoint: Checkpoint, ranks: Coordination, *, checksums: bool
 ) -> list[str]:
     """What is wrong with a checkpoint's files; each rank looks at some of them. Collective."""
-    share = (ranks.rank, ranks.size)
+    share = (ranks.rank, ranks.world_size)
     found = ranks.gather(lambda: damage_of(disk, checkpoint, checksums=checksums, share=share))
     return [problem for part in found for problem in part]
 
 
 def _held(
-    disk: Directory, checkpoint: Checkpoint, ranks: Ranks, held: contextlib.ExitStack
+    disk: Directory, checkpoint: Checkpoint, ranks: Coordination, held: contextlib.ExitStack
 ) -> list[str]:
     """Keep a checkpoint from being deleted; what kept this from it. Collective."""
 

@@ -10,8 +10,6 @@ import os
 from concurrent.futures import Future, wait
 from typing import Any
 
-from dream_callbacks.checkpoint.beside import beside
-
 _CHUNK_BYTES = 1 << 22
 
 
@@ -78,10 +76,15 @@ class ChunkedFile(io.RawIOBase):
             os.close(self._descriptor)
 
     def _send(self) -> None:
+        # Here, since it imports torch: looking at checkpoints does without.
+        from dream_trainer.world.daemon_thread import call_in_daemon_thread
+
         before = self._writing
         if before is None and _is_on_block_device(self._descriptor):
             self._is_direct = _set_direct(self._descriptor, True)
-        self._writing = beside("checkpoint-file", self._put, self._chunk, self._num_sent_bytes)
+        self._writing = call_in_daemon_thread(
+            "checkpoint-file", self._put, self._chunk, self._num_sent_bytes
+        )
         self._num_sent_bytes += _CHUNK_BYTES
         self._num_filled = 0
         self._chunk = _new_chunk() if before is None else before.result()

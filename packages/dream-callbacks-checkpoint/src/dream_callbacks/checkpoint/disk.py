@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dream_callbacks.checkpoint import layout
-from dream_callbacks.checkpoint.beside import beside
 from dream_callbacks.checkpoint.chunked_file import ChunkedFile
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.lock import DirectoryLock
@@ -176,8 +175,11 @@ class LocalDisk:
         if len(paths) == 1:
             _sync(paths[0])
             return
+        # Here, since it imports torch: looking at checkpoints does without.
+        from dream_trainer.world.daemon_thread import call_in_daemon_thread
+
         # At once, so that one commit of the file system's journal serves them all.
-        syncing = [beside("checkpoint-sync", _sync, path) for path in paths]
+        syncing = [call_in_daemon_thread("checkpoint-sync", _sync, path) for path in paths]
         wait(syncing)
         for synced in syncing:
             synced.result()

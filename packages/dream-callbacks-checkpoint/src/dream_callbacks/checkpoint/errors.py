@@ -9,3 +9,11 @@ class CheckpointError(RuntimeError):
 
 class DamagedCheckpointError(ValueError):
     """What is on disk isn't what was saved."""
+
+
+def error_text(error: BaseException) -> str:
+    """The message of an error, after its type where the message alone says too little."""
+    text = str(error)
+    if isinstance(error, (CheckpointError, ValueError)) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

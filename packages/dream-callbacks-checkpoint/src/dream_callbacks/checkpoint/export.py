@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from dream_callbacks.checkpoint.catalog import Checkpoint
+from dream_callbacks.checkpoint.coordination import coordination
 from dream_callbacks.checkpoint.directory import Directory, is_url
 from dream_callbacks.checkpoint.disk import LocalDisk
 from dream_callbacks.checkpoint.errors import CheckpointError
-from dream_callbacks.checkpoint.ranks import Ranks
 from dream_trainer.callbacks import Callback
 from dream_trainer.trainer.mixins import ModelSetupMixin
 
@@ -67,12 +67,12 @@ class ExportCallback(Callback[ModelSetupMixin]):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        ranks = Ranks(self.trainer.world, "checkpoint")
+        ranks = coordination(self.trainer.world)
         for name, path in self._files().items():
             model = self.trainer.named_models()[name]
             tensors: dict[str, Any] = get_model_state_dict(model, options=options)
-            ranks.on_zero(functools.partial(write_weights, path, tensors, self.format))
-            if ranks.is_zero:
+            ranks.on_rank_zero(functools.partial(write_weights, path, tensors, self.format))
+            if ranks.is_global_zero:
                 logger.info("exported %s", path)
 
     def _files(self) -> dict[str, Path]:

@@ -15,9 +15,9 @@ from dream_callbacks.checkpoint.directory import Directory
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.index import TensorIndex
 from dream_callbacks.checkpoint.manifest import parsed_json
-from dream_callbacks.checkpoint.ranks import Ranks
 from dream_callbacks.checkpoint.reshard import Source
 from dream_callbacks.checkpoint.tree import Split, decode, split, tensor_names
+from dream_trainer.world import Coordination
 
 if TYPE_CHECKING:
     from dream_trainer.trainer import BaseTrainer
@@ -70,7 +70,7 @@ def load_into(
     trainer: BaseTrainer,
     disk: Directory,
     checkpoint: Checkpoint,
-    ranks: Ranks,
+    ranks: Coordination,
     *,
     strict: bool,
     resume_data: bool,
@@ -106,13 +106,13 @@ def load_into(
             "model and optimizer that it was saved with, or another experiment name (this is "
             f"{trainer.experiment!r}) for a new run; strict_load=False loads what matches"
         )
-    if differences and ranks.is_zero:
+    if differences and ranks.is_global_zero:
         logger.warning(
             "strict_load=False, and %s doesn't fit the trainer:\n%s",
             checkpoint.name, "\n".join(differences),
         )  # fmt: skip
     own = _own_tensors(saved, local, live.tensors)
-    ranks.each_slowly(lambda: saved.read({**wanted, **appearing, **own}))
+    ranks.each_without_timeout(lambda: saved.read({**wanted, **appearing, **own}))
     tensors = {**live.tensors, **appearing, **own}
     shared = saved.shared
     if differences:
@@ -245,7 +245,7 @@ def _reshard_data(
     saved: SavedState,
     source: Source,
     trainer: BaseTrainer,
-    ranks: Ranks,
+    ranks: Coordination,
 ) -> None:
     """Change what belongs to one rank alone so that it fits another number of data ranks.
 
@@ -274,7 +274,7 @@ def _reshard_data(
     )
     if not source.is_own:
         state["trainer"]["random_state"] = None
-    if not ranks.is_zero:
+    if not ranks.is_global_zero:
         return
     size = trainer.world.dp_size
     logger.warning(

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from dream_callbacks.checkpoint.catalog import read_catalog
 from dream_callbacks.checkpoint.choosing import choose, directory_at
+from dream_callbacks.checkpoint.coordination import coordination
 from dream_callbacks.checkpoint.directory import below, directory_of
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.loading import SavedState
-from dream_callbacks.checkpoint.ranks import Ranks
 from dream_callbacks.checkpoint.resume import ResumeMode
 from dream_callbacks.checkpoint.tree import split
 from dream_trainer.callbacks import Callback
 from dream_trainer.trainer.mixins import ModelSetupMixin
+from dream_trainer.world import Coordination
 
 logger = logging.getLogger(__name__)
 
@@ -92,13 +93,13 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
         self.verify = verify
 
     def post_setup(self) -> None:
-        ranks = Ranks(self.trainer.world, "checkpoint")
-        root, step = ranks.on_zero(lambda: directory_at(self.path))
+        ranks = coordination(self.trainer.world)
+        root, step = ranks.on_rank_zero(lambda: directory_at(self.path))
         disk = directory_of(root)
         with contextlib.ExitStack() as held:
             checkpoint = choose(
                 disk,
-                ranks.on_zero(lambda: read_catalog(disk)),
+                ranks.on_rank_zero(lambda: read_catalog(disk)),
                 ranks,
                 self.resume_mode if step is None else step,
                 self.monitor,
@@ -111,7 +112,7 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
             saved = ranks.each(lambda: SavedState(disk, checkpoint))
             self._load(below(root, checkpoint.name), saved, ranks)
 
-    def _load(self, path: str | Path, saved: SavedState, ranks: Ranks) -> None:
+    def _load(self, path: str | Path, saved: SavedState, ranks: Coordination) -> None:
         models = self.trainer.named_models()
         live = split({"models": ranks.each(self.trainer.model_state_dict)}, ranks.rank).tensors
         names = _matching_names(saved, set(models))
@@ -136,9 +137,9 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
                 f"nothing of {path} fits the trainer; give a checkpoint of a "
                 f"model like this one.\n{self.report}"
             )
-        ranks.each_slowly(lambda: saved.read({names[name]: t for name, t in fits.items()}))
+        ranks.each_without_timeout(lambda: saved.read({names[name]: t for name, t in fits.items()}))
         ranks.each(lambda: self._give(fits))
-        if ranks.is_zero:
+        if ranks.is_global_zero:
             logger.info("%s", self.report)
 
     def _give(self, tensors: dict[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import multiprocessing
@@ -12,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
-import torch
 from torch import Tensor
 
 from dream_callbacks.checkpoint import layout
@@ -154,7 +154,7 @@ def _digest(value: Any) -> str:
     local = cast("Tensor", value.to_local() if hasattr(value, "to_local") else value)
     flat = local.detach().cpu().contiguous().reshape(-1)
     kind = f"{local.dtype} {tuple(local.shape)} "
-    return _hash(kind.encode() + flat.view(torch.uint8).numpy().tobytes())
+    return _hash(kind.encode() + ctypes.string_at(flat.data_ptr(), flat.nbytes))
 
 
 def _leaves(document: Any, name: str) -> Iterator[tuple[str, str]]:

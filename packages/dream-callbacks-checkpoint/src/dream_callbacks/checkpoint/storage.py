@@ -29,8 +29,8 @@ from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.index import TensorIndex
 from dream_callbacks.checkpoint.manifest import FileSum
 from dream_callbacks.checkpoint.plain import Path as TreePath
-from dream_callbacks.checkpoint.ranks import Ranks
 from dream_callbacks.checkpoint.summed_file import SummedFile
+from dream_trainer.world import Coordination
 
 
 @dataclasses.dataclass
@@ -50,7 +50,7 @@ class TensorsToWrite:
 
     @classmethod
     def planned(
-        cls, tensors: Mapping[str, Tensor], paths: Mapping[str, TreePath], ranks: Ranks
+        cls, tensors: Mapping[str, Tensor], paths: Mapping[str, TreePath], ranks: Coordination
     ) -> TensorsToWrite:
         """Share the tensors out among the ranks. Collective.
 
@@ -60,7 +60,7 @@ class TensorsToWrite:
             ranks: Who takes part.
         """
         planner = _Planner()
-        planner.set_up_planner(dict(tensors), is_coordinator=ranks.is_zero)
+        planner.set_up_planner(dict(tensors), is_coordinator=ranks.is_global_zero)
         plan = dataclasses.replace(planner.create_local_plan(), planner_data=dict(paths))
         found: list[Metadata] = []
 
@@ -81,7 +81,7 @@ class TensorsToWrite:
                 for part in writer.prepare_global_plan(global_plans)
             ]
 
-        final, total_bytes = ranks.via_zero(plan, share_out)
+        final, total_bytes = ranks.via_rank_zero(plan, share_out)
         final = planner.finish_plan(final)
         return cls(final, total_bytes, found[0] if found else None, planner)
 

@@ -25,15 +25,15 @@ from dream_callbacks.checkpoint.catalog import (
     read_catalog,
 )
 from dream_callbacks.checkpoint.choosing import choose
+from dream_callbacks.checkpoint.coordination import coordination
 from dream_callbacks.checkpoint.directory import directory_of
-from dream_callbacks.checkpoint.errors import CheckpointError
+from dream_callbacks.checkpoint.errors import CheckpointError, error_text
 from dream_callbacks.checkpoint.manifest import FileSum, Manifest
-from dream_callbacks.checkpoint.ranks import Ranks, described
 from dream_callbacks.checkpoint.resume import ResumeMode
 from dream_callbacks.checkpoint.retention import KeepRules, to_delete
 from dream_callbacks.checkpoint.spelling import spelled_bytes
 from dream_callbacks.checkpoint.tree import Split, split
-from dream_trainer.world import World
+from dream_trainer.world import Coordination, World
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,10 +92,10 @@ class Store:
         self.disk = directory_of(root)
         self.world = world
         self.rules = rules
-        self.ranks = Ranks(world, "checkpoint")
-        self.run = self.ranks.broadcast(uuid.uuid4().hex)
+        self.ranks = coordination(world)
+        self.run = self.ranks.on_rank_zero(lambda: uuid.uuid4().hex)
         self.lock = self.disk.lock(self.run)
-        self._dp_ranks = tuple(self.ranks.all_gather(world.dp_rank))
+        self._dp_ranks = tuple(self.ranks.gather(lambda: world.dp_rank))
         self._catalog = Catalog()
         self._was_opened = False
         self._changing = threading.Lock()  # a save may run beside the training
@@ -129,11 +129,11 @@ class Store:
             self._catalog, self._was_opened = catalog, True
 
         try:
-            self.ranks.on_zero(prepare)
+            self.ranks.on_rank_zero(prepare)
         except (CheckpointError, OSError) as error:
             self.lock.release()
             raise CheckpointError(
-                f"checkpoints can't be written to {self.disk}: {described(error)}. If it isn't a "
+                f"checkpoints can't be written to {self.disk}: {error_text(error)}. If it isn't a "
                 "matter of another run, give root_dir a directory that this user may write to"
             ) from error
 
@@ -159,7 +159,7 @@ class Store:
                 len(present), self.disk, aside,
             )  # fmt: skip
 
-        self.ranks.on_zero(move_aside)
+        self.ranks.on_rank_zero(move_aside)
 
     def close(self) -> None:
         """Let go of the lock. Not collective."""
@@ -186,7 +186,7 @@ class Store:
 
         parts = self.ranks.each(lambda: split(take_state(), self.ranks.rank))
         tensors = TensorsToWrite.planned(parts.tensors, parts.paths, self.ranks)
-        folder = self.ranks.on_zero(lambda: self._begin(facts.step, tensors.total_bytes))
+        folder = self.ranks.on_rank_zero(lambda: self._begin(facts.step, tensors.total_bytes))
         return Save(facts, parts, tensors, folder)
 
     def stage(self, save: Save, buffers: dict[MetadataIndex, Tensor]) -> None:
@@ -203,7 +203,7 @@ class Store:
             self.ranks.each(lambda: save.tensors.stage(buffers))
         save.parts.tensors.clear()
 
-    def write(self, save: Save, ranks: Ranks | None = None) -> None:
+    def write(self, save: Save, ranks: Coordination | None = None) -> None:
         """Write a prepared save and commit it: when this returns, it lasts.
 
         Args:
@@ -217,10 +217,11 @@ class Store:
 
         def commit_all(parts: Sequence[_Part]) -> list[None]:
             self._commit(save, parts)
-            return [None] * ranks.size
+            return [None] * ranks.world_size
 
         with self._abandoning(save, ranks):
-            ranks.via_zero(ranks.each_slowly(lambda: self._write_own_part(save)), commit_all)
+            part = ranks.each_without_timeout(lambda: self._write_own_part(save))
+            ranks.via_rank_zero(part, commit_all)
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Note results of a validation that came after the save of a step. On rank 0 alone."""
@@ -301,12 +302,12 @@ class Store:
         return commit.begin(self.disk, step, self.run)
 
     @contextlib.contextmanager
-    def _abandoning(self, save: Save, ranks: Ranks) -> Iterator[None]:
+    def _abandoning(self, save: Save, ranks: Coordination) -> Iterator[None]:
         """After an error, delete what was written."""
         try:
             yield
         except BaseException:
-            if ranks.is_zero:
+            if ranks.is_global_zero:
                 commit.abandon(self.disk, save.folder)
             raise
 
@@ -334,7 +335,7 @@ class Store:
             fence=self.lock.fence,
             created_unix=time.time(),
             reason=facts.reason,
-            world_size=self.ranks.size,
+            world_size=self.ranks.world_size,
             shape=dataclasses.asdict(self.world.shape),
             dp_ranks=self._dp_ranks,
             num_train_batches=facts.num_train_batches,

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from dream_callbacks.checkpoint.beside import beside
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.manifest import FileSum
 
@@ -102,7 +101,10 @@ class SummedFile:
 
     def _write_large(self, view: memoryview) -> None:
         """Write, and compute the checksum meanwhile: both let go of the interpreter."""
-        summing = beside("checkpoint-sum", zlib.crc32, view, self._crc32)
+        # Here, since it imports torch: looking at checkpoints does without.
+        from dream_trainer.world.daemon_thread import call_in_daemon_thread
+
+        summing = call_in_daemon_thread("checkpoint-sum", zlib.crc32, view, self._crc32)
         try:
             self._write(view)
         finally:

@@ -13,6 +13,7 @@ from dream_callbacks.logging.sinks.wandb import WandBSink
 from dream_trainer.configs import LoggingParameters, WandbLoggingParameters
 from dream_trainer.trainer import DreamTrainerConfig
 from dream_trainer.trainer.mixins import LoggerMixin, Sink
+from dream_trainer.world import RankFailure
 
 logger = logging.getLogger(__name__)
 
@@ -76,22 +77,22 @@ class SinkSession:
         """Open the sinks on global rank 0 and add them to the trainer. Collective.
 
         Raises:
-            OSError: On rank 0, if one can't be opened; those that were are closed again.
-            RuntimeError: On the other ranks then.
+            RankFailure: On all ranks, if one can't be opened; those that were are closed again. In
+                a world of one, the sink's own error.
         """
         session = cls(trainer)
-        error: Exception | None = None
-        if trainer.world.is_global_zero:
+
+        def open_all() -> None:
             try:
                 session._open(planned_sinks(sinks, trainer))
-            except Exception as caught:  # noqa: BLE001  # raised below, once the others know
-                error = caught
-        message = trainer.world.broadcast_object(None if error is None else repr(error))
-        if error is not None:
-            session.close()
-            raise error
-        if message is not None:
-            raise RuntimeError(f"rank 0 couldn't open the log: {message}")
+            except BaseException:
+                session.close()
+                raise
+
+        try:
+            trainer.world.on_rank_zero(open_all)
+        except RankFailure as error:
+            raise RankFailure(f"the log couldn't be opened: {error}") from error.__cause__
         return session
 
     def close(self) -> None:

@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dream_trainer.world import World
+from dream_trainer.world import cpu_collectives
 
 _TORCH = str(Path(torch.__file__).parent)
 
-_HOST_SIDE = tuple(str(Path(_TORCH, part)) for part in ("optim", "utils/data", "distributed"))
-"""Parts of torch that keep counters, seeds and flags on the CPU, whatever the device."""
+_HOST_SIDE = (
+    *(str(Path(_TORCH, part)) for part in ("optim", "utils/data", "distributed")),
+    str(cpu_collectives.__file__),
+)
+"""What keeps counters, seeds and flags on the CPU, whatever the device."""
 
 _READS = "_local_scalar_dense"
 
@@ -155,9 +158,7 @@ def _is_host_side(frames: Sequence[FrameSummary]) -> bool:
         if frame.filename.startswith(_HOST_SIDE):
             return True
         if not frame.filename.startswith(_TORCH):
-            # The trainer's own flag, on its CPU group.
-            code = World.agree_on_any.__code__
-            return (frame.filename, frame.name) == (code.co_filename, code.co_name)
+            return False
     return False
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -42,7 +41,7 @@ def agree_on_plan(trainer: BaseTrainer) -> None:
             f"{type(parameters).__name__}.{field.name}": getattr(parameters, field.name)
             for field in fields(parameters)
         }
-    trainer.world.agree_on(plan)
+    trainer.world.agree(plan)
 
 
 def agree_on_models(trainer: BaseTrainer) -> None:
@@ -61,8 +60,5 @@ def agree_on_models(trainer: BaseTrainer) -> None:
         for model_name, model in trainer.named_models().items()
         for name, parameter in model.named_parameters()
     }
-    digest = hashlib.sha256(repr(list(tensors.items())).encode()).hexdigest()
-    digests = trainer.world.all_gather((digest,))
-    if len(set(digests)) > 1:  # seldom; then it may take a moment
-        trainer.world.agree_on(tensors)
-        trainer.world.agree(list(tensors), "the order of the models' parameters")
+    trainer.world.agree(tensors)
+    trainer.world.agree(list(tensors), "the order of the models' parameters")

@@ -211,7 +211,7 @@ def batches_together(
             raise
         finally:
             watch.waits_for = None
-        if world.agree_on_any(batch is _NO_BATCH) if asks else batch is _NO_BATCH:
+        if world.any_rank(batch is _NO_BATCH) if asks else batch is _NO_BATCH:
             break
         yield batch
         position += 1

@@ -1,8 +1,18 @@
 """torch.distributed as the trainer sees it: ranks, mesh, collectives, requests, failure."""
 
+from dream_trainer.world.coordination import Coordination, RankFailure
 from dream_trainer.world.failure import Failure, RemoteError
 from dream_trainer.world.requests import Request, Requests
 from dream_trainer.world.signals import RUN_SIGNALS
 from dream_trainer.world.world import World
 
-__all__ = ["RUN_SIGNALS", "Failure", "RemoteError", "Request", "Requests", "World"]
+__all__ = [
+    "RUN_SIGNALS",
+    "Coordination",
+    "Failure",
+    "RankFailure",
+    "RemoteError",
+    "Request",
+    "Requests",
+    "World",
+]

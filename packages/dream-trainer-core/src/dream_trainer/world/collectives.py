@@ -1,15 +1,15 @@
-"""What ranks do together: on tensors, on numbers and dicts of them, and on any object."""
+"""Reductions and gathers of tensors on their device, and of numbers and dicts of them."""
 
 from __future__ import annotations
 
-import ctypes
-import pickle
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dream_trainer.world import cpu_collectives
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -107,36 +107,4 @@ def gathered(value: Any, group: ProcessGroup | None, objects_group: ProcessGroup
         parts = [torch.empty_like(value) for _ in range(group.size())]
         dist.all_gather(parts, value.contiguous(), group=group)
         return torch.stack(parts)
-    if objects_group is None:
-        return [value]
-    mine = _bytes_tensor(value)
-    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(objects_group.size())]
-    dist.all_gather(lengths, torch.tensor([len(mine)]), group=objects_group)
-    longest = max(int(length) for length in lengths)
-    padded = torch.nn.functional.pad(mine, (0, longest - len(mine)))
-    parts = [torch.empty(longest, dtype=torch.uint8) for _ in lengths]
-    dist.all_gather(parts, padded, group=objects_group)
-    return [_object(part, int(length)) for part, length in zip(parts, lengths, strict=True)]
-
-
-def broadcast_object(value: Any, src: int, group: ProcessGroup) -> Any:
-    """The picklable object of rank `src`; what others give doesn't matter."""
-    is_source = dist.get_rank() == src
-    mine = _bytes_tensor(value) if is_source else torch.empty(0, dtype=torch.uint8)
-    length = torch.tensor([len(mine)])
-    dist.broadcast(length, src, group=group)
-    data = mine if is_source else torch.empty(int(length), dtype=torch.uint8)
-    dist.broadcast(data, src, group=group)
-    return value if is_source else _object(data, int(length))
-
-
-# torch's own object collectives need numpy, which nothing else here does.
-
-
-def _bytes_tensor(value: Any) -> Tensor:
-    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-
-
-def _object(data: Tensor, length: int) -> Any:
-    # It comes from this run's own ranks, which run the same code anyway.
-    return pickle.loads(ctypes.string_at(data.data_ptr(), length))  # noqa: S301
+    return cpu_collectives.gathered_objects(value, objects_group)

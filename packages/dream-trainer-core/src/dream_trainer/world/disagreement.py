@@ -36,11 +36,19 @@ _MAX_DISAGREEMENTS = 4
 
 def grouped(values: Sequence[str], separator: str = "; ") -> str:
     """What each rank said, once for all that said the same: `rank 0–6: 10; rank 7: 11`."""
+    return separator.join(by_value(dict(enumerate(values))))
+
+
+def by_value(values: Mapping[int, str]) -> list[str]:
+    """What some ranks said, each value once with the ranks that said it: `rank 0–6: 10`.
+
+    Args:
+        values: By rank.
+    """
     ranks_by_value: dict[str, list[int]] = {}
-    for rank, value in enumerate(values):
+    for rank, value in values.items():
         ranks_by_value.setdefault(value, []).append(rank)
-    said = (f"rank {_ranges(ranks)}: {value}" for value, ranks in ranks_by_value.items())
-    return separator.join(said)
+    return [f"rank {_ranges(ranks)}: {value}" for value, ranks in ranks_by_value.items()]
 
 
 def _ranges(ranks: Sequence[int]) -> str:

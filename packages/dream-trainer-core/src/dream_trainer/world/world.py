@@ -6,7 +6,7 @@ import atexit
 import contextlib
 import random
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dream_trainer.configs.device import AXES, DeviceParameters
-from dream_trainer.world import collectives, launcher, refusal
+from dream_trainer.world import collectives, cpu_collectives, launcher, refusal
 from dream_trainer.world.collectives import ReduceOp
+from dream_trainer.world.coordination import Coordination
 from dream_trainer.world.determinism import seed_all, use_deterministic_algorithms
-from dream_trainer.world.disagreement import disagreements
 from dream_trainer.world.forking import let_threads_settle_before_forks
 from dream_trainer.world.identity import RankIdentity
 from dream_trainer.world.mesh import build_mesh, fsdp_mesh
@@ -261,10 +261,7 @@ class World(RankIdentity):
     def broadcast_object(self, value: T, src: int = 0) -> T:
         """The picklable object of rank `src`. Collective."""
         self._refuse_if_guarded("broadcast_object")
-        group = self.group()
-        if group is None:
-            return value
-        received: T = collectives.broadcast_object(value, src, group)
+        received: T = cpu_collectives.broadcast_object(value, src, self.group())
         return received
 
     def barrier(self) -> None:
@@ -273,51 +270,79 @@ class World(RankIdentity):
         if self.is_distributed:
             dist.barrier(group=self.group())
 
-    def agree(self, value: T, what: str = "a value") -> T:
+    def agree(self, value: T, what: str | None = None) -> T:
         """Make sure that all ranks have the same value. Collective.
 
-        Args:
-            value: Compared by `==`; must be picklable.
-            what: Its name in the error.
-
-        Raises:
-            ValueError: On all ranks, if they differ; it shows who said what.
-        """
-        self.agree_on({what: value})
-        return value
-
-    def agree_on(self, values: Mapping[str, Any]) -> None:
-        """Make sure that all ranks have the same values, in one exchange. Collective.
+        Ranks compare digests, in one exchange of 72 bytes, and the values only if these differ.
 
         Args:
-            values: By the names that they have in the error; as for `agree`.
+            value: Compared by `==`; must be picklable. A mapping is compared entry by entry, unless
+                `what` is given; its keys are the names in the error.
+            what: The value's name in the error.
+
+        Returns:
+            The value.
 
         Raises:
-            ValueError: On all ranks, if some differ; it shows who said what.
+            ValueError: On all ranks, if they differ; it shows which rank has which.
         """
         self._refuse_if_guarded("agree")
-        if not self.is_distributed:
-            return
-        said = [dict(mine) for (mine,) in self.all_gather((dict(values),))]
-        if any(each != said[0] for each in said):
-            raise ValueError(disagreements(said))
+        if self.is_distributed:
+            if what is None:
+                named = value if isinstance(value, Mapping) else {"a value": value}
+            else:
+                named = {what: value}
+            Coordination(self).agree(named)
+        return value
 
-    def agree_on_any(self, flag: bool) -> bool:
-        """Whether the flag is set on some rank. Collective on the CPU: no device is waited for."""
-        self._refuse_if_guarded("agree_on_any")
-        if not self.is_distributed:
-            return flag
-        box = torch.tensor([flag], dtype=torch.int32)
-        dist.all_reduce(box, dist.ReduceOp.MAX, group=self.group())
-        return bool(box.item())
+    def each(self, function: Callable[[], T]) -> T:
+        """Call a function on each rank and return what it returned on this one. Collective.
+
+        An error of one rank is raised on all, so that none waits for a rank that has left. More of
+        this kind, also for threads, is in `dream_trainer.world.Coordination`.
+
+        Raises:
+            RankFailure: On all ranks, if the function raised on one; the message says on which. In
+                a world of one, its own error is raised.
+        """
+        self._refuse_if_guarded("each")
+        return Coordination(self).each(function) if self.is_distributed else function()
+
+    def on_rank_zero(self, function: Callable[[], T]) -> T:
+        """Call a function on rank 0 and return what it returned, on all ranks. Collective.
+
+        Args:
+            function: Its result must be picklable.
+
+        Raises:
+            RankFailure: On all ranks, if the function raised; in a world of one, its own error is
+                raised.
+        """
+        self._refuse_if_guarded("on_rank_zero")
+        return Coordination(self).on_rank_zero(function) if self.is_distributed else function()
 
     def all_ranks(self, condition: bool | Tensor) -> bool:
-        """Whether a condition holds on all ranks. Collective; waits for the device."""
-        return bool(self.all_reduce(_as_flag(condition), "min"))
+        """Whether a condition holds on all ranks. Collective.
+
+        Args:
+            condition: A bool is reduced on the CPU: no device is waited for. A tensor, of which all
+                elements must be true, is reduced on its device, and the host waits for that.
+        """
+        self._refuse_if_guarded("all_ranks")
+        if isinstance(condition, Tensor):
+            return bool(collectives.reduced(condition.all(), "min", self._default_group))
+        return cpu_collectives.is_true_on_all(condition, self.group())
 
     def any_rank(self, condition: bool | Tensor) -> bool:
-        """Whether a condition holds on some rank. Collective; waits for the device."""
-        return bool(self.all_reduce(_as_flag(condition), "max"))
+        """Whether a condition holds on some rank. Collective.
+
+        Args:
+            condition: As for `all_ranks`.
+        """
+        self._refuse_if_guarded("any_rank")
+        if isinstance(condition, Tensor):
+            return bool(collectives.reduced(condition.all(), "max", self._default_group))
+        return cpu_collectives.is_true_on_any(condition, self.group())
 
     @contextlib.contextmanager
     def no_collectives(self, where: str, advice: str = refusal.RANK_ZERO) -> Iterator[None]:
@@ -347,7 +372,3 @@ class World(RankIdentity):
     def _refuse_if_guarded(self, collective: str) -> None:
         if self._refusal is not None:
             raise RuntimeError(refusal.refusal(collective, *self._refusal))
-
-
-def _as_flag(condition: bool | Tensor) -> bool | Tensor:
-    return condition.all() if isinstance(condition, Tensor) else bool(condition)

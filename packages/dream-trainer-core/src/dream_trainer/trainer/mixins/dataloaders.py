@@ -10,6 +10,7 @@ from dream_trainer.configs.training import TrainingParameters
 from dream_trainer.trainer.abstract import AbstractTrainer
 from dream_trainer.trainer.batches import BatchStream, length_of
 from dream_trainer.trainer.loader_watch import LoaderWatch
+from dream_trainer.world import RankFailure
 
 logger = logging.getLogger(__name__)
 
@@ -77,18 +78,11 @@ class DataLoaderSetupMixin(AbstractTrainer):
         train, val = (
             returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
         )
-        # Every rank says what it found before any rank raises: nobody waits for one that left.
-        lengths = self.world.all_gather(
-            (
-                _problem(train, "training", type(self).__name__),
-                None if val is None else _problem(val, "validation", type(self).__name__),
-            )
-        )
-        for rank, problems in enumerate(lengths):
-            for problem in problems:
-                if problem is not None:
-                    raise ValueError(f"rank {rank}: {problem}" if len(lengths) > 1 else problem)
-        self.world.agree_on(
+        try:
+            self.world.each(lambda: self._refuse_unusable(train, val))
+        except RankFailure as error:
+            raise ValueError(str(error)) from error.__cause__
+        self.world.agree(
             {
                 "the number of batches of the training loader": length_of(train),
                 "the number of batches of the validation loader": (
@@ -101,6 +95,13 @@ class DataLoaderSetupMixin(AbstractTrainer):
         self._num_val_batches = None if val is None else self._validation_length(val)
         self.train_batches = BatchStream(train, "training", self.loader_watch)
         self._warn_of_repeated_data(train)
+
+    def _refuse_unusable(self, train: Any, val: Any) -> None:
+        problem = _problem(train, "training", type(self).__name__)
+        if problem is None and val is not None:
+            problem = _problem(val, "validation", type(self).__name__)
+        if problem is not None:
+            raise ValueError(problem)
 
     def _epoch_length(self, loader: Iterable[Any]) -> int:
         length = length_of(loader)

@@ -95,7 +95,7 @@ class OptimizerSetupMixin(AbstractTrainer):
             for name, each in self._optimizers.items()
         }
         schedulers = {name: type(each).__name__ for name, each in self._schedulers.items()}
-        self.world.agree_on(
+        self.world.agree(
             {
                 "the optimizers, and the number of parameters in each group": optimizers,
                 "the schedulers": schedulers,
