@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from dream_trainer.trainer.abstract import AbstractTrainer
 from dream_trainer.trainer.mixins.tracking import assigned_attributes
-from dream_trainer.world.determinism import FullTensorRandom
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -138,7 +137,7 @@ class ModelSetupMixin(AbstractTrainer):
             )
         on_meta = self._is_sharded and self._has_init_weights
         device = torch.device("meta") if on_meta else self.world.device
-        drawing = FullTensorRandom(self.world.device) if on_meta else nullcontext()
+        drawing = self.world.sharded_random() if on_meta else nullcontext()
         with assigned_attributes(self, _is_model) as names, device, drawing:
             self.configure_models()
         if not names:
@@ -207,7 +206,7 @@ class ModelSetupMixin(AbstractTrainer):
                 model.to(device)
         if self._has_init_weights:
             drawing: AbstractContextManager[Any] = (
-                FullTensorRandom(self.world.device) if self._is_sharded else nullcontext()
+                self.world.sharded_random() if self._is_sharded else nullcontext()
             )
             with torch.no_grad(), drawing:
                 self.init_weights()
