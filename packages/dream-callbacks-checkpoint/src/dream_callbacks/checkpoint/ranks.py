@@ -24,7 +24,8 @@ _BEAT_S = 1.0
 class Ranks:
     """The ranks of a run, on a CPU group of their own.
 
-    Every method is collective. In a world of one nothing is sent.
+    Every method is collective. Where the world has no group, since there is nobody else to talk to,
+    nothing is sent: in a world of one, and in a simulated one, whose other ranks do what this does.
 
     Args:
         world: Launched.
@@ -40,17 +41,21 @@ class Ranks:
     def is_zero(self) -> bool:
         return self.rank == 0
 
+    @property
+    def _stands_for_zero(self) -> bool:
+        return self.is_zero or self._group is None
+
     def all_gather(self, value: T) -> list[T]:
         """The values of all ranks, in their order."""
-        if self.size == 1:
-            return [value]
+        if self._group is None:
+            return [value] * self.size
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self._group)
         return values
 
     def broadcast(self, value: T) -> T:
         """The value of rank 0."""
-        if self.size == 1:
+        if self._group is None:
             return value
         box = [value]
         dist.broadcast_object_list(box, 0, group=self._group)
@@ -58,7 +63,7 @@ class Ranks:
 
     def maximum(self, values: Sequence[int]) -> list[int]:
         """For each of some numbers, the largest that a rank has."""
-        if self.size == 1:
+        if self._group is None:
             return list(values)
         box = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(box, dist.ReduceOp.MAX, group=self._group)
@@ -79,7 +84,7 @@ class Ranks:
 
         The function runs in a thread; meanwhile the ranks tell each other that they live.
         """
-        if self.size == 1:
+        if self._group is None:
             return self.each(function)
         outcome: Future[tuple[T, _Failure | None]]
         outcome = beside("checkpoint-part", self._outcome, function)
@@ -105,7 +110,7 @@ class Ranks:
         Raises:
             CheckpointError: On all ranks, if it raised.
         """
-        value, error = self._outcome(function) if self.is_zero else (None, None)
+        value, error = self._outcome(function) if self._stands_for_zero else (None, None)
         value, text = self.broadcast((value, _text(error)))
         self._raise(error, [text])
         return value  # type: ignore[return-value]  # rank 0's
@@ -120,18 +125,18 @@ class Ranks:
         Raises:
             CheckpointError: On all ranks, if the function raised.
         """
-        gathered: list[Any] = [value]
-        if self.size > 1:
+        gathered: list[Any] = [value] * self.size
+        if self._group is not None:
             gathered = [None] * self.size
             dist.gather_object(value, gathered if self.is_zero else None, dst=0, group=self._group)
         box: list[Any] = [None]
         error = None
-        if self.is_zero:
+        if self._stands_for_zero:
             answers, error = self._outcome(lambda: list(function(gathered)))
             text = _text(error)
             parts = [(None, text)] * self.size if error else [(part, None) for part in answers]
-            box = [parts[0]]
-        if self.size > 1:
+            box = [parts[self.rank]]
+        if self._group is not None:
             parts_or_none = parts if self.is_zero else None
             dist.scatter_object_list(box, parts_or_none, src=0, group=self._group)
         answer, text = box[0]
