@@ -68,6 +68,11 @@ LOCAL_SHAPES = {
 NUM_BATCHES = {"fsdp": (4, 1), "hsdp": (4, 1), "fsdp+tp": (32, 8)}
 
 
+def local_part(tensor: Any) -> torch.Tensor:
+    part: torch.Tensor = tensor.to_local()
+    return part
+
+
 def set_up_llama(layout: str, rank: int) -> dict[str, Any]:
     kilobytes_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     trainer = LlamaTrainer(
@@ -76,25 +81,22 @@ def set_up_llama(layout: str, rank: int) -> dict[str, Any]:
     trainer.configure()
     trainer.setup()
     model, parameters = trainer.model, list(trainer.model.parameters())
-    sampler: Any = trainer.train_dataloader.sampler  # type: ignore[attr-defined]
-    own_and_replicas = parameters[0].to_local()  # type: ignore[operator]
+    loader: Any = trainer.train_dataloader
+    embedding = local_part(model.embed.weight)
     return {
         "grown_bytes": 1024
         * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - kilobytes_before),
         "num_parameters": sum(parameter.numel() for parameter in parameters),
         "are_on_cpu": {str(tensor.device) for tensor in (*parameters, *model.buffers())},
-        "local_shapes": [
-            tuple(model.get_parameter(name).to_local().shape)  # type: ignore[operator]
-            for name in NAMES
-        ],
-        "std": float(own_and_replicas.std()) if own_and_replicas.numel() else None,
-        "norm": float(model.norm.weight.to_local().mean()),  # type: ignore[operator]
+        "local_shapes": [tuple(local_part(model.get_parameter(name)).shape) for name in NAMES],
+        "std": float(embedding.std()) if embedding.numel() else None,
+        "norm": float(local_part(model.norm.weight).mean()),
         "optimized": sum(
             p.numel() for group in trainer.optimizer.param_groups for p in group["params"]
         ),
         "has_scheduler": list(trainer.named_schedulers()),
         "num_batches": (trainer.num_train_batches, trainer.num_val_batches),
-        "data": (sampler.rank, sampler.num_replicas),
+        "data": (loader.sampler.rank, loader.sampler.num_replicas),
         "metrics": list(trainer.named_metrics()),
         "coordinate": tuple(trainer.world.mesh.get_coordinate() or ()),
     }
@@ -261,7 +263,7 @@ def test_a_state_has_this_ranks_part(tmp_path: Path) -> None:
 
     weight = state["models"]["model"]["embed.weight"]
     assert tuple(weight.shape) == (8, 4)
-    assert torch.equal(weight.to_local(), trainer.model.embed.weight.to_local())
+    assert torch.equal(weight.to_local(), local_part(trainer.model.embed.weight))
     assert tuple(weight.to_local().shape) == (2, 4)
     exp_avg = target["optimizers"]["optimizer"]["state"]["embed.weight"]["exp_avg"]
     assert tuple(exp_avg.to_local().shape) == (2, 4)
@@ -396,14 +398,9 @@ def test_trainers_may_share_a_world(tmp_path: Path) -> None:
         for trainer in trainers:
             trainer.setup()
 
-        meshes = [trainer.model.embed.weight.device_mesh for trainer in trainers]
+        weights: list[Any] = [trainer.model.embed.weight for trainer in trainers]
+        meshes = [weight.device_mesh for weight in weights]
         assert meshes[0] == meshes[1]
-
-
-def local_weight(trainer: Sharded) -> torch.Tensor:
-    weight: Any = trainer.model.embed.weight
-    local: torch.Tensor = weight.to_local()
-    return local
 
 
 def test_another_rank_of_the_same_process_takes_the_place_of_the_last(tmp_path: Path) -> None:
@@ -417,7 +414,10 @@ def test_another_rank_of_the_same_process_takes_the_place_of_the_last(tmp_path: 
         assert dist.get_rank() == rank
     first, last = trainers
 
-    assert (local_weight(first).shape, local_weight(last).shape) == ((1, 4), (0, 4))
+    assert (
+        local_part(first.model.embed.weight).shape,
+        local_part(last.model.embed.weight).shape,
+    ) == ((1, 4), (0, 4))
     with pytest.raises(RuntimeError, match=r"after world\.launch"):
         _ = first.world.mesh
     first.world.shutdown()
@@ -478,7 +478,7 @@ def test_a_model_is_made_of_the_same_random_distributions(tmp_path: Path) -> Non
         with world.sharded_random():
             like: Any = torch.randn_like(trainer.model.embed.weight)
 
-    assert local_weight(trainer).shape == (1024, 4)
-    assert local_weight(trainer).std().item() == pytest.approx(0.2, rel=0.05)
+    assert local_part(trainer.model.embed.weight).shape == (1024, 4)
+    assert local_part(trainer.model.embed.weight).std().item() == pytest.approx(0.2, rel=0.05)
     assert (tuple(like.shape), tuple(like.to_local().shape)) == ((4096, 4), (1024, 4))
     assert like.to_local().std().item() == pytest.approx(1.0, rel=0.05)
