@@ -47,8 +47,9 @@ class SimulatedWorld(World):
       is the default group, of `world_size` ranks.
     - Collectives of torch.distributed go to its fake process group and are done at once. They
       move no data: buffers stay as they are, or take this rank's values. Don't rely on results.
-    - Random initial weights have the right distributions and are drawn for this rank's part alone,
-      so they aren't those of a run. Other random numbers may differ from a run's too.
+    - `init_weights` gives random weights of the right distributions, drawn for this rank's part
+      alone, so they aren't those of a run. Without it, what tensor parallelism divides has no
+      defined values: torch lets rank 0 send the parts. Other random numbers may differ too.
     - A state has this rank's part alone: `trainer.state_dict()` returns it without waiting.
 
     One at a time: connecting it shuts down the SimulatedWorld before. `shutdown()`, and leaving
