@@ -68,6 +68,14 @@ class WithBuffer(Initializes):
         self.model.register_buffer("table", torch.arange(4.0), persistent=False)
 
 
+class AssignsBuffer(WithBuffer):
+    """Assigns a new table in init_weights in place of filling the one that is there."""
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        self.model.table = torch.arange(4.0)
+
+
 class OnMeta(TinyTrainer):
     def configure_models(self) -> None:
         with torch.device("meta"):
@@ -112,6 +120,10 @@ def test_what_init_weights_forgets_is_named(
 
     assert name in caught.value.tracebacks[0]
     assert "init_weights gave no values" in caught.value.tracebacks[0]
+
+
+def test_init_weights_may_assign_a_new_buffer(tmp_path: Path) -> None:
+    assert run_on_ranks(set_up_only, 2, AssignsBuffer, str(tmp_path)) == [True, True]
 
 
 def trained(layout: str, trainer_class: type[TinyTrainer], root: str) -> dict[str, torch.Tensor]:

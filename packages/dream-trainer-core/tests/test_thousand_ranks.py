@@ -1,4 +1,4 @@
-"""Layouts of up to 1,024 ranks without their hardware: torch's fake process group says yes to all.
+"""Layouts of up to 1,024 ranks without their hardware.
 
 Everything happens in a child process, so that nothing of it is left here.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +19,7 @@ from torch import nn
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.configs.device import AXES
 from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
-from dream_trainer.world import World
+from dream_trainer.world import SimulatedWorld, World
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -41,16 +40,6 @@ PARAMETERS: dict[str, Callable[..., DeviceParameters]] = {
 WORLD_SIZES = (32, 64, 1024)
 
 
-def pretend(rank: int, world_size: int) -> None:
-    """Be one of many ranks, as torchrun would say, of a process group that communicates nothing."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank % 8))
-    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-
-
 def fsdp_shape(world: World) -> tuple[int, ...]:
     """Shape of the mesh for FSDP, made in a way that torch keeps."""
     with warnings.catch_warnings():
@@ -62,8 +51,7 @@ def mesh_of(name: str, world_size: int) -> list[dict[str, Any]]:
     """What a few of the ranks see of the mesh."""
     seen = []
     for rank in sorted({0, 1, world_size // 2 - 1, world_size - 1}):
-        pretend(rank, world_size)
-        world = World(PARAMETERS[name](device="cpu"))
+        world = SimulatedWorld(PARAMETERS[name](), rank=rank, world_size=world_size)
         world.launch()
         assert world.mesh.mesh_dim_names == AXES
         seen.append(
@@ -103,11 +91,7 @@ def test_ranks_that_share_a_part_of_the_model_or_of_a_sequence_read_the_same_dat
 
     places = []
     for rank in range(1024):
-        os.environ.update(RANK=str(rank), WORLD_SIZE="1024")
-        try:
-            world = World(parameters)
-        finally:
-            del os.environ["RANK"], os.environ["WORLD_SIZE"]
+        world = SimulatedWorld(parameters, rank=rank, world_size=1024)
         places.append((world.dp_rank, world.cp_rank, world.tp_rank))
         assert world.data_part == world.dp_rank * 4 + world.cp_rank
 
@@ -161,14 +145,13 @@ class Wide(TinyTrainer):
 
 def local_shapes(name: str, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of a block's weight: of the whole, and of this rank's part."""
-    pretend(rank, 1024)
     config = tiny_config("runs", device=PARAMETERS[name](device="cpu"))
     config.width, config.num_blocks = 1024, 1
-    trainer = Wide(config)
-    trainer.world.launch()
-    trainer.build_models()  # not configure(): the others can't say what they have
+    config.num_samples, config.batch_size = 4096, 1024
+    trainer = Wide(config, world=SimulatedWorld(rank=rank, world_size=1024))
+    trainer.configure()
     assert all(parameter.is_meta for parameter in trainer.model.parameters())
-    trainer.prepare_models()
+    trainer.setup()
     weight: Any = trainer.model.blocks[0].weight
     return tuple(weight.shape), tuple(weight.to_local().shape)
 

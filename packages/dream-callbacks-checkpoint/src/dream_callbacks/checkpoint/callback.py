@@ -47,9 +47,9 @@ class CheckpointCallback(Callback[BaseTrainer]):
     """Saves the whole state of a run, and continues from it when the run is started again.
 
     Saves between two optimizer steps, as `parameters` say, at the end of the run, also when SIGTERM
-    or SIGINT stops it, and when a rank asks for it (`trainer.request_save`, SIGUSR1). A save is complete and on the disk
-    before anything is called saved, and the ones before it stay until then. Restores in
-    `post_setup`.
+    or SIGINT stops it, and when a rank asks for it (`trainer.request_save`, SIGUSR1). A save
+    is complete and on the disk before anything is called saved, and the ones before it stay until
+    then. Restores in `post_setup`.
 
     Runs after all other callbacks that don't ask for a place after it, so that it saves what they
     leave. Its work is collective. Steps that don't save cost no host synchronization, and wait for

@@ -61,6 +61,12 @@ class BaseTrainer(AbstractTrainer):
 
     Put together with SetupMixin, as in DreamTrainer, or with set-up of your own.
 
+    Args:
+        config: Of the kind that the class declares.
+        world: In place of the ranks that torchrun started, such as a SimulatedWorld. Trainers may
+            share a world if their configs have the same `device_parameters`; an error in one
+            of them shuts it down for all.
+
     Raises:
         TypeError: If the trainer lacks what a callback requires; where the class is defined, if it
             has an optional method under a misspelt name.
@@ -76,7 +82,7 @@ class BaseTrainer(AbstractTrainer):
         super().__init_subclass__(**options)
         check_definition(cls)
 
-    def __init__(self, config: BaseTrainerConfig) -> None:
+    def __init__(self, config: BaseTrainerConfig, *, world: World | None = None) -> None:
         if not isinstance(config, BaseTrainerConfig):
             raise TypeError(
                 f"{type(self).__name__} was given {config!r:.80}; an instance of a config is "
@@ -86,7 +92,8 @@ class BaseTrainer(AbstractTrainer):
         self.config = config
         self.training_parameters = config.training_parameters
         self.training_parameters.validate()
-        self.world = World(config.device_parameters)
+        self.world = World(config.device_parameters) if world is None else world
+        self.world.lay_out(config.device_parameters)
         self.requests = Requests(self.world)
         self.counters = Counters()
         self.epoch_means = EpochMeans("training_step")
@@ -180,11 +187,12 @@ class BaseTrainer(AbstractTrainer):
         Called again, it goes on where it stopped: raise `n_epochs` or `max_steps` first.
 
         Raises:
-            RuntimeError: If it is running already.
+            RuntimeError: If it is running already, or the world is simulated.
             BaseException: The first error of the step, a loader or a callback, after clean-up.
         """
         if self._is_fitting:
             raise RuntimeError("fit() is running already; wait for it, or make a second trainer")
+        self.world.require_all_ranks("fit()")
         self.training_parameters.validate()
         self.callbacks.initialize(self)
         self._is_fitting = True

@@ -9,6 +9,7 @@ from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
 from dream_trainer.trainer.mixins.eval_metric import EvalMetricMixin
 from dream_trainer.trainer.mixins.logger import LoggerMixin
 from dream_trainer.trainer.mixins.setup import SetupMixin
+from dream_trainer.world.world import World
 
 
 @dataclass(kw_only=True)
@@ -30,5 +31,5 @@ class DreamTrainer(BaseTrainer, SetupMixin, EvalMetricMixin, LoggerMixin):
 
     config: DreamTrainerConfig
 
-    def __init__(self, config: DreamTrainerConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: DreamTrainerConfig, *, world: World | None = None) -> None:
+        super().__init__(config, world=world)

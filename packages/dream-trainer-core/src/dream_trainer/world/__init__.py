@@ -4,6 +4,7 @@ from dream_trainer.world.coordination import Coordination, RankFailure
 from dream_trainer.world.failure import Failure, RemoteError
 from dream_trainer.world.requests import Request, Requests
 from dream_trainer.world.signals import RUN_SIGNALS
+from dream_trainer.world.simulated import SimulatedWorld
 from dream_trainer.world.world import World
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "RemoteError",
     "Request",
     "Requests",
+    "SimulatedWorld",
     "World",
 ]

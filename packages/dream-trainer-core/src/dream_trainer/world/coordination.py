@@ -54,7 +54,8 @@ class Coordination:
 
     Every method is collective: each rank must call it. An `Exception` that is raised on one rank is
     raised on all of them, with the message of that rank; a result that can't be pickled counts as
-    one. In a world of one nothing is sent or pickled.
+    one. In a world of one nothing is sent or pickled, nor in a simulated one, whose other ranks do
+    what this one does.
 
     Args:
         world: Launched.
@@ -101,7 +102,7 @@ class Coordination:
         Raises:
             RankFailure: On all ranks, if the function raised on one.
         """
-        if self.world_size == 1:
+        if self._group is None:
             return self.each(function)
 
         def in_thread() -> T:
@@ -122,8 +123,8 @@ class Coordination:
         Raises:
             RankFailure: On all ranks, if the function raised on one.
         """
-        if self.world_size == 1:
-            return [self.each(function)]
+        if self._group is None:
+            return [self.each(function)] * self.world_size
         outcome = self._outcome(lambda: pickle.dumps(function()))
         reports = cpu_collectives.gathered_bytes(self._report(outcome), self._group)
         self._raise_errors(reports, outcome.error)
@@ -135,7 +136,7 @@ class Coordination:
         Raises:
             RankFailure: On all ranks, if the function raised.
         """
-        if self.world_size == 1:
+        if self._group is None:
             return self.each(function)
         report, error, results = b"", None, []
         if self.is_global_zero:
@@ -161,8 +162,9 @@ class Coordination:
         Raises:
             RankFailure: On all ranks, if the function raised.
         """
-        if self.world_size == 1:
-            return self.each(lambda: self._answers(function, [value])[0])
+        if self._group is None:
+            values = [value] * self.world_size
+            return self.each(lambda: self._answers(function, values)[self.rank])
         sent = self._outcome(lambda: pickle.dumps(value))
         reports = cpu_collectives.gathered_bytes_on_zero(self._report(sent), self._group)
         answers, error = None, None
@@ -182,7 +184,7 @@ class Coordination:
             ValueError: On all ranks, if some differ; it shows which rank has which.
         """
         mine = dict(values)
-        if self.world_size == 1 or self._have_one_digest(mine):
+        if self._group is None or self._have_one_digest(mine):
             return
         # Equal values may have different digests, so the values decide.
         all_values = self.gather(lambda: mine)
@@ -265,7 +267,7 @@ class Coordination:
         for rank, report in enumerate(reports):
             text = report[1:].decode(errors="surrogatepass") if report[:1] != _RESULT else ""
             if report[:1] == _ERROR:
-                single[rank] = text
+                single[self.rank if self._group is None else rank] = text
             elif report[:1] == _ERROR_OF_ALL:
                 of_all[text] = None
         found = [*of_all, *(by_value(single) if self.world_size > 1 else single.values())]

@@ -115,6 +115,36 @@ class FullTensorRandom(TorchDispatchMode):
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
 
 
+class LocalTensorRandom(TorchDispatchMode):
+    """Draws for a sharded tensor only what this rank holds, and for a meta tensor nothing.
+
+    Other numbers than FullTensorRandom's, from the same distributions, without its time and memory.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        is_random = torch.Tag.nondeterministic_seeded in func.tags
+        filled = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if not is_random or filled is None or not _is_sharded(filled):
+            return func(*args, **kwargs)
+        from torch.distributed.tensor import DTensor
+
+        assert isinstance(filled, DTensor)
+        drawn = func(filled.to_local(), *args[1:], **kwargs)
+        if func._schema.is_mutable:  # noqa: SLF001  # no other way to tell x_() from x_like()
+            return filled
+        return DTensor.from_local(
+            drawn,
+            filled.device_mesh,
+            filled.placements,
+            run_check=False,
+            shape=filled.shape,
+            stride=filled.stride(),
+        )
+
+
 def _is_sharded(tensor: torch.Tensor) -> bool:
     if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return False

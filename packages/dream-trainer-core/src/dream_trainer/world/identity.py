@@ -24,6 +24,13 @@ class RankIdentity:
 
     def __init__(self, parameters: DeviceParameters) -> None:
         self.parameters = parameters
+        self._identify()
+        self.shape: MeshShape = parameters.mesh_shape(self.world_size)
+        self.place = coordinates(self.rank, self.shape)
+        self.device = self._choose_device()
+
+    def _identify(self) -> None:
+        """Set rank, local rank and world size."""
         self.world_size = _from_environment("WORLD_SIZE", 1)
         self.rank = _from_environment("RANK", 0)
         self.local_rank = _from_environment("LOCAL_RANK", 0)
@@ -32,9 +39,9 @@ class RankIdentity:
                 f"WORLD_SIZE={self.world_size} is set and RANK isn't; start the script with "
                 "torchrun, which sets both, or unset WORLD_SIZE"
             )
-        self.shape: MeshShape = parameters.mesh_shape(self.world_size)
-        self.place = coordinates(self.rank, self.shape)
-        self.device = _device(parameters, self.local_rank)
+
+    def _choose_device(self) -> torch.device:
+        return _device(self.parameters, self.local_rank)
 
     @property
     def is_global_zero(self) -> bool:

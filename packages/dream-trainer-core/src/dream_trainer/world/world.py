@@ -7,6 +7,7 @@ import contextlib
 import random
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,7 +19,11 @@ from dream_trainer.configs.device import AXES, DeviceParameters
 from dream_trainer.world import collectives, cpu_collectives, launcher, refusal
 from dream_trainer.world.collectives import ReduceOp
 from dream_trainer.world.coordination import Coordination
-from dream_trainer.world.determinism import seed_all, use_deterministic_algorithms
+from dream_trainer.world.determinism import (
+    FullTensorRandom,
+    seed_all,
+    use_deterministic_algorithms,
+)
 from dream_trainer.world.forking import let_threads_settle_before_forks
 from dream_trainer.world.identity import RankIdentity
 from dream_trainer.world.mesh import build_mesh, fsdp_mesh
@@ -61,6 +66,31 @@ class World(RankIdentity):
 
     # Life
 
+    def lay_out(self, parameters: DeviceParameters) -> None:
+        """Check that this world has the layout of a trainer's config. Not collective.
+
+        Raises:
+            ValueError: If it was made with other parameters; it shows both.
+        """
+        different = [
+            f"{each.name}={getattr(self.parameters, each.name)!r} in the world and "
+            f"{getattr(parameters, each.name)!r} in the config"
+            for each in fields(DeviceParameters)
+            if getattr(self.parameters, each.name) != getattr(parameters, each.name)
+        ]
+        if different:
+            raise ValueError(
+                f"the world and the trainer's config have different device_parameters: "
+                f"{'; '.join(different)}; make the world with config.device_parameters"
+            )
+
+    def require_all_ranks(self, action: str) -> None:
+        """Raise if `action` can't be done since this isn't a world of real ranks. Not collective.
+
+        Args:
+            action: Named in the error.
+        """
+
     def failure_watch(self) -> Alone | FailureWatch:
         """What tells the other ranks of an error here, and this one of theirs. Not public.
 
@@ -86,6 +116,11 @@ class World(RankIdentity):
             torch.cuda.set_device(self.device)
         if not self.is_distributed or dist.is_initialized():
             return
+        self._init_process_group()
+        self._owns_process_group = True
+        atexit.register(self.shutdown)
+
+    def _init_process_group(self) -> None:
         let_threads_settle_before_forks()
         self.failure_watch()
         assert self._store is not None, "the watch has opened it"
@@ -97,8 +132,6 @@ class World(RankIdentity):
             timeout=timedelta(seconds=self.parameters.init_timeout_s),
             device_id=self.device if self.device.type == "cuda" else None,
         )
-        self._owns_process_group = True
-        atexit.register(self.shutdown)
 
     def launch(self) -> None:
         """Connect, and create the mesh. Collective; a second call does nothing."""
@@ -145,6 +178,10 @@ class World(RankIdentity):
 
             # Else the first random operation on a DTensor gives all ranks rank 0's state.
             manual_seed(seed + self.data_part, self.get_mesh("tp"))
+
+    def sharded_random(self) -> contextlib.AbstractContextManager[Any]:
+        """Where sharded and meta tensors get the random numbers that whole, real ones would get."""
+        return FullTensorRandom(self.device)
 
     def tighten_timeouts(self) -> None:
         """Let collectives take `train_timeout_s` from now on instead of `init_timeout_s`."""

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from dream_trainer.trainer.abstract import AbstractTrainer
 from dream_trainer.trainer.mixins.tracking import assigned_attributes
-from dream_trainer.world.determinism import FullTensorRandom
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -138,7 +137,7 @@ class ModelSetupMixin(AbstractTrainer):
             )
         on_meta = self._is_sharded and self._has_init_weights
         device = torch.device("meta") if on_meta else self.world.device
-        drawing = FullTensorRandom(self.world.device) if on_meta else nullcontext()
+        drawing = self.world.sharded_random() if on_meta else nullcontext()
         with assigned_attributes(self, _is_model) as names, device, drawing:
             self.configure_models()
         if not names:
@@ -191,7 +190,7 @@ class ModelSetupMixin(AbstractTrainer):
         device = self.world.device
         if self.config.device_parameters.cpu_offload and self.world.shape.uses_fsdp:
             device = torch.device("cpu")
-        empty: list[tuple[str, Tensor]] = []
+        empty: set[str] = set()
         for name, model in self.named_models().items():
             if any(tensor.is_meta for _, tensor in _tensors(model)):
                 if not self._has_init_weights:
@@ -200,18 +199,23 @@ class ModelSetupMixin(AbstractTrainer):
                         "init_weights to give it values; write one, or build it on a real device"
                     )
                 model.to_empty(device=device)
-                empty += [(f"{name}.{key}", tensor) for key, tensor in _tensors(model)]
+                for key, tensor in _tensors(model):
+                    _mark_empty(tensor)
+                    empty.add(f"{name}.{key}")
             else:
                 model.to(device)
-        for _, tensor in empty:
-            _mark_empty(tensor)
         if self._has_init_weights:
             drawing: AbstractContextManager[Any] = (
-                FullTensorRandom(self.world.device) if self._is_sharded else nullcontext()
+                self.world.sharded_random() if self._is_sharded else nullcontext()
             )
             with torch.no_grad(), drawing:
                 self.init_weights()
-        still_empty = [key for key, tensor in empty if _is_marked_empty(tensor)]
+        still_empty = [
+            f"{name}.{key}"
+            for name, model in self.named_models().items()
+            for key, tensor in _tensors(model)  # as they are now: it may have assigned new ones
+            if f"{name}.{key}" in empty and _is_marked_empty(tensor)
+        ]
         if still_empty:
             raise RuntimeError(
                 f"{', '.join(still_empty[:5])}{' …' if len(still_empty) > 5 else ''}: built on the "

@@ -1,0 +1,259 @@
+"""SimulatedWorld: one rank of many, in one process; the other ranks are imagined."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dream_trainer.configs.device import DeviceParameters
+from dream_trainer.world import collectives
+from dream_trainer.world.collectives import ReduceOp
+from dream_trainer.world.determinism import LocalTensorRandom
+from dream_trainer.world.watch import Alone
+from dream_trainer.world.world import World
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
+
+_BACKEND = "fake"
+
+
+class SimulatedWorld(World):
+    """One rank of a world whose other ranks are imagined, to try a layout without its machines.
+
+    `MyTrainer(config, world=SimulatedWorld(rank=3, world_size=1024))` runs `configure()` and
+    `setup()` in this process, on the CPU whatever `device_parameters.device` says: models are
+    divided and hold this rank's part, with optimizers, loaders, metrics and the callbacks' hooks
+    up to `post_setup`. There is no socket, no store, no thread and no signal handler, and nothing
+    waits. `fit()` raises RuntimeError: imagined ranks have neither data nor gradients.
+
+    What the simulation assumes: **the other ranks do and hold exactly what this one does.**
+
+    - `all_reduce`: "mean", "min" and "max" give the value, "sum" the value times `world_size`.
+    - `all_gather`: this rank's value, `world_size` times. A tensor is a view of one copy that
+      can't be written to, a list has one copy of an object many times.
+    - `broadcast`, `broadcast_object`: the value given here, whoever is the source.
+    - `agree` agrees; `any_rank` and `all_ranks` give the condition; `barrier` returns.
+    - `group(kind)` is None, as in a world of one: nobody else listens. To torch.distributed None
+      is the default group, of `world_size` ranks.
+    - Collectives of torch.distributed go to its fake process group and are done at once. They
+      move no data: buffers stay as they are, or take this rank's values. Don't rely on results.
+    - `init_weights` gives random weights of the right distributions, drawn for this rank's part
+      alone, so they aren't those of a run. Without it, what tensor parallelism divides has no
+      defined values: torch lets rank 0 send the parts. Other random numbers may differ too.
+    - A state has this rank's part alone: `trainer.state_dict()` returns it without waiting.
+
+    One at a time: connecting it shuts down the SimulatedWorld before. `shutdown()`, and leaving
+    `with SimulatedWorld(…) as world:`, destroy the fake process group. What a rank holds can be
+    looked at afterwards (`tensor.to_local()`), but operations on its DTensors belong inside: torch
+    takes the meshes of two ranks for the same one.
+
+    Args:
+        parameters: Layout. Default: `device_parameters` of the config of the trainer that this
+            world is given to; until then it has no layout, mesh or device.
+        rank: Which rank to be.
+        world_size: Number of ranks.
+        ranks_per_node: For `local_rank`, which is `rank % ranks_per_node`.
+
+    Raises:
+        ValueError: If there is no such rank, or the layout doesn't fit `world_size`.
+    """
+
+    def __init__(
+        self,
+        parameters: DeviceParameters | None = None,
+        *,
+        rank: int,
+        world_size: int,
+        ranks_per_node: int = 8,
+    ) -> None:
+        if world_size < 1 or ranks_per_node < 1:
+            raise ValueError(
+                f"world_size={world_size}, ranks_per_node={ranks_per_node}: both must be at least 1"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(
+                f"rank={rank} of world_size={world_size}: a rank from 0 to {world_size - 1} is "
+                "required"
+            )
+        self.rank, self.world_size = rank, world_size
+        self.local_rank = rank % ranks_per_node
+        if parameters is not None:
+            super().__init__(parameters)
+
+    def __repr__(self) -> str:
+        return f"SimulatedWorld(rank={self.rank}, world_size={self.world_size})"
+
+    def __getattr__(self, name: str) -> Any:
+        # Only asked for what isn't there.
+        if "parameters" in vars(self) or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise AttributeError(
+            f"{self} has no layout yet, and so no {name}; give it to a trainer, as in "
+            "MyTrainer(config, world=world), or make it with DeviceParameters"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if "parameters" in vars(self):
+            self.shutdown()
+
+    # Which rank this is
+
+    def _identify(self) -> None:
+        pass  # as given; the environment is that of no rank
+
+    def _choose_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def lay_out(self, parameters: DeviceParameters) -> None:
+        """Take the layout of a trainer's config; if there is one already, check that it is equal.
+
+        Raises:
+            ValueError: If the layout doesn't fit the number of ranks, or isn't equal.
+        """
+        if "parameters" in vars(self):
+            super().lay_out(parameters)
+        else:
+            super().__init__(parameters)
+
+    # Life
+
+    def connect(self) -> None:
+        """Create the fake process group, in place of the last SimulatedWorld's.
+
+        Raises:
+            RuntimeError: If this process has a process group of another kind.
+        """
+        if not self._owns_process_group and dist.is_initialized():
+            _shut_down_connected(self)
+        super().connect()
+
+    def _init_process_group(self) -> None:
+        global _connected  # noqa: PLW0603  # torch has one default group for the process
+        _forget_shardings()
+        _init_fake_process_group(self.rank, self.world_size)
+        _connected = self
+
+    def shutdown(self) -> None:
+        """Destroy the fake process group. A second call does nothing."""
+        global _connected  # noqa: PLW0603
+        super().shutdown()
+        if _connected is self:
+            _connected = None
+            _forget_shardings()
+
+    def abandon(self) -> None:
+        """Shut down; nothing has to be waited for."""
+        self.shutdown()
+
+    def failure_watch(self) -> Alone:
+        """Nobody to tell of an error. Not public."""
+        assert isinstance(self._watch, Alone)
+        return self._watch
+
+    def require_all_ranks(self, action: str) -> None:
+        """Raise, since the other ranks are imagined.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError(
+            f"{action} in {self}: the other ranks are imagined, with neither data nor gradients, "
+            "so what it computed would be wrong; configure() and setup() work here. To train, "
+            f"leave out world=… and start {self.world_size} ranks with torchrun"
+        )
+
+    def sharded_random(self) -> AbstractContextManager[Any]:
+        """Where sharded tensors get random numbers for this rank's part alone."""
+        return LocalTensorRandom()  # type: ignore[no-untyped-call]  # torch's
+
+    def _set_timeouts(self, timeout_s: float) -> None:
+        pass  # nothing takes time
+
+    # Together
+
+    def group(self, kind: str = "control") -> ProcessGroup | None:
+        """None, as in a world of one: nobody else listens."""
+        return None
+
+    def all_reduce(self, value: Any, op: ReduceOp = "mean") -> Any:
+        """The value reduced with as many equal ones as there are ranks; as `World.all_reduce`."""
+        self._refuse_if_guarded("all_reduce")
+        result = collectives.reduced(value, op, None)
+        return _multiplied(result, self.world_size) if op == "sum" else result
+
+    def all_gather(self, value: Any) -> Any:
+        """The value as often as there are ranks, of which there is one copy."""
+        self._refuse_if_guarded("all_gather")
+        if isinstance(value, Tensor):
+            return value.detach().clone().expand(self.world_size, *value.shape)
+        return [_as_sent(value)] * self.world_size
+
+    def broadcast_object(self, value: T, src: int = 0) -> T:
+        """The value, whoever `src` is; it must be picklable."""
+        self._refuse_if_guarded("broadcast_object")
+        _as_sent(value)
+        return value
+
+
+_connected: SimulatedWorld | None = None
+"""Whose process group torch's default one is."""
+
+
+def _shut_down_connected(newcomer: SimulatedWorld) -> None:
+    if _connected is None or dist.get_backend() != _BACKEND:
+        raise RuntimeError(
+            f"{newcomer} can't be connected: this process has a process group already, of "
+            f"{dist.get_world_size()} ranks with backend {dist.get_backend()!r}; call "
+            "torch.distributed.destroy_process_group() first, or simulate in a process of its own"
+        )
+    _connected.shutdown()
+
+
+def _init_fake_process_group(rank: int, world_size: int) -> None:
+    """Let torch pretend to be one of many ranks.
+
+    The backend is torch's own, for its tests, and not public: this is the only place that knows
+    of it.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group(_BACKEND, rank=rank, world_size=world_size, store=FakeStore())
+
+
+def _forget_shardings() -> None:
+    """Empty torch's caches of how DTensors are divided, which don't know ranks apart.
+
+    Their keys are meshes, and those of two ranks are equal: a DTensor of the second rank would get
+    the place of the first.
+    """
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import _redistribute
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
+        _redistribute._gen_transform_infos.cache_clear()  # noqa: SLF001  # nothing public does
+
+
+def _multiplied(value: Any, factor: int) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _multiplied(each, factor) for key, each in value.items()}
+    return value * factor
+
+
+def _as_sent(value: T) -> T:
+    """A copy, as another rank would get it: what can't be pickled is an error here too."""
+    copy: T = pickle.loads(pickle.dumps(value))  # noqa: S301  # our own
+    return copy
