@@ -18,9 +18,9 @@ from pathlib import Path
 
 from dream_callbacks.checkpoint.disk import LocalDisk
 from dream_callbacks.checkpoint.layout import MANIFEST, checkpoint_name
+from dream_callbacks.checkpoint.manager import Store
 from dream_callbacks.checkpoint.manifest import FileSum, Manifest
 from dream_callbacks.checkpoint.retention import KeepRules
-from dream_callbacks.checkpoint.store import Store
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.world import World
 

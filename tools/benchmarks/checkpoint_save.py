@@ -164,8 +164,8 @@ def ratio(found: dict[str, Any], one: str, other: str) -> float:
 
 def sync_save(folder: Path, trainer: Large) -> float:
     """Seconds of one save through the callback's own way, without the step before it."""
+    from dream_callbacks.checkpoint.manager import Facts, Store
     from dream_callbacks.checkpoint.retention import KeepRules
-    from dream_callbacks.checkpoint.store import Facts, Store
 
     shutil.rmtree(folder / "sync", ignore_errors=True)
     store = Store(folder / "sync", trainer.world, KeepRules(last=1))

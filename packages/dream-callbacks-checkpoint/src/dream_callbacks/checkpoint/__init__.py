@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dream_callbacks.checkpoint.callback import CheckpointCallback
     from dream_callbacks.checkpoint.config import CheckpointParameters
     from dream_callbacks.checkpoint.export import ExportCallback
-    from dream_callbacks.checkpoint.partial import LoadPartialCheckpointCallback, PartialLoad
+    from dream_callbacks.checkpoint.partial_load import LoadPartialCheckpointCallback, PartialLoad
 
 __all__ = [
     "AsyncCheckpointCallback",

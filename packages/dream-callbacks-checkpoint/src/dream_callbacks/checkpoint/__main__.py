@@ -20,8 +20,8 @@ from dream_callbacks.checkpoint.catalog import Catalog, Checkpoint, damage_of, r
 from dream_callbacks.checkpoint.choosing import directory_at
 from dream_callbacks.checkpoint.directory import Directory, directory_of
 from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
+from dream_callbacks.checkpoint.formatting import json_value, spelled_bytes, table
 from dream_callbacks.checkpoint.retention import KeepRules, to_delete
-from dream_callbacks.checkpoint.spelling import json_value, spelled_bytes, table
 
 if TYPE_CHECKING:
     from dream_callbacks.checkpoint.export import Format
@@ -135,7 +135,7 @@ def _ls(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from dream_callbacks.checkpoint.loading import SavedState
+    from dream_callbacks.checkpoint.restore import SavedState
 
     disk, catalog, step = _opened(options)
     checkpoints = [c for c in catalog.checkpoints if step in (None, c.step)]
@@ -169,7 +169,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from dream_callbacks.checkpoint.loading import SavedState
+    from dream_callbacks.checkpoint.restore import SavedState
 
     disk, catalog, step = _opened(options)
     checkpoint = _one(disk, catalog, step)

@@ -15,9 +15,9 @@ import torch
 from dream_callbacks.checkpoint.config import CheckpointParameters
 from dream_callbacks.checkpoint.directory import below
 from dream_callbacks.checkpoint.errors import CheckpointError, error_text
-from dream_callbacks.checkpoint.loading import load_into
+from dream_callbacks.checkpoint.manager import Facts, Store
+from dream_callbacks.checkpoint.restore import load_into
 from dream_callbacks.checkpoint.retention import is_among_best
-from dream_callbacks.checkpoint.store import Facts, Store
 from dream_trainer.callbacks import Cadence, Callback, Every
 from dream_trainer.trainer import BaseTrainer
 from dream_trainer.world import RUN_SIGNALS, Request

@@ -149,7 +149,7 @@ def export_checkpoint(
     Raises:
         CheckpointError: If there are no weights in it.
     """
-    from dream_callbacks.checkpoint.loading import SavedState
+    from dream_callbacks.checkpoint.restore import SavedState
 
     saved = SavedState(disk, checkpoint)
     models = tuple(saved.shared["models"])

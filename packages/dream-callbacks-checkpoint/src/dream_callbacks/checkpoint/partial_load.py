@@ -15,7 +15,7 @@ from dream_callbacks.checkpoint.choosing import choose, directory_at
 from dream_callbacks.checkpoint.coordination import coordination
 from dream_callbacks.checkpoint.directory import below, directory_of
 from dream_callbacks.checkpoint.errors import CheckpointError
-from dream_callbacks.checkpoint.loading import SavedState
+from dream_callbacks.checkpoint.restore import SavedState
 from dream_callbacks.checkpoint.resume import ResumeMode
 from dream_callbacks.checkpoint.tree import split
 from dream_trainer.callbacks import Callback

@@ -28,10 +28,10 @@ from dream_callbacks.checkpoint.choosing import choose
 from dream_callbacks.checkpoint.coordination import coordination
 from dream_callbacks.checkpoint.directory import directory_of
 from dream_callbacks.checkpoint.errors import CheckpointError, error_text
+from dream_callbacks.checkpoint.formatting import spelled_bytes
 from dream_callbacks.checkpoint.manifest import FileSum, Manifest
 from dream_callbacks.checkpoint.resume import ResumeMode
 from dream_callbacks.checkpoint.retention import KeepRules, to_delete
-from dream_callbacks.checkpoint.spelling import spelled_bytes
 from dream_callbacks.checkpoint.tree import Split, split
 from dream_trainer.world import Coordination, World
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import MetadataIndex
     from torch.distributed.checkpoint.storage import WriteResult
 
-    from dream_callbacks.checkpoint.storage import TensorsToWrite
+    from dream_callbacks.checkpoint.dcp import TensorsToWrite
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ class Store:
         Raises:
             CheckpointError: If the state holds what can't be saved, or there is no room.
         """
-        from dream_callbacks.checkpoint.storage import TensorsToWrite
+        from dream_callbacks.checkpoint.dcp import TensorsToWrite
 
         parts = self.ranks.each(lambda: split(take_state(), self.ranks.rank))
         tensors = TensorsToWrite.planned(parts.tensors, parts.paths, self.ranks)

@@ -56,7 +56,7 @@ class SavedState:
 
     def read(self, wanted: Mapping[str, Tensor]) -> None:
         """Fill tensors in place, by name."""
-        from dream_callbacks.checkpoint.storage import read_tensors
+        from dream_callbacks.checkpoint.dcp import read_tensors
 
         read_tensors(self.disk, self.checkpoint.name, self.index, wanted)
 
