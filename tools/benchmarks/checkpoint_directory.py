@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dream_callbacks.checkpoint.disk import LocalDisk
-from dream_callbacks.checkpoint.layout import MANIFEST, checkpoint_name
+from dream_callbacks.checkpoint.format.file_names import MANIFEST, checkpoint_name
+from dream_callbacks.checkpoint.format.manifest import FileSum, Manifest
 from dream_callbacks.checkpoint.manager import Store
-from dream_callbacks.checkpoint.manifest import FileSum, Manifest
 from dream_callbacks.checkpoint.retention import KeepRules
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.world import World

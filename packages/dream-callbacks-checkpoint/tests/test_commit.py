@@ -11,7 +11,7 @@ from tiny_runs import steps, tiny
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from training import directory
 
-from dream_callbacks.checkpoint import layout
+from dream_callbacks.checkpoint.format import file_names
 from dream_trainer.callbacks import Every
 
 
@@ -49,9 +49,9 @@ def test_every_file_is_synced_whole_before_the_checkpoint_gets_its_name(
 
     tiny(tmp_path, callback=callback, every=Every(steps=4), keep_last=2).fit()
 
-    commits = [r for r in syncs.renames if layout.step_of(Path(r[1]).name) is not None]
+    commits = [r for r in syncs.renames if file_names.step_of(Path(r[1]).name) is not None]
     assert [Path(new).name for _, new, _, _ in commits] == [
-        layout.checkpoint_name(step) for step in (4, 8, 12, 16)
+        file_names.checkpoint_name(step) for step in (4, 8, 12, 16)
     ]
     for old, _, files, synced in commits:
         assert len(files) == 6

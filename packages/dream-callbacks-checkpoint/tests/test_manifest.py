@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dream_callbacks.checkpoint import DamagedCheckpointError
-from dream_callbacks.checkpoint.manifest import FileSum, Manifest, sealed, unsealed
+from dream_callbacks.checkpoint.format.manifest import FileSum, Manifest, sealed, unsealed
 
 
 def manifest(**changes: Any) -> Manifest:

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from test_manifest import manifest
 
-from dream_callbacks.checkpoint import layout
 from dream_callbacks.checkpoint.catalog import Checkpoint
+from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.retention import KeepRules, best_first, is_among_best, to_delete
 
 
 def checkpoint(step: int, value: float | None = None, **fields: Any) -> Checkpoint:
     metrics = {} if value is None else {"val_loss": value}
     fields = {"seq": step, "metrics": metrics, **fields}
-    return Checkpoint(layout.checkpoint_name(step), manifest(step=step, **fields))
+    return Checkpoint(file_names.checkpoint_name(step), manifest(step=step, **fields))
 
 
 def kept(checkpoints: list[Checkpoint], **rules: Any) -> list[int]:

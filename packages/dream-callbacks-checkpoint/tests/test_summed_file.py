@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dream_callbacks.checkpoint import DamagedCheckpointError
-from dream_callbacks.checkpoint.manifest import FileSum
+from dream_callbacks.checkpoint.format.manifest import FileSum
 from dream_callbacks.checkpoint.summed_file import SummedFile, content_of, sums_of
 
 MIB = 1 << 20

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dream_callbacks.checkpoint import commit, layout, plain
+from dream_callbacks.checkpoint import commit
 from dream_callbacks.checkpoint.catalog import Catalog, Checkpoint, damage_of, read_catalog
 from dream_callbacks.checkpoint.choosing import directory_at
 from dream_callbacks.checkpoint.directory import Directory, directory_of
 from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
+from dream_callbacks.checkpoint.format import file_names, json_codec
 from dream_callbacks.checkpoint.formatting import json_value, spelled_bytes, table
 from dream_callbacks.checkpoint.retention import KeepRules, to_delete
 
@@ -142,7 +143,7 @@ def _verify(options: argparse.Namespace) -> int:
     found = {
         name: [what]
         for name, what in catalog.damaged.items()
-        if step in (None, layout.step_of(name))
+        if step in (None, file_names.step_of(name))
     }
     if not checkpoints and not found:
         raise CheckpointError(f"there is nothing to verify in {disk}; look with ls")
@@ -174,7 +175,7 @@ def _show(options: argparse.Namespace) -> int:
     disk, catalog, step = _opened(options)
     checkpoint = _one(disk, catalog, step)
     saved = SavedState(disk, checkpoint)
-    counters = plain.decode(saved.shared["trainer"]["counters"])
+    counters = json_codec.decode(saved.shared["trainer"]["counters"])
     callbacks = sorted(saved.shared["trainer"]["callbacks"])
     if options.json:
         tensors = {n: [str(t.dtype), list(t.shape)] for n, t in saved.index.items()}

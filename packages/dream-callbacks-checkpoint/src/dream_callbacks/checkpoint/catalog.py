@@ -6,10 +6,10 @@ import logging
 import math
 from dataclasses import dataclass, field
 
-from dream_callbacks.checkpoint import layout, plain
 from dream_callbacks.checkpoint.directory import Directory
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
-from dream_callbacks.checkpoint.manifest import FileSum, Manifest, sealed, unsealed
+from dream_callbacks.checkpoint.format import file_names, json_codec
+from dream_callbacks.checkpoint.format.manifest import FileSum, Manifest, sealed, unsealed
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +68,10 @@ class Catalog:
 def read_catalog(disk: Directory) -> Catalog:
     """Look into a directory; an empty catalog if it isn't there."""
     names = disk.entries()
-    with_metrics = {layout.step_of_metrics(name) for name in names}
+    with_metrics = {file_names.step_of_metrics(name) for name in names}
     checkpoints, damaged = [], {}
     for name in names:
-        step = layout.step_of(name)
+        step = file_names.step_of(name)
         if step is None:
             continue
         try:
@@ -93,31 +93,31 @@ def read_manifest(disk: Directory, name: str) -> Manifest:
     """
     if not disk.is_folder(name):
         raise DamagedCheckpointError("it isn't a folder")
-    data = disk.read(name, layout.MANIFEST, _MAX_MANIFEST_BYTES)
+    data = disk.read(name, file_names.MANIFEST, _MAX_MANIFEST_BYTES)
     try:
         manifest = Manifest.decode(data)
     except DamagedCheckpointError as error:
         text = str(error)
-        prefix = "" if text.startswith(layout.MANIFEST) else f"{layout.MANIFEST}: "
+        prefix = "" if text.startswith(file_names.MANIFEST) else f"{file_names.MANIFEST}: "
         raise DamagedCheckpointError(f"{prefix}{text}") from error
-    if manifest.step != layout.step_of(name):
+    if manifest.step != file_names.step_of(name):
         raise DamagedCheckpointError(f"it is the checkpoint of step {manifest.step}")
     return manifest
 
 
 def late_metrics_document(manifest: Manifest, metrics: dict[str, float]) -> bytes:
     """What the file of late results holds."""
-    return sealed({"run": manifest.run, "seq": manifest.seq, "metrics": plain.encode(metrics)})
+    return sealed({"run": manifest.run, "seq": manifest.seq, "metrics": json_codec.encode(metrics)})
 
 
 def read_late_metrics(disk: Directory, manifest: Manifest) -> dict[str, float]:
     """Results that came after a save; none, with a warning, if they can't be read."""
-    name = layout.metrics_name(manifest.step)
+    name = file_names.metrics_name(manifest.step)
     try:
         document = unsealed(disk.read("", name, _MAX_MANIFEST_BYTES))
         if (document["run"], document["seq"]) != (manifest.run, manifest.seq):
             return {}  # of an earlier checkpoint of the same step
-        return {str(k): float(v) for k, v in plain.decode(document["metrics"]).items()}
+        return {str(k): float(v) for k, v in json_codec.decode(document["metrics"]).items()}
     except (DamagedCheckpointError, OSError, KeyError, TypeError, ValueError) as error:
         logger.warning(
             "%s/%s can't be used: %s; the checkpoint counts as one without metrics",

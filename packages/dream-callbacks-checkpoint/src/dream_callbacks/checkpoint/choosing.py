@@ -7,10 +7,10 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dream_callbacks.checkpoint import layout
 from dream_callbacks.checkpoint.catalog import Catalog, Checkpoint, damage_of
 from dream_callbacks.checkpoint.directory import Directory, directory_of, is_url
 from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
+from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.resume import ResumeMode, candidates
 
 if TYPE_CHECKING:
@@ -110,18 +110,18 @@ def directory_at(path: str | Path) -> tuple[str | Path, int | None]:
     if is_url(path):
         return _directory_at_url(str(path).rstrip("/"))
     path = Path(path).expanduser()
-    step = layout.step_of(path.name)
+    step = file_names.step_of(path.name)
     if step is not None and path.is_dir():
         return path.parent, step
     for directory in (path, path / "checkpoints"):
         if directory.is_dir() and (
-            (directory / layout.LOCK).exists()
-            or any(layout.step_of(entry.name) is not None for entry in directory.iterdir())
+            (directory / file_names.LOCK).exists()
+            or any(file_names.step_of(entry.name) is not None for entry in directory.iterdir())
         ):
             return directory, None
     if not path.is_dir():
         raise CheckpointError(f"{path} isn't a directory; give one that checkpoints are in")
-    below = sorted(lock.parent for lock in path.glob(f"*/*/*/checkpoints/{layout.LOCK}"))
+    below = sorted(lock.parent for lock in path.glob(f"*/*/*/checkpoints/{file_names.LOCK}"))
     hint = f"; there are checkpoints in {', '.join(map(str, below[:5]))}" if below else ""
     raise CheckpointError(
         f"there are no checkpoints in {path}{hint}; give a run directory, or the folder "
@@ -131,12 +131,12 @@ def directory_at(path: str | Path) -> tuple[str | Path, int | None]:
 
 def _directory_at_url(url: str) -> tuple[str, int | None]:
     above, _, name = url.rpartition("/")
-    step = layout.step_of(name)
+    step = file_names.step_of(name)
     if step is not None:
         return above, step
     for place in (url, f"{url}/checkpoints"):
         names = directory_of(place).entries()
-        if layout.LOCK in names or any(layout.step_of(each) is not None for each in names):
+        if file_names.LOCK in names or any(file_names.step_of(each) is not None for each in names):
             return place, None
     raise CheckpointError(
         f"there are no checkpoints in {url}; give the URL of a run directory, or of the folder "

@@ -7,16 +7,16 @@ import logging
 import uuid
 from collections.abc import Collection
 
-from dream_callbacks.checkpoint import layout
 from dream_callbacks.checkpoint.directory import Directory, Lock
-from dream_callbacks.checkpoint.manifest import Manifest
+from dream_callbacks.checkpoint.format import file_names
+from dream_callbacks.checkpoint.format.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 
 
 def begin(disk: Directory, step: int, run: str) -> str:
     """Make the folder in which a checkpoint is written, and return its name."""
-    name = layout.temporary_name(step, run)
+    name = file_names.temporary_name(step, run)
     disk.delete(name)  # of an attempt that failed
     disk.make(name)
     return name
@@ -46,11 +46,11 @@ def publish(
     Raises:
         CheckpointError: If the lock was lost.
     """
-    disk.write(temporary, layout.MANIFEST, manifest.encode())
-    disk.sync(temporary, [*unsynced, layout.MANIFEST])
+    disk.write(temporary, file_names.MANIFEST, manifest.encode())
+    disk.sync(temporary, [*unsynced, file_names.MANIFEST])
     lock.check()
-    name = layout.checkpoint_name(manifest.step)
-    replaced = layout.replaced_name(manifest.step, uuid.uuid4().hex)
+    name = file_names.checkpoint_name(manifest.step)
+    replaced = file_names.replaced_name(manifest.step, uuid.uuid4().hex)
     if name in disk.entries():
         # Two renames: after a crash between them, `recover` gives the old one its name again.
         disk.rename(name, replaced)
@@ -65,11 +65,11 @@ def discard(disk: Directory, name: str) -> None:
     """Delete a checkpoint: it is gone at once, or still whole."""
     trash = name  # the manifest goes first
     if disk.renames_at_once:
-        trash = layout.trash_name(uuid.uuid4().hex)
+        trash = file_names.trash_name(uuid.uuid4().hex)
         disk.rename(name, trash)
-    step = layout.step_of(name)
+    step = file_names.step_of(name)
     if step is not None:
-        disk.unlink(layout.metrics_name(step))
+        disk.unlink(file_names.metrics_name(step))
     disk.delete(trash)
 
 
@@ -87,29 +87,29 @@ def recover(disk: Directory) -> None:
             disk.delete(name)
             names.remove(name)
     for name in sorted(names):
-        replaced_step = layout.step_of_replaced(name)
-        metrics_step = layout.step_of_metrics(name)
+        replaced_step = file_names.step_of_replaced(name)
+        metrics_step = file_names.step_of_metrics(name)
         if replaced_step is not None:
-            original = layout.checkpoint_name(replaced_step)
+            original = file_names.checkpoint_name(replaced_step)
             if original in names:
                 discard(disk, name)
             else:
                 disk.rename(name, original)
                 names.add(original)
-        elif layout.is_leftover(name):
+        elif file_names.is_leftover(name):
             logger.info("%s/%s was left by a run that ended while it wrote; deleted", disk, name)
             if disk.is_folder(name):
                 disk.delete(name)
             else:
                 disk.unlink(name)
-        elif metrics_step is not None and layout.checkpoint_name(metrics_step) not in names:
+        elif metrics_step is not None and file_names.checkpoint_name(metrics_step) not in names:
             disk.unlink(name)
 
 
 def _is_unfinished(disk: Directory, name: str) -> bool:
     """Whether a checkpoint's folder has no manifest, where nothing but that makes it one."""
-    is_named = layout.step_of(name) is not None or layout.step_of_replaced(name) is not None
-    return is_named and disk.size(name, layout.MANIFEST) is None
+    is_named = file_names.step_of(name) is not None or file_names.step_of_replaced(name) is not None
+    return is_named and disk.size(name, file_names.MANIFEST) is None
 
 
 def probe(disk: Directory) -> None:
@@ -118,11 +118,11 @@ def probe(disk: Directory) -> None:
     Raises:
         OSError: If they can't.
     """
-    name = layout.probe_name(uuid.uuid4().hex)
+    name = file_names.probe_name(uuid.uuid4().hex)
     try:
         disk.write("", name, b"probe")
         disk.sync("", [name])
-        renamed = layout.probe_name(uuid.uuid4().hex)
+        renamed = file_names.probe_name(uuid.uuid4().hex)
         disk.rename(name, renamed)
         name = renamed
     finally:

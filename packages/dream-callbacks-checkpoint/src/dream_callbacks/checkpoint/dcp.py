@@ -23,12 +23,12 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config
 
-from dream_callbacks.checkpoint import layout
 from dream_callbacks.checkpoint.directory import Directory
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
-from dream_callbacks.checkpoint.index import TensorIndex
-from dream_callbacks.checkpoint.manifest import FileSum
-from dream_callbacks.checkpoint.plain import Path as TreePath
+from dream_callbacks.checkpoint.format import file_names
+from dream_callbacks.checkpoint.format.json_codec import Path as TreePath
+from dream_callbacks.checkpoint.format.manifest import FileSum
+from dream_callbacks.checkpoint.format.tensor_index import TensorIndex
 from dream_callbacks.checkpoint.summed_file import SummedFile
 from dream_trainer.world import Coordination
 
@@ -153,7 +153,10 @@ class TensorsToWrite:
         with files.first_error_raised():
             _writer(disk, folder, files).finish(self.metadata, list(results))
         index = TensorIndex.of_save(self.metadata, (r for part in results for r in part))
-        return {**files.sums, layout.INDEX: disk.write(folder, layout.INDEX, index.encode())}
+        return {
+            **files.sums,
+            file_names.INDEX: disk.write(folder, file_names.INDEX, index.encode()),
+        }
 
 
 def read_tensors(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from dream_callbacks.checkpoint.disk import LocalDisk
-from dream_callbacks.checkpoint.manifest import FileSum
+from dream_callbacks.checkpoint.format.manifest import FileSum
 from dream_callbacks.checkpoint.summed_file import SummedFile
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")

@@ -13,11 +13,11 @@ from concurrent.futures import wait
 from pathlib import Path
 from typing import BinaryIO
 
-from dream_callbacks.checkpoint import layout
 from dream_callbacks.checkpoint.chunked_file import ChunkedFile
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
+from dream_callbacks.checkpoint.format import file_names
+from dream_callbacks.checkpoint.format.manifest import FileSum
 from dream_callbacks.checkpoint.lock import DirectoryLock
-from dream_callbacks.checkpoint.manifest import FileSum
 from dream_callbacks.checkpoint.summed_file import SummedFile, content_of, sums_of
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -42,7 +42,7 @@ class LocalDisk:
 
     def lock(self, run: str) -> DirectoryLock:
         """The lock of this directory, not yet held."""
-        return DirectoryLock(self.root / layout.LOCK, run)
+        return DirectoryLock(self.root / file_names.LOCK, run)
 
     # Looking
 

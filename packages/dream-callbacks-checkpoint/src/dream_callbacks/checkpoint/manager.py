@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from dream_callbacks.checkpoint import commit, layout
+from dream_callbacks.checkpoint import commit
 from dream_callbacks.checkpoint.catalog import (
     Catalog,
     Checkpoint,
@@ -28,11 +28,12 @@ from dream_callbacks.checkpoint.choosing import choose
 from dream_callbacks.checkpoint.coordination import coordination
 from dream_callbacks.checkpoint.directory import directory_of
 from dream_callbacks.checkpoint.errors import CheckpointError, error_text
+from dream_callbacks.checkpoint.format import file_names
+from dream_callbacks.checkpoint.format.manifest import FileSum, Manifest
+from dream_callbacks.checkpoint.format.state_codec import Split, split
 from dream_callbacks.checkpoint.formatting import spelled_bytes
-from dream_callbacks.checkpoint.manifest import FileSum, Manifest
 from dream_callbacks.checkpoint.resume import ResumeMode
 from dream_callbacks.checkpoint.retention import KeepRules, to_delete
-from dream_callbacks.checkpoint.tree import Split, split
 from dream_trainer.world import Coordination, World
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class Store:
         """Move the checkpoints that are there aside, if there are any."""
 
         def move_aside() -> None:
-            present = [n for n in self.disk.entries() if layout.step_of(n) is not None]
+            present = [n for n in self.disk.entries() if file_names.step_of(n) is not None]
             if not present:
                 return
             taken = self.disk.entries()
@@ -150,7 +151,10 @@ class Store:
             )
             self.disk.make(aside)
             for name in self.disk.entries():
-                if layout.step_of(name) is not None or layout.step_of_metrics(name) is not None:
+                if (
+                    file_names.step_of(name) is not None
+                    or file_names.step_of_metrics(name) is not None
+                ):
                     self.disk.rename(name, f"{aside}/{name}")
             self._catalog = read_catalog(self.disk)
             logger.warning(
@@ -235,7 +239,7 @@ class Store:
             late = {**checkpoint.late_metrics, **news}
             document = late_metrics_document(checkpoint.manifest, late)
             try:
-                self.disk.replace(layout.metrics_name(step), document, uuid.uuid4().hex)
+                self.disk.replace(file_names.metrics_name(step), document, uuid.uuid4().hex)
             except OSError as error:
                 logger.warning("the results of step %d can't be noted: %s", step, error)
             self._take_in(dataclasses.replace(checkpoint, late_metrics=late))
@@ -314,7 +318,7 @@ class Store:
     def _write_own_part(self, save: Save) -> _Part:
         self._wait_until_visible(save.folder)
         results, sums = save.tensors.write(self.disk, save.folder)
-        name = layout.rank_name(self.ranks.rank)
+        name = file_names.rank_name(self.ranks.rank)
         sums[name] = self.disk.write(save.folder, name, _json(save.parts.local))
         self.disk.sync(save.folder, sums)
         return _Part(results, sums, save.tensors.has_nan("models."))
@@ -324,7 +328,9 @@ class Store:
         for part in parts:
             sums.update(part.sums)
         own = save.tensors.finish(self.disk, save.folder, [part.results for part in parts])
-        own[layout.STATE] = self.disk.write(save.folder, layout.STATE, _json(save.parts.shared))
+        own[file_names.STATE] = self.disk.write(
+            save.folder, file_names.STATE, _json(save.parts.shared)
+        )
         sums.update(own)
         facts = save.facts
         manifest = Manifest(

@@ -15,9 +15,9 @@ from dream_callbacks.checkpoint.choosing import choose, directory_at
 from dream_callbacks.checkpoint.coordination import coordination
 from dream_callbacks.checkpoint.directory import below, directory_of
 from dream_callbacks.checkpoint.errors import CheckpointError
+from dream_callbacks.checkpoint.format.state_codec import split
 from dream_callbacks.checkpoint.restore import SavedState
 from dream_callbacks.checkpoint.resume import ResumeMode
-from dream_callbacks.checkpoint.tree import split
 from dream_trainer.callbacks import Callback
 from dream_trainer.trainer.mixins import ModelSetupMixin
 from dream_trainer.world import Coordination

@@ -15,10 +15,10 @@ from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 from torch import Tensor
 
-from dream_callbacks.checkpoint import layout
 from dream_callbacks.checkpoint.callback import CheckpointCallback
 from dream_callbacks.checkpoint.errors import CheckpointError
-from dream_callbacks.checkpoint.tree import split
+from dream_callbacks.checkpoint.format import file_names
+from dream_callbacks.checkpoint.format.state_codec import split
 from dream_trainer.callbacks import Callback
 from dream_trainer.trainer import BaseTrainer
 
@@ -121,7 +121,7 @@ class Killer(Callback[BaseTrainer]):
             for c in self.trainer.callbacks.values()
             if isinstance(c, CheckpointCallback) and c.parameters.enable
         ]
-        folder = Path(callback.directory, layout.checkpoint_name(self.step))
+        folder = Path(callback.directory, file_names.checkpoint_name(self.step))
         deadline = time.monotonic() + _DURABLE_WITHIN_S
         while not folder.is_dir():
             if time.monotonic() > deadline:

@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterable
 from typing import Any, BinaryIO, cast
 
-from dream_callbacks.checkpoint import layout
 from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
+from dream_callbacks.checkpoint.format import file_names
+from dream_callbacks.checkpoint.format.manifest import FileSum
 from dream_callbacks.checkpoint.lock import said_by, understood
-from dream_callbacks.checkpoint.manifest import FileSum
 from dream_callbacks.checkpoint.summed_file import SummedFile, content_of, sums_of
 
 _MARK = ".folder"
@@ -151,7 +151,7 @@ class RemoteDirectory:
             self.unlink(old)
             return
         self.make(new)
-        for name in sorted(self.entries(old), key=lambda name: name == layout.MANIFEST):
+        for name in sorted(self.entries(old), key=lambda name: name == file_names.MANIFEST):
             self._fs.cp_file(self._path(old, name), self._path(new, name))
         self.delete(old)
 
@@ -166,7 +166,7 @@ class RemoteDirectory:
 
     def delete(self, folder: str) -> None:
         """Delete a folder with all that is in it, if it is there; its manifest first."""
-        self.unlink(f"{folder}/{layout.MANIFEST}")
+        self.unlink(f"{folder}/{file_names.MANIFEST}")
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm(self._path(folder), recursive=True)
 
@@ -196,7 +196,7 @@ class RemoteLock:
         if self.fence and found.get("run") == self.run:
             return
         self.fence = found.get("fence", 0) + 1
-        self.directory.replace(layout.LOCK, said_by(self.run, self.fence), self.run)
+        self.directory.replace(file_names.LOCK, said_by(self.run, self.fence), self.run)
 
     def check(self) -> None:
         """Make sure that nobody has taken over.
@@ -216,6 +216,6 @@ class RemoteLock:
 
     def _content(self) -> dict[str, Any]:
         try:
-            return understood(self.directory.read("", layout.LOCK))
+            return understood(self.directory.read("", file_names.LOCK))
         except DamagedCheckpointError:
             return {}

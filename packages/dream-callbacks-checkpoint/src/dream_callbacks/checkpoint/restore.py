@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dream_callbacks.checkpoint import layout, reshard
+from dream_callbacks.checkpoint import reshard
 from dream_callbacks.checkpoint.catalog import Checkpoint
 from dream_callbacks.checkpoint.directory import Directory
 from dream_callbacks.checkpoint.errors import CheckpointError
-from dream_callbacks.checkpoint.index import TensorIndex
-from dream_callbacks.checkpoint.manifest import parsed_json
+from dream_callbacks.checkpoint.format import file_names
+from dream_callbacks.checkpoint.format.manifest import parsed_json
+from dream_callbacks.checkpoint.format.state_codec import Split, decode, split, tensor_names
+from dream_callbacks.checkpoint.format.tensor_index import TensorIndex
 from dream_callbacks.checkpoint.reshard import Source
-from dream_callbacks.checkpoint.tree import Split, decode, split, tensor_names
 from dream_trainer.world import Coordination
 
 if TYPE_CHECKING:
@@ -45,14 +46,14 @@ class SavedState:
     def __init__(self, disk: Directory, checkpoint: Checkpoint) -> None:
         self.disk = disk
         self.checkpoint = checkpoint
-        self.shared = parsed_json(disk.read(checkpoint.name, layout.STATE))
+        self.shared = parsed_json(disk.read(checkpoint.name, file_names.STATE))
         self.index = TensorIndex.decode(
-            disk.read(checkpoint.name, layout.INDEX), checkpoint.manifest.files
+            disk.read(checkpoint.name, file_names.INDEX), checkpoint.manifest.files
         )
 
     def local(self, rank: int) -> dict[str, Any]:
         """JSON of the values of one rank alone, by place."""
-        return parsed_json(self.disk.read(self.checkpoint.name, layout.rank_name(rank)))
+        return parsed_json(self.disk.read(self.checkpoint.name, file_names.rank_name(rank)))
 
     def read(self, wanted: Mapping[str, Tensor]) -> None:
         """Fill tensors in place, by name."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from dream_callbacks.checkpoint import layout
 from dream_callbacks.checkpoint.catalog import Catalog, Checkpoint
 from dream_callbacks.checkpoint.errors import CheckpointError
+from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.retention import best_first
 
 ResumeMode: TypeAlias = Literal["last", "best", "min", "max"] | int
@@ -79,7 +79,7 @@ def _of_step(catalog: Catalog, step: int) -> Checkpoint:
     found = catalog.of_step(step)
     if found is not None:
         return found
-    name = layout.checkpoint_name(step)
+    name = file_names.checkpoint_name(step)
     if name in catalog.damaged:
         raise CheckpointError(
             f"resume_mode={step} asks for {name}, which is damaged: {catalog.damaged[name]}; "
@@ -93,4 +93,4 @@ def _of_step(catalog: Catalog, step: int) -> Checkpoint:
 
 
 def _named_step(text: str) -> int:
-    return layout.step_of(text.split(":", 1)[0]) or 0
+    return file_names.step_of(text.split(":", 1)[0]) or 0

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
-from dream_callbacks.checkpoint.manifest import FileSum
+from dream_callbacks.checkpoint.format.manifest import FileSum
 
 _LARGE_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 22

@@ -16,7 +16,13 @@ import pytest
 import torch
 
 from dream_callbacks.checkpoint import DamagedCheckpointError
-from dream_callbacks.checkpoint.tree import decode, decode_plain, encode_plain, split, tensor_names
+from dream_callbacks.checkpoint.format.state_codec import (
+    decode,
+    decode_plain,
+    encode_plain,
+    split,
+    tensor_names,
+)
 from dream_trainer.callbacks import RankLocal
 
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dream_callbacks.checkpoint import layout
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
-from dream_callbacks.checkpoint.manifest import FileSum, parsed_json
-from dream_callbacks.checkpoint.tree import decode_plain, encode_plain
+from dream_callbacks.checkpoint.format import file_names
+from dream_callbacks.checkpoint.format.manifest import FileSum, parsed_json
+from dream_callbacks.checkpoint.format.state_codec import decode_plain, encode_plain
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -162,7 +162,7 @@ class TensorIndex(Mapping[str, StoredTensor]):
             if isinstance(error, DamagedCheckpointError):
                 raise
             raise DamagedCheckpointError(
-                f"{layout.INDEX} lacks something or holds it in another form: {error!r:.200}"
+                f"{file_names.INDEX} lacks something or holds it in another form: {error!r:.200}"
             ) from error
         return cls(tensors)
 
@@ -206,18 +206,18 @@ def _check_place(name: str, chunk: Chunk, dtype: torch.dtype, files: Mapping[str
     file = files.get(chunk.relative_path)
     if file is None:
         raise DamagedCheckpointError(
-            f"{layout.INDEX}: {name!r} is said to be in {chunk.relative_path!r:.200}, which is no "
+            f"{file_names.INDEX}: {name!r} is said to be in {chunk.relative_path!r:.200}, which is no "
             "file of the checkpoint"
         )
     if not 0 <= chunk.offset <= chunk.offset + chunk.length <= file.num_bytes:
         raise DamagedCheckpointError(
-            f"{layout.INDEX}: {name!r} is said to be at bytes {chunk.offset} to "
+            f"{file_names.INDEX}: {name!r} is said to be at bytes {chunk.offset} to "
             f"{chunk.offset + chunk.length} of {chunk.relative_path}, which has {file.num_bytes}"
         )
     # So that no more memory is taken than the checkpoint has bytes.
     if chunk.volume * dtype.itemsize > chunk.length:
         raise DamagedCheckpointError(
-            f"{layout.INDEX}: a piece of {name!r} of sizes {chunk.sizes} is said to be in "
+            f"{file_names.INDEX}: a piece of {name!r} of sizes {chunk.sizes} is said to be in "
             f"{chunk.length} bytes, which can't hold it"
         )
 
@@ -225,7 +225,7 @@ def _check_place(name: str, chunk: Chunk, dtype: torch.dtype, files: Mapping[str
 def _check_filled(name: str, tensor: StoredTensor) -> None:
     """Raise unless the chunks fill the tensor: inside, apart from each other, of its volume."""
     if not isinstance(tensor.dtype, torch.dtype):
-        raise DamagedCheckpointError(f"{layout.INDEX}: {name!r} has no dtype")
+        raise DamagedCheckpointError(f"{file_names.INDEX}: {name!r} has no dtype")
     num_dims = len(tensor.shape)
     for chunk in tensor.chunks:
         inside = len(chunk.offsets) == len(chunk.sizes) == num_dims and all(
@@ -234,13 +234,13 @@ def _check_filled(name: str, tensor: StoredTensor) -> None:
         )
         if not inside:
             raise DamagedCheckpointError(
-                f"{layout.INDEX}: a piece of {name!r} at {chunk.offsets} of sizes {chunk.sizes} "
+                f"{file_names.INDEX}: a piece of {name!r} at {chunk.offsets} of sizes {chunk.sizes} "
                 f"lies outside of its shape {tuple(tensor.shape)}"
             )
     volume = sum(chunk.volume for chunk in tensor.chunks)
     if volume != tensor.shape.numel() or _overlap(tensor.chunks):
         raise DamagedCheckpointError(
-            f"{layout.INDEX}: the pieces of {name!r} don't fill its shape {tuple(tensor.shape)}: "
+            f"{file_names.INDEX}: the pieces of {name!r} don't fill its shape {tuple(tensor.shape)}: "
             f"they have {volume} elements of {tensor.shape.numel()}, or overlap"
         )
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from dream_callbacks.checkpoint import layout
+from dream_callbacks.checkpoint.format import file_names
 
 
 @pytest.mark.parametrize("step", [0, 1, 200, 9_999_999_999, 10_000_000_000, 10**15])
 def test_a_step_comes_back_from_its_name(step: int) -> None:
-    assert layout.step_of(layout.checkpoint_name(step)) == step
-    assert layout.step_of_metrics(layout.metrics_name(step)) == step
-    assert layout.step_of_replaced(layout.replaced_name(step, "0f" * 16)) == step
+    assert file_names.step_of(file_names.checkpoint_name(step)) == step
+    assert file_names.step_of_metrics(file_names.metrics_name(step)) == step
+    assert file_names.step_of_replaced(file_names.replaced_name(step, "0f" * 16)) == step
 
 
 def test_names_sort_as_steps_do() -> None:
     steps = [0, 9, 10, 99, 100, 12345, 9_999_999_999]
 
-    names = [layout.checkpoint_name(step) for step in steps]
+    names = [file_names.checkpoint_name(step) for step in steps]
 
     assert names == sorted(names)
 
@@ -40,41 +40,47 @@ def test_names_sort_as_steps_do() -> None:
     ],
 )
 def test_other_names_are_no_checkpoints(name: str) -> None:
-    assert layout.step_of(name) is None
+    assert file_names.step_of(name) is None
 
 
 def test_only_unfinished_things_are_leftovers() -> None:
     unique = "0123456789abcdef"
     leftovers = [
-        layout.temporary_name(3, unique),
-        layout.trash_name(unique),
-        layout.probe_name(unique),
-        f"{layout.metrics_name(3)}.{unique}.tmp",
+        file_names.temporary_name(3, unique),
+        file_names.trash_name(unique),
+        file_names.probe_name(unique),
+        f"{file_names.metrics_name(3)}.{unique}.tmp",
     ]
     others = [
-        layout.checkpoint_name(3),
-        layout.replaced_name(3, unique),
-        layout.metrics_name(3),
-        layout.LOCK,
+        file_names.checkpoint_name(3),
+        file_names.replaced_name(3, unique),
+        file_names.metrics_name(3),
+        file_names.LOCK,
         ".trash",
         "notes.tmp",
         ".tmp-mine",
     ]
 
-    assert [name for name in [*leftovers, *others] if layout.is_leftover(name)] == leftovers
+    assert [name for name in [*leftovers, *others] if file_names.is_leftover(name)] == leftovers
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "", "a\\b", "a\0b", "é", "x" * 129])
 def test_a_file_name_leads_nowhere_else(name: str) -> None:
-    assert not layout.is_file_name(name)
+    assert not file_names.is_file_name(name)
 
 
 def test_the_files_of_a_checkpoint_have_file_names() -> None:
-    names = [layout.MANIFEST, layout.STATE, layout.INDEX, layout.DCP_METADATA, layout.rank_name(7)]
+    names = [
+        file_names.MANIFEST,
+        file_names.STATE,
+        file_names.INDEX,
+        file_names.DCP_METADATA,
+        file_names.rank_name(7),
+    ]
 
-    assert all(map(layout.is_file_name, [*names, "__0_0.distcp", "__1023_15.distcp"]))
+    assert all(map(file_names.is_file_name, [*names, "__0_0.distcp", "__1023_15.distcp"]))
 
 
 def test_a_negative_step_is_refused() -> None:
     with pytest.raises(ValueError, match="step=-1"):
-        layout.checkpoint_name(-1)
+        file_names.checkpoint_name(-1)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from dream_callbacks.checkpoint import layout, plain
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
+from dream_callbacks.checkpoint.format import file_names, json_codec
 
 FORMAT = 1
 """Grows when older readers can't read what is written any more."""
@@ -83,7 +83,7 @@ class Manifest:
         """As it is written."""
         document = {"format": FORMAT, **_shallow_dict(self)}
         document["dp_ranks"] = list(self.dp_ranks)
-        document["metrics"] = plain.encode(dict(self.metrics))
+        document["metrics"] = json_codec.encode(dict(self.metrics))
         document["files"] = {name: list(sums) for name, sums in sorted(self.files.items())}
         return sealed(document)
 
@@ -97,7 +97,7 @@ class Manifest:
         document = unsealed(data)
         if document.get("format") != FORMAT:
             raise DamagedCheckpointError(
-                f"{layout.MANIFEST} has format {document.get('format')!r:.40}, and this version "
+                f"{file_names.MANIFEST} has format {document.get('format')!r:.40}, and this version "
                 f"of dream-callbacks-checkpoint reads format {FORMAT}; upgrade it"
             )
         try:
@@ -105,7 +105,8 @@ class Manifest:
             known |= {name: kind(document[name]) for name, kind in _NUMBERS.items()}
             known["dp_ranks"] = tuple(int(dp_rank) for dp_rank in document["dp_ranks"])
             known["metrics"] = {
-                str(name): float(value) for name, value in plain.decode(document["metrics"]).items()
+                str(name): float(value)
+                for name, value in json_codec.decode(document["metrics"]).items()
             }
             known["shape"] = {str(axis): int(size) for axis, size in document["shape"].items()}
             known["files"] = {
@@ -114,12 +115,12 @@ class Manifest:
             }
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DamagedCheckpointError(
-                f"{layout.MANIFEST} lacks something or holds it in another form: {error!r:.200}"
+                f"{file_names.MANIFEST} lacks something or holds it in another form: {error!r:.200}"
             ) from error
-        strange = [name for name in known["files"] if not layout.is_file_name(name)]
+        strange = [name for name in known["files"] if not file_names.is_file_name(name)]
         if strange:
             raise DamagedCheckpointError(
-                f"{layout.MANIFEST} lists {strange[0]!r:.200}, which isn't the name of a file in "
+                f"{file_names.MANIFEST} lists {strange[0]!r:.200}, which isn't the name of a file in "
                 "the folder; nothing outside of it is read"
             )
         return cls(**known)

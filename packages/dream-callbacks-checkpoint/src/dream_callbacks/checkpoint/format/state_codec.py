@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dream_callbacks.checkpoint import plain
-from dream_callbacks.checkpoint.plain import Path, spelled
+from dream_callbacks.checkpoint.format import json_codec
+from dream_callbacks.checkpoint.format.json_codec import Path, spelled
 from dream_trainer.callbacks import RankLocal
 
 
@@ -97,7 +97,7 @@ def decode(document: Any, tensors: Mapping[str, Tensor], local: Mapping[str, Any
         "$dtype": _dtype,
         "$device": torch.device,
     }
-    return plain.decode(document, foreign)
+    return json_codec.decode(document, foreign)
 
 
 def tensor_names(document: Any) -> Iterator[str]:
@@ -132,7 +132,7 @@ def _encode(
             return {"$device": str(value)}
         return NotImplemented
 
-    return plain.encode(value, path, foreign)
+    return json_codec.encode(value, path, foreign)
 
 
 def _dtype(name: str) -> torch.dtype:
