@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dream_callbacks.checkpoint.disk import LocalDisk
 from dream_callbacks.checkpoint.format.file_names import MANIFEST, checkpoint_name
 from dream_callbacks.checkpoint.format.manifest import FileSum, Manifest
+from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
 from dream_callbacks.checkpoint.manager import Store
 from dream_callbacks.checkpoint.retention import KeepRules
 from dream_trainer.configs import DeviceParameters

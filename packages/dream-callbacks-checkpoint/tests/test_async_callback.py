@@ -20,7 +20,7 @@ from tiny_runs import SendSignal, saved, steps, tiny
 from training import CrashAt, Filled, PlannedError, different, directory, make, moments, weights
 
 from dream_callbacks.checkpoint import CheckpointError
-from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
 from dream_trainer.callbacks import Callback, Every
 from dream_trainer.testing import RankError, TinyTrainer, run_on_ranks
 

@@ -33,7 +33,7 @@ from training import (
 from dream_callbacks.checkpoint import CheckpointCallback, CheckpointError, CheckpointParameters
 from dream_callbacks.checkpoint.__main__ import main
 from dream_callbacks.checkpoint.catalog import Checkpoint, read_catalog
-from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
 from dream_callbacks.checkpoint.prove import prove
 from dream_callbacks.checkpoint.restore import SavedState
 from dream_trainer.callbacks import Callback, Every

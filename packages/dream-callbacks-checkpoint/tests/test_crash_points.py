@@ -21,7 +21,7 @@ from test_kills import last_acknowledged, resumed_step
 from training import Acknowledged, Filled, make
 
 from dream_callbacks.checkpoint.catalog import damage_of, read_catalog
-from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
 from dream_trainer.callbacks import Every
 from dream_trainer.testing import run_on_ranks
 

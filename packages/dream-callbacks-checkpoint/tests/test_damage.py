@@ -20,8 +20,8 @@ from training import different, directory, make, weights
 
 from dream_callbacks.checkpoint import CheckpointError, DamagedCheckpointError
 from dream_callbacks.checkpoint.catalog import damage_of, read_catalog
-from dream_callbacks.checkpoint.disk import LocalDisk
 from dream_callbacks.checkpoint.format.manifest import sealed, unsealed
+from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
 from dream_trainer.callbacks import Every
 from dream_trainer.testing import TinyTrainer, run_on_ranks
 

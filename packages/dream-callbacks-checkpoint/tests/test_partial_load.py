@@ -16,7 +16,7 @@ from training import different, directory, weights
 
 from dream_callbacks.checkpoint import CheckpointError, LoadPartialCheckpointCallback, choosing
 from dream_callbacks.checkpoint.catalog import Checkpoint, damage_of
-from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
 from dream_callbacks.checkpoint.restore import SavedState
 from dream_trainer.callbacks import Every
 from dream_trainer.testing import TinyTrainer, run_on_ranks

@@ -10,7 +10,7 @@ import torch
 from training import directory, make
 
 from dream_callbacks.checkpoint.catalog import Checkpoint, read_catalog
-from dream_callbacks.checkpoint.disk import LocalDisk
+from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
 from dream_trainer.callbacks import Callback, RankLocal
 from dream_trainer.testing import TinyTrainer
 

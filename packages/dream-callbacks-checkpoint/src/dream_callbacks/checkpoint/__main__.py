@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dream_callbacks.checkpoint import commit
 from dream_callbacks.checkpoint.catalog import Catalog, Checkpoint, damage_of, read_catalog
 from dream_callbacks.checkpoint.choosing import directory_at
-from dream_callbacks.checkpoint.directory import Directory, directory_of
 from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from dream_callbacks.checkpoint.format import file_names, json_codec
 from dream_callbacks.checkpoint.formatting import json_value, spelled_bytes, table
+from dream_callbacks.checkpoint.io import atomic_commit
+from dream_callbacks.checkpoint.io.filesystem import Directory, directory_of
 from dream_callbacks.checkpoint.retention import KeepRules, to_delete
 
 if TYPE_CHECKING:
@@ -235,9 +235,9 @@ def _prune(options: argparse.Namespace) -> int:
         whole = [c for c in catalog.checkpoints if not damage_of(disk, c, checksums=False)]
         doomed = [c for c in to_delete(whole, rules) if not disk.is_being_read(c.name)]
         if not options.dry_run:
-            commit.recover(disk)
+            atomic_commit.recover(disk)
             for checkpoint in doomed:
-                commit.discard(disk, checkpoint.name)
+                atomic_commit.discard(disk, checkpoint.name)
     finally:
         lock.release()
     num_bytes = sum(c.manifest.num_bytes for c in doomed)

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 
 from dream_callbacks.checkpoint.config import CheckpointParameters
-from dream_callbacks.checkpoint.directory import below
 from dream_callbacks.checkpoint.errors import CheckpointError, error_text
+from dream_callbacks.checkpoint.io.filesystem import below
 from dream_callbacks.checkpoint.manager import Facts, Store
 from dream_callbacks.checkpoint.restore import load_into
 from dream_callbacks.checkpoint.retention import is_among_best

@@ -6,10 +6,10 @@ import logging
 import math
 from dataclasses import dataclass, field
 
-from dream_callbacks.checkpoint.directory import Directory
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.format import file_names, json_codec
 from dream_callbacks.checkpoint.format.manifest import FileSum, Manifest, sealed, unsealed
+from dream_callbacks.checkpoint.io.filesystem import Directory
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dream_callbacks.checkpoint.catalog import Catalog, Checkpoint, damage_of
-from dream_callbacks.checkpoint.directory import Directory, directory_of, is_url
 from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from dream_callbacks.checkpoint.format import file_names
+from dream_callbacks.checkpoint.io.filesystem import Directory, directory_of, is_url
 from dream_callbacks.checkpoint.resume import ResumeMode, candidates
 
 if TYPE_CHECKING:

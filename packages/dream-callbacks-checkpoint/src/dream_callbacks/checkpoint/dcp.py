@@ -23,12 +23,12 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config
 
-from dream_callbacks.checkpoint.directory import Directory
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.json_codec import Path as TreePath
 from dream_callbacks.checkpoint.format.manifest import FileSum
 from dream_callbacks.checkpoint.format.tensor_index import TensorIndex
+from dream_callbacks.checkpoint.io.filesystem import Directory
 from dream_callbacks.checkpoint.summed_file import SummedFile
 from dream_trainer.world import Coordination
 

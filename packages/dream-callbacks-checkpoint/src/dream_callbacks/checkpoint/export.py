@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dream_callbacks.checkpoint.catalog import Checkpoint
 from dream_callbacks.checkpoint.coordination import coordination
-from dream_callbacks.checkpoint.directory import Directory, is_url
-from dream_callbacks.checkpoint.disk import LocalDisk
 from dream_callbacks.checkpoint.errors import CheckpointError
+from dream_callbacks.checkpoint.io.filesystem import Directory, is_url
+from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
 from dream_trainer.callbacks import Callback
 from dream_trainer.trainer.mixins import ModelSetupMixin
 

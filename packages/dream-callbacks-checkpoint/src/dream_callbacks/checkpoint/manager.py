@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
-from dream_callbacks.checkpoint import commit
 from dream_callbacks.checkpoint.catalog import (
     Catalog,
     Checkpoint,
@@ -26,12 +25,13 @@ from dream_callbacks.checkpoint.catalog import (
 )
 from dream_callbacks.checkpoint.choosing import choose
 from dream_callbacks.checkpoint.coordination import coordination
-from dream_callbacks.checkpoint.directory import directory_of
 from dream_callbacks.checkpoint.errors import CheckpointError, error_text
 from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import FileSum, Manifest
 from dream_callbacks.checkpoint.format.state_codec import Split, split
 from dream_callbacks.checkpoint.formatting import spelled_bytes
+from dream_callbacks.checkpoint.io import atomic_commit
+from dream_callbacks.checkpoint.io.filesystem import directory_of
 from dream_callbacks.checkpoint.resume import ResumeMode
 from dream_callbacks.checkpoint.retention import KeepRules, to_delete
 from dream_trainer.world import Coordination, World
@@ -117,8 +117,8 @@ class Store:
             self.disk.make_root()
             fence = self.lock.fence
             self.lock.acquire()
-            commit.probe(self.disk)
-            commit.recover(self.disk)
+            atomic_commit.probe(self.disk)
+            atomic_commit.recover(self.disk)
             if self._was_opened and self.lock.fence - fence <= 1:
                 return  # nobody else has held the lock since
             catalog = read_catalog(self.disk)
@@ -268,7 +268,7 @@ class Store:
             for checkpoint in to_delete(whole, self.rules):
                 if self.disk.is_being_read(checkpoint.name):
                     continue  # until the next time
-                commit.discard(self.disk, checkpoint.name)
+                atomic_commit.discard(self.disk, checkpoint.name)
                 remaining = (c for c in self._catalog.checkpoints if c.name != checkpoint.name)
                 self._catalog = dataclasses.replace(self._catalog, checkpoints=tuple(remaining))
 
@@ -303,7 +303,7 @@ class Store:
                 f"no space left for it: it needs {spelled_bytes(num_bytes + _SPARE_BYTES)}, and "
                 f"{spelled_bytes(free)} are free"
             )
-        return commit.begin(self.disk, step, self.run)
+        return atomic_commit.begin(self.disk, step, self.run)
 
     @contextlib.contextmanager
     def _abandoning(self, save: Save, ranks: Coordination) -> Iterator[None]:
@@ -312,7 +312,7 @@ class Store:
             yield
         except BaseException:
             if ranks.is_global_zero:
-                commit.abandon(self.disk, save.folder)
+                atomic_commit.abandon(self.disk, save.folder)
             raise
 
     def _write_own_part(self, save: Save) -> _Part:
@@ -350,7 +350,7 @@ class Store:
             torch_version=torch.__version__,
             files=sums,
         )
-        name = commit.publish(self.disk, save.folder, manifest, self.lock, own)
+        name = atomic_commit.publish(self.disk, save.folder, manifest, self.lock, own)
         with self._changing:
             self._take_in(Checkpoint(name, manifest))
 

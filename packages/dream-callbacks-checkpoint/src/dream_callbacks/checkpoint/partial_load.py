@@ -13,9 +13,9 @@ from torch import Tensor
 from dream_callbacks.checkpoint.catalog import read_catalog
 from dream_callbacks.checkpoint.choosing import choose, directory_at
 from dream_callbacks.checkpoint.coordination import coordination
-from dream_callbacks.checkpoint.directory import below, directory_of
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.format.state_codec import split
+from dream_callbacks.checkpoint.io.filesystem import below, directory_of
 from dream_callbacks.checkpoint.restore import SavedState
 from dream_callbacks.checkpoint.resume import ResumeMode
 from dream_trainer.callbacks import Callback

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from dream_callbacks.checkpoint import reshard
 from dream_callbacks.checkpoint.catalog import Checkpoint
-from dream_callbacks.checkpoint.directory import Directory
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import parsed_json
 from dream_callbacks.checkpoint.format.state_codec import Split, decode, split, tensor_names
 from dream_callbacks.checkpoint.format.tensor_index import TensorIndex
+from dream_callbacks.checkpoint.io.filesystem import Directory
 from dream_callbacks.checkpoint.reshard import Source
 from dream_trainer.world import Coordination
 

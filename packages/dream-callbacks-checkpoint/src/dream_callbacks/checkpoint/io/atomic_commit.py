@@ -7,9 +7,9 @@ import logging
 import uuid
 from collections.abc import Collection
 
-from dream_callbacks.checkpoint.directory import Directory, Lock
 from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import Manifest
+from dream_callbacks.checkpoint.io.filesystem import Directory, Lock
 
 logger = logging.getLogger(__name__)
 

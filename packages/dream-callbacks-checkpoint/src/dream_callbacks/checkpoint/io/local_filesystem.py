@@ -17,7 +17,7 @@ from dream_callbacks.checkpoint.chunked_file import ChunkedFile
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import FileSum
-from dream_callbacks.checkpoint.lock import DirectoryLock
+from dream_callbacks.checkpoint.io.directory_lock import DirectoryLock
 from dream_callbacks.checkpoint.summed_file import SummedFile, content_of, sums_of
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, cast
 from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import FileSum
-from dream_callbacks.checkpoint.lock import said_by, understood
+from dream_callbacks.checkpoint.io.directory_lock import said_by, understood
 from dream_callbacks.checkpoint.summed_file import SummedFile, content_of, sums_of
 
 _MARK = ".folder"

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from dream_callbacks.checkpoint.disk import LocalDisk
 from dream_callbacks.checkpoint.format.manifest import FileSum
+from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
 from dream_callbacks.checkpoint.summed_file import SummedFile
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
@@ -103,6 +103,6 @@ def directory_of(path: str | Path) -> Directory:
             f"{str(path)!r} has one slash after its colon, as pathlib makes it of a URL; give the "
             "URL as text, to CheckpointParameters(root_dir=…): a trainer's own root_dir is a path"
         )
-    from dream_callbacks.checkpoint.remote import RemoteDirectory
+    from dream_callbacks.checkpoint.io.fsspec_filesystem import RemoteDirectory
 
     return RemoteDirectory(str(path))
