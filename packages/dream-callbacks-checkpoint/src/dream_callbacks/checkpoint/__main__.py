@@ -266,7 +266,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _prove(options: argparse.Namespace) -> int:
-    from dream_callbacks.checkpoint.prove import prove
+    from dream_callbacks.checkpoint.testing.resume_equivalence import prove
 
     with contextlib.ExitStack() as stack:
         folder = options.folder or stack.enter_context(tempfile.TemporaryDirectory())
