@@ -17,10 +17,10 @@ FORBIDDEN_NAMES = ("utils.py", "helpers.py", "common.py", "types.py")
 # Core, from the bottom up. A module imports from its own layer and those before it; a module
 # belongs to the layer with the longest name that it starts with.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("dream_trainer.callbacks._aliases", "dream_trainer.trainer.intersection"),
+    ("dream_trainer.callbacks._aliases", "dream_trainer.interface.intersection"),
     ("dream_trainer.configs",),
     ("dream_trainer.world",),
-    ("dream_trainer.trainer.abstract",),
+    ("dream_trainer.interface.trainer",),
     ("dream_trainer.callbacks",),
     ("dream_trainer.trainer.",),
     ("dream_trainer.trainer", "dream_trainer.trainer.mixins", "dream_trainer.trainer.dream"),

@@ -60,6 +60,6 @@ def test_an_import_along_the_arrows_is_allowed(module: str, target: str) -> None
 
 
 def test_a_module_belongs_to_the_most_special_layer() -> None:
-    assert layer_of("dream_trainer.trainer.abstract") < layer_of("dream_trainer.callbacks.order")  # type: ignore[operator]
+    assert layer_of("dream_trainer.interface.trainer") < layer_of("dream_trainer.callbacks.order")  # type: ignore[operator]
     assert layer_of("dream_trainer.callbacks.order") < layer_of("dream_trainer.trainer.loop")  # type: ignore[operator]
     assert layer_of("torch.nn") is None

@@ -10,9 +10,9 @@ import pytest
 from torch.distributed.checkpoint.stateful import Stateful
 
 from dream_trainer.callbacks import Callback, intersection
+from dream_trainer.interface.intersection import Intersection, members_of
 from dream_trainer.testing import TinyTrainer, tiny_config
 from dream_trainer.trainer import AbstractTrainer
-from dream_trainer.trainer.intersection import Intersection, members_of
 
 
 class A(AbstractTrainer): ...

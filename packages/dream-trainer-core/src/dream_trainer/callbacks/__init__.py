@@ -8,7 +8,7 @@ from dream_trainer.callbacks.cadence import Cadence, Every
 from dream_trainer.callbacks.callback import Callback, RankZeroCallback
 from dream_trainer.callbacks.collection import CallbackCollection
 from dream_trainer.callbacks.values import RankLocal
-from dream_trainer.trainer.intersection import intersection
+from dream_trainer.interface.intersection import intersection
 
 if TYPE_CHECKING:
     from dream_callbacks.checkpoint import AsyncCheckpointCallback as AsyncCheckpointCallback

@@ -84,7 +84,7 @@ from typing_extensions import TypeVar
 
 from dream_trainer.callbacks.definition import check_definition
 from dream_trainer.callbacks.requirements import requirements_of
-from dream_trainer.trainer.abstract import AbstractTrainer
+from dream_trainer.interface.trainer import AbstractTrainer
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,7 +10,7 @@ from dream_trainer.callbacks.dispatch import Call
 from dream_trainer.callbacks.values import not_plain, without_rank_local
 
 if TYPE_CHECKING:
-    from dream_trainer.trainer.abstract import AbstractTrainer
+    from dream_trainer.interface.trainer import AbstractTrainer
 
 
 def state_of(state_dict: Call) -> dict[str, Any]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.optim import Optimizer
 
-    from dream_trainer.trainer.abstract import AbstractTrainer
+    from dream_trainer.interface.trainer import AbstractTrainer
 
 logger = logging.getLogger(__name__)
 

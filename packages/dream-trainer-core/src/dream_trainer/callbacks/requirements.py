@@ -8,7 +8,7 @@ from typing import Any, ForwardRef, get_args, get_origin
 
 from typing_extensions import NoDefault, TypeVar, get_original_bases
 
-from dream_trainer.trainer.intersection import members_of
+from dream_trainer.interface.intersection import members_of
 
 
 def requirements_of(callback_class: type, root: type) -> tuple[type, ...]:

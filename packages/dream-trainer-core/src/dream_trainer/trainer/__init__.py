@@ -1,6 +1,6 @@
 """Trainers: abstract (what callbacks see), base (the loop), dream (loop, set-up, metrics, logs)."""
 
-from dream_trainer.trainer.abstract import AbstractTrainer, AbstractTrainerConfig
+from dream_trainer.interface.trainer import AbstractTrainer, AbstractTrainerConfig
 from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
 from dream_trainer.trainer.dream import DreamTrainer, DreamTrainerConfig
 

@@ -17,13 +17,13 @@ from torch.optim import Optimizer
 
 from dream_trainer.callbacks.collection import CallbackCollection
 from dream_trainer.configs.training import TrainingParameters
-from dream_trainer.trainer import loop, state
-from dream_trainer.trainer.abstract import (
+from dream_trainer.interface.trainer import (
     AbstractTrainer,
     AbstractTrainerConfig,
     Counters,
     check_kind,
 )
+from dream_trainer.trainer import loop, state
 from dream_trainer.trainer.batches import BatchStream
 from dream_trainer.trainer.definition import check_definition
 from dream_trainer.trainer.loader_watch import LoaderWatch

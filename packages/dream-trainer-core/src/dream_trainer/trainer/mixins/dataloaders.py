@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dream_trainer.configs.training import TrainingParameters
-from dream_trainer.trainer.abstract import AbstractTrainer
+from dream_trainer.interface.trainer import AbstractTrainer
 from dream_trainer.trainer.batches import BatchStream, length_of
 from dream_trainer.trainer.loader_watch import LoaderWatch
 from dream_trainer.world import RankFailure

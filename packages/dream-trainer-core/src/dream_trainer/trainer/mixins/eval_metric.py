@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
-from dream_trainer.trainer.abstract import AbstractTrainer
+from dream_trainer.interface.trainer import AbstractTrainer
 from dream_trainer.trainer.mixins.tracking import assigned_attributes
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from dream_trainer.trainer.abstract import AbstractTrainer
+from dream_trainer.interface.trainer import AbstractTrainer
 
 
 class Sink(Protocol):

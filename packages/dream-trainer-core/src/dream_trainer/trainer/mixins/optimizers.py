@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from dream_trainer.trainer.abstract import AbstractTrainer
+from dream_trainer.interface.trainer import AbstractTrainer
 from dream_trainer.trainer.mixins.tracking import assigned_attributes
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Never, NoReturn
 
 from dream_trainer.configs.device import DeviceParameters
-from dream_trainer.trainer.intersection import TrainerMeta
+from dream_trainer.interface.intersection import TrainerMeta
 from dream_trainer.world.requests import Requests
 from dream_trainer.world.world import World
 
