@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from dream_trainer.callbacks.cadence import Cadence, Every
 from dream_trainer.callbacks.callback import Callback, RankZeroCallback
 from dream_trainer.callbacks.collection import CallbackCollection
-from dream_trainer.callbacks.values import RankLocal
+from dream_trainer.callbacks.plain_data import RankLocal
 from dream_trainer.interface.intersection import intersection
 
 if TYPE_CHECKING:

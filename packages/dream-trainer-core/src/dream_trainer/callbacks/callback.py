@@ -82,7 +82,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 from typing_extensions import TypeVar
 
-from dream_trainer.callbacks.definition import check_definition
+from dream_trainer.callbacks.class_checks import check_definition
 from dream_trainer.callbacks.requirements import requirements_of
 from dream_trainer.interface.trainer import AbstractTrainer
 

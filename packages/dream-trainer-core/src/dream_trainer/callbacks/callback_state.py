@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dream_trainer.callbacks.dispatch import Call
-from dream_trainer.callbacks.values import not_plain, without_rank_local
+from dream_trainer.callbacks.plain_data import not_plain, without_rank_local
 
 if TYPE_CHECKING:
     from dream_trainer.interface.trainer import AbstractTrainer

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dream_trainer.callbacks.values import RankLocal
+from dream_trainer.callbacks.plain_data import RankLocal
 
 
 def equal(a: Any, b: Any) -> bool:

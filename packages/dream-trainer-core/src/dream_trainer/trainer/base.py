@@ -25,7 +25,7 @@ from dream_trainer.interface.trainer import (
 )
 from dream_trainer.trainer import loop, state
 from dream_trainer.trainer.batches import BatchStream
-from dream_trainer.trainer.definition import check_definition
+from dream_trainer.trainer.class_checks import check_definition
 from dream_trainer.trainer.loader_watch import LoaderWatch
 from dream_trainer.trainer.optimization import Optimization
 from dream_trainer.trainer.results import EpochMeans

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dream_trainer.trainer.agreement import agree_on_models, agree_on_plan
+from dream_trainer.trainer.consistency import agree_on_models, agree_on_plan
 from dream_trainer.trainer.divergence import refuse_divergence
 from dream_trainer.trainer.results import EpochMeans
 from dream_trainer.trainer.steps import in_contexts, note_place

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dream_trainer.callbacks.values import RankLocal, without_rank_local
+from dream_trainer.callbacks.plain_data import RankLocal, without_rank_local
 from dream_trainer.world.determinism import random_state
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dream_trainer.callbacks import RankLocal
-from dream_trainer.callbacks.values import not_plain, without_rank_local
+from dream_trainer.callbacks.plain_data import not_plain, without_rank_local
 
 
 class Color(enum.Enum):

@@ -9,7 +9,7 @@ import pytest
 from dream_trainer.callbacks.callback import HOOKS
 from dream_trainer.testing import TinyTrainer
 from dream_trainer.trainer import BaseTrainer
-from dream_trainer.trainer.definition import OPTIONAL
+from dream_trainer.trainer.class_checks import OPTIONAL
 from dream_trainer.trainer.dream import DreamTrainer
 
 
