@@ -29,7 +29,7 @@ from dream_trainer.callbacks.callback import HOOKS
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import TinyTrainer, tiny_config
 from dream_trainer.testing.processes import rank_environment
-from dream_trainer.world import neighbours
+from dream_trainer.world.faults import local_processes
 
 HANG_TIMEOUT_S = 3
 
@@ -215,7 +215,7 @@ def run(folder: Path, what: str) -> None:
         callbacks.append(FailsInBackward())
     Trainer.what = what
     if what == "killed_on_another_machine":
-        neighbours.machine_id = lambda: os.environ["RANK"]
+        local_processes.machine_id = lambda: os.environ["RANK"]
     train_timeout_s = HANG_TIMEOUT_S if "hang" in what else 60
     device = DeviceParameters(
         device="cpu", init_timeout_s=60, train_timeout_s=train_timeout_s, cleanup_timeout_s=4

@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from dream_trainer.world.launcher import record_error
+from dream_trainer.world.torchrun import record_error
 
 P = ParamSpec("P")
 R = TypeVar("R")

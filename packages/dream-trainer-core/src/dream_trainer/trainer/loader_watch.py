@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dream_trainer.world.failure import place_of_main_thread
+from dream_trainer.world.faults.failure import place_of_main_thread
 
 logger = logging.getLogger(__name__)
 

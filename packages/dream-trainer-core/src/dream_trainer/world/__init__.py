@@ -1,7 +1,7 @@
 """torch.distributed as the trainer sees it: ranks, mesh, collectives, requests, failure."""
 
 from dream_trainer.world.coordination import Coordination, RankFailure
-from dream_trainer.world.failure import Failure, RemoteError
+from dream_trainer.world.faults.failure import Failure, RemoteError
 from dream_trainer.world.requests import Request, Requests
 from dream_trainer.world.signals import RUN_SIGNALS
 from dream_trainer.world.simulated import SimulatedWorld

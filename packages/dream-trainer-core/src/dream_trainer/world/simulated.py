@@ -16,7 +16,7 @@ from dream_trainer.configs.device import DeviceParameters
 from dream_trainer.world import collectives
 from dream_trainer.world.collectives import ReduceOp
 from dream_trainer.world.determinism import LocalTensorRandom
-from dream_trainer.world.watch import Alone
+from dream_trainer.world.faults.failure_monitor import Alone
 from dream_trainer.world.world import World
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dream_trainer.configs.device import AXES, DeviceParameters
-from dream_trainer.world import collectives, cpu_collectives, launcher, refusal
+from dream_trainer.world import collectives, cpu_collectives, torchrun
 from dream_trainer.world.collectives import ReduceOp
 from dream_trainer.world.coordination import Coordination
 from dream_trainer.world.determinism import (
@@ -24,10 +24,11 @@ from dream_trainer.world.determinism import (
     seed_all,
     use_deterministic_algorithms,
 )
-from dream_trainer.world.forking import let_threads_settle_before_forks
+from dream_trainer.world.faults import collective_guard
+from dream_trainer.world.faults.failure_monitor import Alone, FailureWatch
+from dream_trainer.world.faults.fork_safety import let_threads_settle_before_forks
 from dream_trainer.world.identity import RankIdentity
 from dream_trainer.world.mesh import build_mesh, fsdp_mesh
-from dream_trainer.world.watch import Alone, FailureWatch
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
@@ -97,9 +98,9 @@ class World(RankIdentity):
         Connects to the ranks' store the first time, which waits until it is there.
         """
         if self._store is None and self.is_distributed:
-            launcher.end_with_launcher()
+            torchrun.end_with_launcher()
             timeout_s = self.parameters.init_timeout_s
-            self._store = launcher.open_store(self.rank, self.world_size, timeout_s)
+            self._store = torchrun.open_store(self.rank, self.world_size, timeout_s)
             cleanup_timeout_s = self.parameters.cleanup_timeout_s
             self._watch = FailureWatch(self._store, self.rank, self.world_size, cleanup_timeout_s)
         return self._watch
@@ -382,7 +383,9 @@ class World(RankIdentity):
         return cpu_collectives.is_true_on_any(condition, self.group())
 
     @contextlib.contextmanager
-    def no_collectives(self, where: str, advice: str = refusal.RANK_ZERO) -> Iterator[None]:
+    def no_collectives(
+        self, where: str, advice: str = collective_guard.RANK_ZERO
+    ) -> Iterator[None]:
         """Make collectives an error inside, also those that call torch.distributed directly.
 
         Args:
@@ -391,7 +394,7 @@ class World(RankIdentity):
         """
         before, self._refusal = self._refusal, (where, advice)
         try:
-            with refusal.RefuseCollectives(where, advice):
+            with collective_guard.RefuseCollectives(where, advice):
                 yield
         finally:
             self._refusal = before
@@ -400,7 +403,7 @@ class World(RankIdentity):
         """Where clean-up after an error runs: with several ranks, collectives are errors."""
         if not self.is_distributed:
             return contextlib.nullcontext()
-        return self.no_collectives("the clean-up after an error", refusal.AFTER_ERROR)
+        return self.no_collectives("the clean-up after an error", collective_guard.AFTER_ERROR)
 
     @property
     def _default_group(self) -> ProcessGroup | None:
@@ -408,4 +411,4 @@ class World(RankIdentity):
 
     def _refuse_if_guarded(self, collective: str) -> None:
         if self._refusal is not None:
-            raise RuntimeError(refusal.refusal(collective, *self._refusal))
+            raise RuntimeError(collective_guard.refusal(collective, *self._refusal))

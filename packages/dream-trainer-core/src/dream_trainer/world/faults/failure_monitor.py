@@ -26,9 +26,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NoReturn
 
-from dream_trainer.world import launcher, signals
-from dream_trainer.world.disagreement import grouped
-from dream_trainer.world.failure import (
+from dream_trainer.world import signals, torchrun
+from dream_trainer.world.faults.failure import (
     Failure,
     RemoteError,
     described,
@@ -37,8 +36,9 @@ from dream_trainer.world.failure import (
     place_of_main_thread,
     was_shown,
 )
-from dream_trainer.world.neighbours import Neighbours
-from dream_trainer.world.record import ASKS_PER_S, FailureRecord
+from dream_trainer.world.faults.failure_store import ASKS_PER_S, FailureRecord
+from dream_trainer.world.faults.local_processes import Neighbours
+from dream_trainer.world.rank_mismatch import grouped
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -158,7 +158,7 @@ class FailureWatch:
         self._see(first)
         is_mine = first.rank == self._rank
         with contextlib.suppress(OSError):
-            launcher.record_error(error, str(first), first.time_s + (not is_mine))
+            torchrun.record_error(error, str(first), first.time_s + (not is_mine))
         return error
 
     def finish(self) -> None:
@@ -173,7 +173,7 @@ class FailureWatch:
         self._record.count(f"finished/{self._span}")
         self._record.wait_for_all(f"finished/{self._span}", look=self._raise_if_failed)
         self._record.count(f"known/{self._span}")
-        if self._rank == 0 and not launcher.keeps_store():
+        if self._rank == 0 and not torchrun.keeps_store():
             # The store ends with this process, when the others have read that all are here.
             self._record.wait_for_all(f"known/{self._span}", limit_s=_PATIENCE_S)
         self._stop()
@@ -304,7 +304,7 @@ class FailureWatch:
         self._see(first)
 
     def _on_lost_store(self) -> None:
-        if not launcher.keeps_store() and self._rank != 0 and self._depth:
+        if not torchrun.keeps_store() and self._rank != 0 and self._depth:
             host = os.environ.get("MASTER_ADDR", "")
             what = "is gone, and with it the store that the ranks meet in"
             self._see(Failure(0, 0, host, what, time.time()))

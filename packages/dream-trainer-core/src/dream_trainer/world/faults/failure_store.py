@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from dream_trainer.world.failure import Failure
+from dream_trainer.world.faults.failure import Failure
 
 if TYPE_CHECKING:
     from torch.distributed import Store
