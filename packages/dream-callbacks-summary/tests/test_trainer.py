@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from dream_callbacks.summary import ProgressBar, TrainerSummary
-from dream_callbacks.summary.facts import facts_of
+from dream_callbacks.summary.run_facts import facts_of
 from dream_trainer.callbacks import Callback
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.text import Text
 
 from dream_callbacks.summary.console import is_terminal, stdout_console, unless_broken
-from dream_callbacks.summary.streams import LinesAbove, Redirection
+from dream_callbacks.summary.stdout_redirect import LinesAbove, Redirection
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from dream_callbacks.summary.line import (
+from dream_callbacks.summary.text_layout import (
     MAX_BAR,
     Bar,
     Piece,

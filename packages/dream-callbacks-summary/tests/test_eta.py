@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from dream_callbacks.summary.schedule import Place, place_of, seconds_left
+from dream_callbacks.summary.eta import Place, place_of, seconds_left
 from dream_trainer.callbacks import Callback
 from dream_trainer.testing import TinyTrainer, tiny_config
 from dream_trainer.trainer import BaseTrainer

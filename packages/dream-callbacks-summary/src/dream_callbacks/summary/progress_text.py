@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from dream_callbacks.summary.line import Bar, Piece, duration, number, speed
+from dream_callbacks.summary.text_layout import Bar, Piece, duration, number, speed
 
 if TYPE_CHECKING:
-    from dream_callbacks.summary.schedule import Place
+    from dream_callbacks.summary.eta import Place
     from dream_trainer.trainer import AbstractTrainer
 
 # What stays where there is no room for all; of numbers, the first ones.

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.text import Text
 
-from dream_callbacks.summary.streams import LinesAbove, Redirection
+from dream_callbacks.summary.stdout_redirect import LinesAbove, Redirection
 
 
 class Terminal(io.StringIO):

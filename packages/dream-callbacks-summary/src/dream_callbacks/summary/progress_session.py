@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from time import monotonic
 from typing import Any
 
-from dream_callbacks.summary import phrases
+from dream_callbacks.summary import progress_text
 from dream_callbacks.summary.display import Display
-from dream_callbacks.summary.line import Bar, Piece, fitted, plain
+from dream_callbacks.summary.eta import place_of, seconds_left
 from dream_callbacks.summary.rate import Rate
 from dream_callbacks.summary.scalars import LateScalar
-from dream_callbacks.summary.schedule import place_of, seconds_left
+from dream_callbacks.summary.text_layout import Bar, Piece, fitted, plain
 from dream_trainer.callbacks import Every
 from dream_trainer.trainer import BaseTrainer
 
@@ -95,14 +95,17 @@ class Session:
         if self._untold_epoch is not None:
             self._untold_validation = result
         else:
-            self._tell([*self._when(), *phrases.values(result, is_validation=True)])
+            self._tell([*self._when(), *progress_text.values(result, is_validation=True)])
 
     def tell_epoch(self) -> None:
         """Say what came of an epoch, above a bar in one line with its validation."""
         means, self._untold_epoch = self._untold_epoch, None
         result, self._untold_validation = self._untold_validation, {}
         if means is not None:
-            numbers = [*phrases.values(means), *phrases.values(result, is_validation=True)]
+            numbers = [
+                *progress_text.values(means),
+                *progress_text.values(result, is_validation=True),
+            ]
             self._tell([*self._when(), *numbers, *self._speed()])
 
     def _measure(self) -> None:
@@ -144,7 +147,7 @@ class Session:
                 self._display.keep(plain(self._line()))
         finally:
             self._display.close()
-        for piece in phrases.ending(self._trainer):
+        for piece in progress_text.ending(self._trainer):
             self._display.keep(plain([piece]))
 
     def _draw_live(self) -> None:
@@ -174,14 +177,14 @@ class Session:
         """How things stand, in one line."""
         if self._validation is None:
             return self._training()
-        return [phrases.epoch(place_of(self._trainer)), *self._validating()]
+        return [progress_text.epoch(place_of(self._trainer)), *self._validating()]
 
     def _training(self) -> list[Piece | Bar]:
         place = place_of(self._trainer)
         return [
-            phrases.epoch(place),
-            *phrases.bar(place.fraction),
-            phrases.count(place.steps, place.num_steps, "steps"),
+            progress_text.epoch(place),
+            *progress_text.bar(place.fraction),
+            progress_text.count(place.steps, place.num_steps, "steps"),
             *self._speed(),
             self._elapsed(),
             *self._left(),
@@ -194,26 +197,32 @@ class Session:
         if self._validated is None:
             return []
         step, result = self._validated
-        return [phrases.label("validation"), *phrases.values(result), phrases.result_of_step(step)]
+        return [
+            progress_text.label("validation"),
+            *progress_text.values(result),
+            progress_text.result_of_step(step),
+        ]
 
     def _when(self) -> tuple[Piece, Piece]:
         trainer = self._trainer
         max_steps = trainer.training_parameters.max_steps
-        return phrases.epoch(place_of(trainer)), phrases.at_step(trainer.global_step, max_steps)
+        return progress_text.epoch(place_of(trainer)), progress_text.at_step(
+            trainer.global_step, max_steps
+        )
 
     def _newest(self) -> Iterator[Piece]:
         if self._scalar_name is not None and self._scalar.value is not None:
-            yield from phrases.values({self._scalar_name: self._scalar.value})
+            yield from progress_text.values({self._scalar_name: self._scalar.value})
 
     def _speed(self) -> Iterator[Piece]:
         accumulation = self._trainer.training_parameters.gradient_accumulation_steps
-        return phrases.steps_per_s(self._rate.per_second, accumulation)
+        return progress_text.steps_per_s(self._rate.per_second, accumulation)
 
     def _elapsed(self) -> Piece:
-        return phrases.elapsed(monotonic() - self._began_s)
+        return progress_text.elapsed(monotonic() - self._began_s)
 
     def _left(self) -> Iterator[Piece]:
-        return phrases.left(
+        return progress_text.left(
             seconds_left(
                 self._trainer,
                 batches_per_s=self._pace.per_second,
@@ -241,8 +250,8 @@ class _Validation:
 
     def line(self) -> list[Piece | Bar]:
         return [
-            phrases.label("try-out" if self.is_sanity_check else "validation"),
-            *phrases.bar(self.num_done / self._total if self._total else None),
-            phrases.count(self.num_done, self._total, "batches"),
-            phrases.elapsed(self.elapsed_s),
+            progress_text.label("try-out" if self.is_sanity_check else "validation"),
+            *progress_text.bar(self.num_done / self._total if self._total else None),
+            progress_text.count(self.num_done, self._total, "batches"),
+            progress_text.elapsed(self.elapsed_s),
         ]
