@@ -20,7 +20,7 @@ from dream_callbacks.logging import (
     read_jsonl,
     series,
 )
-from dream_callbacks.logging.session import planned_sinks
+from dream_callbacks.logging.open_sinks import planned_sinks
 from dream_callbacks.logging.sinks.wandb import has_key
 from dream_callbacks.logging.sinks.wandb_service import running_services
 from dream_trainer import callbacks

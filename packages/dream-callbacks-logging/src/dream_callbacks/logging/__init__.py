@@ -6,6 +6,7 @@ from dream_callbacks.logging.learning_rate import LRLoggerCallback
 from dream_callbacks.logging.media import MediaLoggerCallback
 from dream_callbacks.logging.metrics import MetricLoggerCallback
 from dream_callbacks.logging.mixin import WandBLoggerMixin
+from dream_callbacks.logging.model_watch import ModelWatchCallback
 from dream_callbacks.logging.sinks import (
     BackgroundSink,
     DeferredSink,
@@ -16,7 +17,6 @@ from dream_callbacks.logging.sinks import (
     TensorBoardSink,
     WandBSink,
 )
-from dream_callbacks.logging.watch import ModelWatchCallback
 
 __all__ = [
     "BackgroundSink",

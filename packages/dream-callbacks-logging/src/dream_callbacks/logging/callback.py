@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dream_callbacks.logging.names import named_under
-from dream_callbacks.logging.plain import plain
+from dream_callbacks.logging.open_sinks import AnySink, SinkSession, checked_sinks, planned_sinks
 from dream_callbacks.logging.rate import StepRate, Stopwatch
 from dream_callbacks.logging.scalars import (
     RankMeans,
@@ -17,8 +17,8 @@ from dream_callbacks.logging.scalars import (
     read,
     scalars_of,
 )
-from dream_callbacks.logging.session import AnySink, SinkSession, checked_sinks, planned_sinks
 from dream_callbacks.logging.sinks.base import DeferredSink
+from dream_callbacks.logging.to_jsonable import plain
 from dream_trainer.callbacks import Callback, Every
 from dream_trainer.trainer.mixins import LoggerMixin
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dream_callbacks.logging.plain import as_number
+from dream_callbacks.logging.to_jsonable import as_number
 from dream_trainer.world import World
 
 Scalars = dict[str, Tensor | float]

@@ -26,10 +26,10 @@ import torch
 
 from dream_callbacks.logging.frames import images_of, png_of_figure, videos_of
 from dream_callbacks.logging.history import LOG_NAME, START
-from dream_callbacks.logging.plain import as_number, plain, spelled
 from dream_callbacks.logging.png import animated_png
 from dream_callbacks.logging.sinks.base import DeferredSink, Histogram, LoggedRun, OpenedSink
 from dream_callbacks.logging.source_files import short_digest, source_files
+from dream_callbacks.logging.to_jsonable import as_number, plain, spelled
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from dream_callbacks.logging.frames import images_of, png_of_figure, videos_of
-from dream_callbacks.logging.plain import as_number, plain, spelled
 from dream_callbacks.logging.png import Frame, animated_png
 from dream_callbacks.logging.sinks.background import BackgroundSink
 from dream_callbacks.logging.sinks.base import DeferredSink, Histogram, LoggedRun, OpenedSink
 from dream_callbacks.logging.source_files import source_files
+from dream_callbacks.logging.to_jsonable import as_number, plain, spelled
 
 
 class TensorBoardSink(DeferredSink):

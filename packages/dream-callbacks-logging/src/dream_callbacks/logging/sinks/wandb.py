@@ -23,12 +23,12 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from dream_callbacks.logging.frames import images_of, png_of_figure, videos_of
-from dream_callbacks.logging.plain import as_number, plain, spelled
 from dream_callbacks.logging.png import Frame
 from dream_callbacks.logging.sinks.background import BackgroundSink
 from dream_callbacks.logging.sinks.base import DeferredSink, Histogram, LoggedRun, OpenedSink
 from dream_callbacks.logging.sinks.wandb_service import kill_services, running_services
 from dream_callbacks.logging.source_files import source_files
+from dream_callbacks.logging.to_jsonable import as_number, plain, spelled
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dream_callbacks.logging import JSONLinesSink, LoggerCallback
-from dream_callbacks.logging.plain import as_number, plain, spelled
+from dream_callbacks.logging.to_jsonable import as_number, plain, spelled
 from dream_trainer.callbacks import CallbackCollection
 from dream_trainer.testing import tiny_config
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dream_callbacks.logging.sinks.base import OpenedSink
-from dream_callbacks.logging.statistics import Statistics, statistics
+from dream_callbacks.logging.tensor_stats import Statistics, statistics
 from dream_trainer.callbacks import Callback, Every
 from dream_trainer.trainer.mixins import LoggerMixin
 
