@@ -11,7 +11,7 @@ from typing import Any, Self
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, supported_activities
 
 from dream_callbacks.profile.export import how_to_view, write_trace
-from dream_callbacks.profile.recording import (
+from dream_callbacks.profile.profiler_windows import (
     GivenRecording,
     Recording,
     WindowRecording,
