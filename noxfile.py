@@ -79,7 +79,7 @@ def s3(session: nox.Session) -> None:
     tested = BY_SHORT_NAME["checkpoint"]
     needed = [*PYTEST, *tested.test_requirements, "moto[server]", "s3fs"]
     environment = wheels.installed("s3", [BY_SHORT_NAME["core"], tested], needed)
-    tests = tested.folder / "tests" / "test_remote.py"
+    tests = tested.folder / "tests" / "test_fsspec_filesystem.py"
     run(session, environment, "-m", "pytest", tests, "-k", "s3", *session.posargs)
 
 

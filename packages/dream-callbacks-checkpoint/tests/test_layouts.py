@@ -16,19 +16,8 @@ from torch.distributed.tensor.parallel import (
 )
 from training import Everything, History, different, make, moments, weights
 
-from dream_trainer.callbacks import Callback, Every
+from dream_trainer.callbacks import Every
 from dream_trainer.testing import run_on_ranks
-
-
-class StopAt(Callback[Any]):
-    """Ends a run as a preemption does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
-        if self.trainer.global_step == self.step:
-            self.trainer.stop("preempted")
 
 
 class Plain(Everything):
@@ -47,8 +36,10 @@ class Plain(Everything):
 def part(root: Path, layout: str, until: int | None) -> dict[str, Any]:
     """Continue a run in a layout, to a step or to its end."""
     history = History()
-    stop = [] if until is None else [StopAt(until)]
-    trainer = make(root, history, *stop, kind=Plain, layout=layout, every=Every(steps=100))
+    training = {"n_epochs": 2, "max_steps": until}
+    trainer = make(
+        root, history, kind=Plain, layout=layout, every=Every(steps=100), training=training
+    )
     trainer.setup()
     loaded = weights(trainer), moments(trainer) if trainer.global_step else {}
     trainer.fit()

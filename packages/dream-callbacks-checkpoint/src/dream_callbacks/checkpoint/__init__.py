@@ -30,8 +30,8 @@ _NEED_TORCH = {
     "CheckpointCallback": "callback",
     "CheckpointParameters": "config",
     "ExportCallback": "export",
-    "LoadPartialCheckpointCallback": "partial",
-    "PartialLoad": "partial",
+    "LoadPartialCheckpointCallback": "partial_load",
+    "PartialLoad": "partial_load",
 }
 """Imported when they are asked for: `python -m dream_callbacks.checkpoint ls` needs no torch."""
 

@@ -1,0 +1,1 @@
+"""The files of a checkpoint: their names, the manifest, the index of tensors, state as JSON."""

@@ -97,8 +97,8 @@ class Manifest:
         document = unsealed(data)
         if document.get("format") != FORMAT:
             raise DamagedCheckpointError(
-                f"{file_names.MANIFEST} has format {document.get('format')!r:.40}, and this version "
-                f"of dream-callbacks-checkpoint reads format {FORMAT}; upgrade it"
+                f"{file_names.MANIFEST} has format {document.get('format')!r:.40}, and this "
+                f"version of dream-callbacks-checkpoint reads format {FORMAT}; upgrade it"
             )
         try:
             known = {name: document[name] for name in cls.__dataclass_fields__}
@@ -120,8 +120,8 @@ class Manifest:
         strange = [name for name in known["files"] if not file_names.is_file_name(name)]
         if strange:
             raise DamagedCheckpointError(
-                f"{file_names.MANIFEST} lists {strange[0]!r:.200}, which isn't the name of a file in "
-                "the folder; nothing outside of it is read"
+                f"{file_names.MANIFEST} lists {strange[0]!r:.200}, which isn't the name of a file "
+                "in the folder; nothing outside of it is read"
             )
         return cls(**known)
 

@@ -206,8 +206,8 @@ def _check_place(name: str, chunk: Chunk, dtype: torch.dtype, files: Mapping[str
     file = files.get(chunk.relative_path)
     if file is None:
         raise DamagedCheckpointError(
-            f"{file_names.INDEX}: {name!r} is said to be in {chunk.relative_path!r:.200}, which is no "
-            "file of the checkpoint"
+            f"{file_names.INDEX}: {name!r} is said to be in {chunk.relative_path!r:.200}, which is "
+            "no file of the checkpoint"
         )
     if not 0 <= chunk.offset <= chunk.offset + chunk.length <= file.num_bytes:
         raise DamagedCheckpointError(
@@ -234,14 +234,14 @@ def _check_filled(name: str, tensor: StoredTensor) -> None:
         )
         if not inside:
             raise DamagedCheckpointError(
-                f"{file_names.INDEX}: a piece of {name!r} at {chunk.offsets} of sizes {chunk.sizes} "
-                f"lies outside of its shape {tuple(tensor.shape)}"
+                f"{file_names.INDEX}: a piece of {name!r} at {chunk.offsets} of sizes "
+                f"{chunk.sizes} lies outside of its shape {tuple(tensor.shape)}"
             )
     volume = sum(chunk.volume for chunk in tensor.chunks)
     if volume != tensor.shape.numel() or _overlap(tensor.chunks):
         raise DamagedCheckpointError(
-            f"{file_names.INDEX}: the pieces of {name!r} don't fill its shape {tuple(tensor.shape)}: "
-            f"they have {volume} elements of {tensor.shape.numel()}, or overlap"
+            f"{file_names.INDEX}: the pieces of {name!r} don't fill its shape "
+            f"{tuple(tensor.shape)}: they have {volume} elements of {tensor.shape.numel()}, or overlap"
         )
 
 
