@@ -195,6 +195,33 @@ def test_a_sink_that_is_open_already_is_left_open(tmp_path):
     assert not trainer.run_dir.exists()
 
 
+def test_ctrl_c_while_a_sink_is_closed_closes_the_others(tmp_path):
+    closed: list[str] = []
+
+    class Tracker(DeferredSink):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def open(self, run: LoggedRun) -> OpenedSink:
+            return Tracked(self.name)
+
+    class Tracked(OpenedSink):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def close(self, error: BaseException | None = None) -> None:
+            closed.append(self.name)
+            if self.name == "second":
+                raise KeyboardInterrupt
+
+    callback = LoggerCallback(sinks=[Tracker("first"), Tracker("second"), Tracker("third")])
+
+    with pytest.raises(KeyboardInterrupt):
+        fitted(tmp_path, callback, max_steps=1)
+
+    assert closed == ["third", "second", "first"]
+
+
 def test_json_lines_are_written_beside_a_sink_that_may_lose_them(tmp_path):
     class Tracker(DeferredSink):
         survives_crash = False

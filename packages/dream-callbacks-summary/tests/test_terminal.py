@@ -500,7 +500,7 @@ def test_ctrl_c_ends_cleanly_and_gives_the_terminal_back(tmp_path: Path):
 
     assert os.waitstatus_to_exitcode(status) == 130
     assert screen.is_cursor_visible
-    assert re.fullmatch(r"interrupted at step \d+", screen.text[-2])
+    assert re.fullmatch(r"stopped at step \d+: SIGINT", screen.text[-2])
     assert screen.text[-1] == "interrupted"
     assert sum("/8 steps" in line for line in screen.text) == 1
 

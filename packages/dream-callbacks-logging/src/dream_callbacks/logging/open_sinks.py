@@ -107,6 +107,9 @@ class SinkSession:
                 sink.close(self._trainer.exception)
             except Exception:
                 logger.exception("%s couldn't be closed", type(sink).__name__)
+            except BaseException:  # Ctrl-C, or another rank has failed
+                self.close()  # the sinks that are left
+                raise
 
     def _open(self, sinks: Sequence[AnySink]) -> None:
         trainer = self._trainer

@@ -307,12 +307,13 @@ def _refuse_unattachable(name: str, callback: _AnyCallback, trainer: AbstractTra
 
 def _run_all(calls: Iterable[Call], *args: Any) -> BaseException | None:
     """Make every call, whatever the others raise; log the errors and return the first."""
-    first: BaseException | None = None
-    for call in calls:
+    remaining = iter(calls)
+    for call in remaining:
         try:
             call(*args)
         except BaseException as error:  # nothing may keep the others from cleaning up
-            if isinstance(error, Exception):  # Ctrl-C and SystemExit aren't failures
+            if isinstance(error, Exception):  # Ctrl-C, SystemExit, interruptions aren't failures
                 logger.error("%s.%s failed during clean-up", call.name, call.hook, exc_info=error)
-            first = error if first is None else first
-    return first
+            _run_all(remaining, *args)  # here: an interruption isn't repeated while it is handled
+            return error
+    return None

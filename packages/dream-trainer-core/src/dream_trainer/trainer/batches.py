@@ -256,7 +256,7 @@ def _what_killed_a_worker(error: BaseException) -> BaseException:
                 time.sleep(0.01)
         except RuntimeError as cause:
             if not str(cause).startswith(_WORKER_DIED):
-                raise  # another rank failed
+                raise
             return cause
     return error
 

@@ -241,7 +241,8 @@ def _check_filled(name: str, tensor: StoredTensor) -> None:
     if volume != tensor.shape.numel() or _overlap(tensor.chunks):
         raise DamagedCheckpointError(
             f"{file_names.INDEX}: the pieces of {name!r} don't fill its shape "
-            f"{tuple(tensor.shape)}: they have {volume} elements of {tensor.shape.numel()}, or overlap"
+            f"{tuple(tensor.shape)}: they have {volume} elements of {tensor.shape.numel()}, or "
+            "overlap"
         )
 
 

@@ -7,6 +7,7 @@ import sys
 import sysconfig
 import threading
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,17 +55,56 @@ class RemoteError(RuntimeError):
         self.failure = failure
 
 
+class Interruption(BaseException):
+    """Raised in the main thread of a rank when another one fails; `fit` raises a RemoteError.
+
+    Not an Exception: torch (DTensor, torch.compile, futures), `logging` and user code catch
+    those, and raise an error of their own or continue.
+
+    Attributes:
+        failure: The failure of the other rank.
+    """
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
+
+    def remote_error(self, error: BaseException) -> RemoteError:
+        """The RemoteError to raise instead of the first error that left the loop after this.
+
+        Args:
+            error: This, or what other code made of it. One that wraps this isn't shown: its
+                message reads as if the fault were here. Any other is the RemoteError's cause.
+        """
+        remote = RemoteError(self.failure)
+        if self in error_chain(error):
+            remote.__traceback__ = self.__traceback__
+            remote.__suppress_context__ = True
+        else:
+            remote.__cause__ = error
+        return remote
+
+
+def error_chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and all causes and contexts that are reachable from it, each once."""
+    seen: set[int] = set()
+    pending = [error]
+    while pending:
+        each = pending.pop()
+        if each is not None and id(each) not in seen:
+            seen.add(id(each))
+            yield each
+            pending += (each.__context__, each.__cause__)
+
+
 def is_lost_connection(error: BaseException) -> bool:
     """Whether an error may be what follows from the death of another rank."""
-    each: BaseException | None = error
-    while each is not None:
-        from_a_worker = isinstance(each, OSError)  # of a loader; collectives raise RuntimeErrors
-        if isinstance(each, dist.DistError) or (
-            not from_a_worker and _LOST_CONNECTION.search(str(each))
-        ):
-            return True
-        each = each.__cause__ or each.__context__
-    return False
+    return any(
+        isinstance(each, dist.DistError)
+        # An OSError is from a loader's worker; collectives raise RuntimeErrors.
+        or (not isinstance(each, OSError) and _LOST_CONNECTION.search(str(each)) is not None)
+        for each in error_chain(error)
+    )
 
 
 def is_timeout(error: BaseException) -> bool:

@@ -29,8 +29,10 @@ from typing import TYPE_CHECKING, NoReturn
 from dream_trainer.world import signals, torchrun
 from dream_trainer.world.faults.failure import (
     Failure,
+    Interruption,
     RemoteError,
     described,
+    error_chain,
     is_lost_connection,
     is_timeout,
     place_of_main_thread,
@@ -102,6 +104,7 @@ class FailureWatch:
         self._thread: threading.Thread | None = None
         self._neighbours: Neighbours | None = None
         self._interrupts = False
+        self._interruption: Interruption | None = None  # the last one raised in the main thread
 
     # What the loop calls
 
@@ -113,7 +116,8 @@ class FailureWatch:
             step: Number of optimizer steps that this rank has completed.
 
         Raises:
-            RemoteError: If another rank failed. It may come at any place inside.
+            RemoteError: If another rank has failed already.
+            Interruption: If another rank fails. It may come at any place inside.
         """
         self._step = step
         if self._thread is None:
@@ -139,7 +143,7 @@ class FailureWatch:
 
         Returns:
             What to raise: the error itself, with a note that names the first one; a RemoteError
-            if it is only what follows from another rank's.
+            if it is only what follows from another rank's, as anything after an interruption is.
         """
         self._depth = 0
         signals.ignore(signal.SIGCHLD)  # torch's handler raises when a loader's worker has died
@@ -148,11 +152,14 @@ class FailureWatch:
         if isinstance(error, RemoteError):
             first = error.failure
             error.__notes__ = []  # where it came upon this rank; it isn't the cause
+        elif self._interruption is not None and not isinstance(error, KeyboardInterrupt):
+            first = self._interruption.failure
+            error = self._interruption.remote_error(error)
         else:
             lost = is_lost_connection(error)
             first = self._first_failure(error, step, lost=lost)
             if first.rank != self._rank and lost:
-                error = _caused_by(RemoteError(first), error)
+                error = Interruption(first).remote_error(error)
             else:
                 error.add_note(str(first))
         self._see(first)
@@ -167,8 +174,9 @@ class FailureWatch:
         From here on this process may end without being missed.
 
         Raises:
-            RemoteError: If another rank failed while this one waited.
+            RemoteError: If another rank failed before all had come here.
         """
+        self._raise_if_failed()
         self._say_goodbye()
         self._record.count(f"finished/{self._span}")
         self._record.wait_for_all(f"finished/{self._span}", look=self._raise_if_failed)
@@ -346,10 +354,16 @@ class FailureWatch:
         return self._first is not None
 
     def interrupt(self) -> None:
-        """Raise in the main thread, which runs this as a signal's handler, if it may be."""
-        if self._depth and self._first is not None:
-            self._depth = 0
-            raise RemoteError(self._first)
+        """Raise in the main thread, which runs this as a signal's handler, if it may be.
+
+        Called again while the main thread is in the loop: an interruption that was swallowed is
+        raised again, one that is being handled, in a `finally` for example, is left alone.
+        """
+        if not self._depth or self._first is None:
+            return
+        if self._interruption is None or self._interruption not in error_chain(sys.exception()):
+            self._interruption = Interruption(self._first)
+            raise self._interruption
 
     def _at_exit(self) -> None:
         """After an error, make sure that the others know, and that this process ends."""
@@ -369,11 +383,6 @@ class FailureWatch:
 
 def _failure(rank: int, pid: int, what: str) -> Failure:
     return Failure(rank, pid, socket.gethostname(), what, time.time())
-
-
-def _caused_by(error: BaseException, cause: BaseException) -> BaseException:
-    error.__cause__ = cause
-    return error
 
 
 def _flush() -> None:
