@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from dream_trainer.callbacks import Callback
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
-from dream_trainer.world.failure import error_chain
+from dream_trainer.world.faults.failure import error_chain
 
 LIMIT_S = 5.0
 
@@ -421,7 +421,7 @@ def interrupted(tmp_path: Path, name: str, *callbacks: Callback[Any]) -> End:
 
 
 FAILED = (
-    r"dream_trainer.world.failure.RemoteError: rank 1 \(pid \d+ on .*ZeroDivisionError: planned"
+    r"dream_trainer.world.faults.failure.RemoteError: rank 1 \(pid \d+ on .*ZeroDivisionError: planned"
 )
 LOST = {"future_callback", "distributed_checkpoint"}
 """torch leaves a text of the interruption, or keeps it where Python doesn't look."""
