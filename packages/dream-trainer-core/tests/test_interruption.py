@@ -421,7 +421,8 @@ def interrupted(tmp_path: Path, name: str, *callbacks: Callback[Any]) -> End:
 
 
 FAILED = (
-    r"dream_trainer.world.faults.failure.RemoteError: rank 1 \(pid \d+ on .*ZeroDivisionError: planned"
+    r"dream_trainer.world.faults.failure.RemoteError: rank 1 \(pid \d+ on "
+    r".*ZeroDivisionError: planned"
 )
 LOST = {"future_callback", "distributed_checkpoint"}
 """torch leaves a text of the interruption, or keeps it where Python doesn't look."""
