@@ -263,8 +263,8 @@ class BaseTrainer(AbstractTrainer):
 
     def receive_requests(self) -> None:
         """Before the hooks at the end of a step or an evaluated batch: learn what was agreed."""
-        self.requests.receive()
-        self._note_stop()
+        if self.requests.receive():
+            self._note_stop()
 
     def send_requests(self, tick: Tick) -> None:
         """After these hooks: tell the other ranks what this one asks for. Doesn't wait."""

@@ -179,14 +179,19 @@ class Requests:
         self._since_sent_us = _UNKNOWN_US
         self._last_tick_s = None
 
-    def receive(self) -> None:
+    def receive(self) -> bool:
         """Before the hooks at the end of a step: read the exchange that is due, if one is.
+
+        Returns:
+            Whether one was read.
 
         Raises:
             ValueError: On all ranks, if they have registered different names.
         """
-        if self._reads_next:
-            self._read()
+        if not self._reads_next:
+            return False
+        self._read()
+        return True
 
     def send(self, tick: Tick) -> None:
         """After the hooks at the end of a step: start an exchange if it is time. Doesn't wait.
