@@ -15,11 +15,15 @@ from typing import BinaryIO
 
 from dream_callbacks.checkpoint import layout
 from dream_callbacks.checkpoint.beside import beside
-from dream_callbacks.checkpoint.chunked_file import ChunkedFile
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
+from dream_callbacks.checkpoint.io.checksummed_writer import (
+    ChecksummedWriter,
+    DirectFile,
+    content_of,
+    sums_of,
+)
 from dream_callbacks.checkpoint.lock import DirectoryLock
 from dream_callbacks.checkpoint.manifest import FileSum
-from dream_callbacks.checkpoint.summed_file import SummedFile, content_of, sums_of
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -158,11 +162,11 @@ class LocalDisk:
         """Make a folder that isn't there yet."""
         (self.root / folder).mkdir()
 
-    def create(self, folder: str, name: str) -> SummedFile:
+    def create(self, folder: str, name: str) -> ChecksummedWriter:
         """A new file to write."""
         path = self.root / folder / name
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        return SummedFile(str(path), ChunkedFile(os.open(path, flags, 0o666)))
+        return ChecksummedWriter(str(path), DirectFile(os.open(path, flags, 0o666)))
 
     def write(self, folder: str, name: str, data: bytes) -> FileSum:
         """Write a new file."""

@@ -1,0 +1,1 @@
+"""Files of a checkpoint directory: how they are written."""
