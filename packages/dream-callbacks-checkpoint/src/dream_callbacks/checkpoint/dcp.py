@@ -29,7 +29,6 @@ from dream_callbacks.checkpoint.format.json_codec import Path as TreePath
 from dream_callbacks.checkpoint.format.manifest import FileSum
 from dream_callbacks.checkpoint.format.tensor_index import TensorIndex
 from dream_callbacks.checkpoint.io.filesystem import Directory
-from dream_callbacks.checkpoint.summed_file import SummedFile
 from dream_trainer.world import Coordination
 
 
@@ -131,7 +130,7 @@ class TensorsToWrite:
         writer = _writer(disk, folder, files)
         # Each file's checksum is ours; torch would sum up every tensor a second time.
         without_crc = config.patch("save.compute_crc32", False)  # type: ignore[attr-defined]  # is there
-        with files.first_error_raised(), without_crc:
+        with without_crc:
             results = writer.write_data(self.plan, self._planner).value()
             if len(results) != len(self.plan.items):
                 # DCP loses the errors of its writing threads.
@@ -150,8 +149,7 @@ class TensorsToWrite:
         """
         assert self.metadata is not None, "rank 0 has it"
         files = _Files(disk, folder)
-        with files.first_error_raised():
-            _writer(disk, folder, files).finish(self.metadata, list(results))
+        _writer(disk, folder, files).finish(self.metadata, list(results))
         index = TensorIndex.of_save(self.metadata, (r for part in results for r in part))
         return {
             **files.sums,
@@ -231,7 +229,6 @@ class _Files(FileSystem):
     def __init__(self, disk: Directory, folder: str) -> None:
         self._disk = disk
         self._folder = folder
-        self._written: list[SummedFile] = []
         self.sums: dict[str, FileSum] = {}
 
     @contextlib.contextmanager
@@ -243,7 +240,6 @@ class _Files(FileSystem):
                 yield saved
             return
         with self._disk.create(self._folder, name) as file:
-            self._written.append(file)
             yield file
         self.sums[name] = file.sums
 
@@ -255,14 +251,3 @@ class _Files(FileSystem):
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         """Done: it was written under its last name."""
-
-    @contextlib.contextmanager
-    def first_error_raised(self) -> Iterator[None]:
-        """Raise the error of the file system, whatever torch made of it."""
-        try:
-            yield
-        except Exception as error:
-            causes = [file.first_error for file in self._written if file.first_error is not None]
-            if causes and causes[0] is not error:
-                raise causes[0] from error
-            raise

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from dream_callbacks.checkpoint.format.manifest import FileSum
+from dream_callbacks.checkpoint.io.checksummed_writer import ChecksummedWriter
 from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
-from dream_callbacks.checkpoint.summed_file import SummedFile
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
@@ -64,7 +64,7 @@ class Directory(Protocol):
 
     def make(self, folder: str) -> None: ...
 
-    def create(self, folder: str, name: str) -> SummedFile: ...
+    def create(self, folder: str, name: str) -> ChecksummedWriter: ...
 
     def write(self, folder: str, name: str, data: bytes) -> FileSum: ...
 

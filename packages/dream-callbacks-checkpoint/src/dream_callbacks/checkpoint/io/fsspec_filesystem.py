@@ -10,8 +10,8 @@ from typing import Any, BinaryIO, cast
 from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import FileSum
+from dream_callbacks.checkpoint.io.checksummed_writer import ChecksummedWriter, content_of, sums_of
 from dream_callbacks.checkpoint.io.directory_lock import said_by, understood
-from dream_callbacks.checkpoint.summed_file import SummedFile, content_of, sums_of
 
 _MARK = ".folder"
 """Stands for a folder that has no file yet: object stores know no empty ones."""
@@ -130,10 +130,10 @@ class RemoteDirectory:
         self._fs.makedirs(self._path(folder), exist_ok=True)
         self._fs.pipe_file(self._path(folder, _MARK), b"")
 
-    def create(self, folder: str, name: str) -> SummedFile:
+    def create(self, folder: str, name: str) -> ChecksummedWriter:
         """A new file to write; it is there when it is closed."""
         path = self._path(folder, name)
-        return SummedFile(f"{self.url}/{folder}/{name}", self._fs.open(path, "wb"))
+        return ChecksummedWriter(f"{self.url}/{folder}/{name}", self._fs.open(path, "wb"))
 
     def write(self, folder: str, name: str, data: bytes) -> FileSum:
         """Write a new file."""

@@ -13,12 +13,16 @@ from concurrent.futures import wait
 from pathlib import Path
 from typing import BinaryIO
 
-from dream_callbacks.checkpoint.chunked_file import ChunkedFile
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import FileSum
+from dream_callbacks.checkpoint.io.checksummed_writer import (
+    ChecksummedWriter,
+    DirectFile,
+    content_of,
+    sums_of,
+)
 from dream_callbacks.checkpoint.io.directory_lock import DirectoryLock
-from dream_callbacks.checkpoint.summed_file import SummedFile, content_of, sums_of
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -157,11 +161,11 @@ class LocalDisk:
         """Make a folder that isn't there yet."""
         (self.root / folder).mkdir()
 
-    def create(self, folder: str, name: str) -> SummedFile:
+    def create(self, folder: str, name: str) -> ChecksummedWriter:
         """A new file to write."""
         path = self.root / folder / name
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        return SummedFile(str(path), ChunkedFile(os.open(path, flags, 0o666)))
+        return ChecksummedWriter(str(path), DirectFile(os.open(path, flags, 0o666)))
 
     def write(self, folder: str, name: str, data: bytes) -> FileSum:
         """Write a new file."""
