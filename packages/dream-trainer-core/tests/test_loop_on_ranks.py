@@ -57,6 +57,7 @@ def stopped(
     )
     trainer = TinyTrainer(config)
     trainer.fit()
+    assert all(p.grad is None for p in trainer.model.parameters()), "no half of a step is left"
     return trainer.global_step, trainer.local_batches, trainer.stop_reason
 
 
@@ -66,7 +67,7 @@ def stopped(
         (0, 3, "post_train_step", 1, (4, 4)),
         (1, 3, "post_train_step", 1, (4, 4)),
         (1, 3, "pre_train_step", 1, (5, 5)),
-        (1, 1, "pre_train_step", 2, (3, 6)),
+        (1, 1, "pre_train_step", 2, (3, 6)),  # in the first batch of the second step
     ],
     ids=["rank_0", "rank_1", "before_a_step", "accumulating"],
 )

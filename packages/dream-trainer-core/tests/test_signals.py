@@ -219,6 +219,25 @@ class StopsInValidation(TinyTrainer):
         return super().validation_step(batch, batch_idx)
 
 
+class InterruptsABatch(Callback[Any]):
+    """Ctrl-C in the second of three batches that make the second step."""
+
+    def pre_train_step(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 4:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_between_the_batches_of_a_step_lets_the_step_be_completed(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, [InterruptsABatch()], gradient_accumulation_steps=3)
+    trainer = TinyTrainer(config)
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+
+    assert (trainer.global_step, trainer.local_batches) == (2, 6)
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
 @pytest.mark.parametrize("every", [None, 4])
 def test_a_stop_in_a_validation_takes_effect_after_its_batch(
     tmp_path: Path, every: int | None
