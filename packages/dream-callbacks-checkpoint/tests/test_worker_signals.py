@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,6 +90,14 @@ class Script:
                 start_new_session=True,
             )
 
+    def kill(self) -> None:
+        """End all that is left of it, after a test that failed."""
+        marks = (mark.read_text() for mark in self.root.glob("ready-*"))
+        for leader in {self.process.pid, *map(int, marks)}:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(leader, signal.SIGKILL)
+        self.process.wait()
+
     def ranks(self) -> list[int]:
         """Process ids of the ranks, once all of them train."""
         marks = [self.root / f"ready-{rank}" for rank in range(self.num_ranks)]
@@ -100,7 +109,6 @@ class Script:
         try:
             return self.process.wait(LIMIT_S)
         except subprocess.TimeoutExpired:
-            self.process.kill()
             raise AssertionError(self.log.read_text()) from None
 
     def steps(self) -> list[list[int]]:
@@ -128,15 +136,32 @@ def group_is_gone(leader: int) -> bool:
     return False
 
 
+Start = Callable[..., Script]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts the script in `tmp_path`; whatever becomes of the test, it doesn't outlive it."""
+    started: list[Script] = []
+
+    def start_script(cell: Cell, **options: Any) -> Script:
+        started.append(Script(tmp_path, cell, **options))
+        return started[-1]
+
+    yield start_script
+    for script in started:
+        script.kill()
+
+
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     "cell",
     [pytest.param(c, id=str(c), marks=() if str(c) in QUICK else pytest.mark.full) for c in CELLS],
 )
 def test_a_run_that_is_signalled_is_saved_by_all_ranks_and_resumed(
-    tmp_path: Path, cell: Cell
+    tmp_path: Path, start: Start, cell: Cell
 ) -> None:
-    script = Script(tmp_path, cell)
+    script = start(cell)
     ranks = script.ranks()
 
     if cell.target == "process":
@@ -155,7 +180,7 @@ def test_a_run_that_is_signalled_is_saved_by_all_ranks_and_resumed(
     for rank in ranks:
         wait_until(lambda rank=rank: group_is_gone(rank), None, script.log)  # type: ignore[misc]
 
-    resumed = Script(tmp_path, cell, max_steps=checkpoint.step + 2)
+    resumed = start(cell, max_steps=checkpoint.step + 2)
 
     assert resumed.status() == 0, resumed.log.read_text()
     assert resumed.steps() == [[checkpoint.step, checkpoint.step + 2]] * cell.num_ranks
@@ -164,8 +189,8 @@ def test_a_run_that_is_signalled_is_saved_by_all_ranks_and_resumed(
 @pytest.mark.parametrize(
     "context", ["fork", pytest.param("spawn", marks=pytest.mark.full), "forkserver"]
 )
-def test_workers_end_when_their_main_process_is_killed(tmp_path: Path, context: str) -> None:
-    script = Script(tmp_path, Cell(context, False, signal.SIGKILL, 1, "process"))
+def test_workers_end_when_their_main_process_is_killed(start: Start, context: str) -> None:
+    script = start(Cell(context, False, signal.SIGKILL, 1, "process"))
     (main_process,) = script.ranks()
 
     script.process.kill()
