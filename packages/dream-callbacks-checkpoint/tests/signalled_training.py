@@ -64,7 +64,7 @@ def main() -> None:
         n_epochs=10**6,
         max_steps=options.pop("max_steps", None),
     )
-    config.num_samples = 64
+    config.num_samples = 4096  # in one epoch: workers take seconds to start
     trainer = WithWorkers(config)
     trainer.options = options
     trainer.fit()

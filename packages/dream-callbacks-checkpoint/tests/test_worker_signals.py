@@ -19,7 +19,7 @@ from tiny_runs import saved
 
 SCRIPT = Path(__file__).with_name("signalled_training.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-LIMIT_S = 40.0
+LIMIT_S = 60.0
 
 
 class Cell(NamedTuple):
