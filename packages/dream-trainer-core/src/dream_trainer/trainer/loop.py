@@ -177,8 +177,7 @@ def _train_epoch(trainer: BaseTrainer) -> bool:
     while counters.epoch_batches < num_batches:
         group_size = min(accumulation, num_batches - counters.epoch_batches)
         for index_in_group in range(group_size):
-            if group_size != 1 or optimization.group_size != 1:
-                optimization.begin_batch(index_in_group, group_size)
+            optimization.begin_batch(index_in_group, group_size)
             train_step(trainer, batches.next_batch())
         _finish_step(trainer)
         if trainer.stop_reason is not None:
