@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from dream_trainer.trainer.loader_watch import LoaderWatch
 from dream_trainer.world.determinism import random_state, random_state_kept, set_random_state
+from dream_trainer.world.torch_private import has_running_workers
 from dream_trainer.world.worker_signals import protected_workers
 from dream_trainer.world.world import World
 
@@ -172,8 +173,7 @@ def begin(loader: Iterable[Any]) -> Iterator[Any]:
     this takes would be missing in every later epoch, and a resumed run couldn't give the same.
     """
     with protected_workers(loader):
-        starts_workers = getattr(loader, "_iterator", None) is None
-        if getattr(loader, "persistent_workers", False) and starts_workers:
+        if getattr(loader, "persistent_workers", False) and not has_running_workers(loader):
             with random_state_kept():
                 iter(loader)
         return iter(loader)

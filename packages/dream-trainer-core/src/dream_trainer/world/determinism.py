@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from dream_trainer.world.torch_private import TorchDispatchMode
 
 
 def seed_all(seed: int) -> None:
@@ -104,9 +105,10 @@ class FullTensorRandom(TorchDispatchMode):
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         assert isinstance(filled, DTensor)
-        drawn = func(self._whole(filled), *args[1:], **kwargs)
+        whole = self._whole(filled)
+        drawn = func(whole, *args[1:], **kwargs)
         mine = distribute_tensor(drawn, filled.device_mesh, filled.placements, src_data_rank=None)
-        if not func._schema.is_mutable:  # noqa: SLF001  # no other way to tell x_() from x_like()
+        if drawn is not whole:  # x_like(), not x_()
             return mine
         filled.to_local().copy_(mine.to_local())
         return filled
@@ -132,8 +134,9 @@ class LocalTensorRandom(TorchDispatchMode):
         from torch.distributed.tensor import DTensor
 
         assert isinstance(filled, DTensor)
-        drawn = func(filled.to_local(), *args[1:], **kwargs)
-        if func._schema.is_mutable:  # noqa: SLF001  # no other way to tell x_() from x_like()
+        local = filled.to_local()
+        drawn = func(local, *args[1:], **kwargs)
+        if drawn is local:  # x_(), not x_like()
             return filled
         return DTensor.from_local(
             drawn,

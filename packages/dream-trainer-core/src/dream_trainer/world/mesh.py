@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dream_trainer.configs.device import AXES, MeshShape
+from dream_trainer.world import torch_private
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -26,14 +27,12 @@ def fsdp_mesh(mesh: DeviceMesh, shape: MeshShape) -> DeviceMesh:
     Ranks that share a sequence are shards too: each has a part of the batch's gradient.
     Collective the first time, with `cp`.
     """
-    from torch.distributed.device_mesh import DeviceMesh
-
     shards = mesh["dp_shard"]
     if shape.cp > 1:
-        shards = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")  # noqa: SLF001  # none is public
+        shards = torch_private.flattened_mesh(mesh["dp_shard", "cp"], "dp_shard_cp")
     if shape.dp_replicate == 1:
         return shards
-    return DeviceMesh._concatenate([mesh["dp_replicate"], shards])  # noqa: SLF001  # none is public
+    return torch_private.concatenated_mesh([mesh["dp_replicate"], shards])
 
 
 def coordinates(rank: int, shape: MeshShape) -> dict[str, int]:

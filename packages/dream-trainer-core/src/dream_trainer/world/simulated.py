@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -13,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dream_trainer.configs.device import DeviceParameters
-from dream_trainer.world import collectives
+from dream_trainer.world import collectives, torch_private
 from dream_trainer.world.collectives import ReduceOp
 from dream_trainer.world.determinism import LocalTensorRandom
 from dream_trainer.world.faults.failure_monitor import Alone
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
-
-_BACKEND = "fake"
 
 
 class SimulatedWorld(World):
@@ -142,8 +139,8 @@ class SimulatedWorld(World):
 
     def _init_process_group(self) -> None:
         global _connected  # noqa: PLW0603  # torch has one default group for the process
-        _forget_shardings()
-        _init_fake_process_group(self.rank, self.world_size)
+        torch_private.clear_sharding_caches()
+        torch_private.init_fake_process_group(self.rank, self.world_size)
         _connected = self
 
     def shutdown(self) -> None:
@@ -152,7 +149,7 @@ class SimulatedWorld(World):
         super().shutdown()
         if _connected is self:
             _connected = None
-            _forget_shardings()
+            torch_private.clear_sharding_caches()
 
     def abandon(self) -> None:
         """Shut down; nothing has to be waited for."""
@@ -213,38 +210,13 @@ _connected: SimulatedWorld | None = None
 
 
 def _shut_down_connected(newcomer: SimulatedWorld) -> None:
-    if _connected is None or dist.get_backend() != _BACKEND:
+    if _connected is None or dist.get_backend() != torch_private.FAKE_BACKEND:
         raise RuntimeError(
             f"{newcomer} can't be connected: this process has a process group already, of "
             f"{dist.get_world_size()} ranks with backend {dist.get_backend()!r}; call "
             "torch.distributed.destroy_process_group() first, or simulate in a process of its own"
         )
     _connected.shutdown()
-
-
-def _init_fake_process_group(rank: int, world_size: int) -> None:
-    """Let torch pretend to be one of many ranks.
-
-    The backend is torch's own, for its tests, and not public: this is the only place that knows
-    of it.
-    """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group(_BACKEND, rank=rank, world_size=world_size, store=FakeStore())
-
-
-def _forget_shardings() -> None:
-    """Empty torch's caches of how DTensors are divided, which don't know ranks apart.
-
-    Their keys are meshes, and those of two ranks are equal: a DTensor of the second rank would get
-    the place of the first.
-    """
-    if "torch.distributed.tensor" in sys.modules:
-        from torch.distributed.tensor import _redistribute
-        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-
-        _clear_sharding_prop_cache()
-        _redistribute._gen_transform_infos.cache_clear()  # noqa: SLF001  # nothing public does
 
 
 def _multiplied(value: Any, factor: int) -> Any:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dream_trainer.configs.device import AXES, DeviceParameters
-from dream_trainer.world import collectives, cpu_collectives, torchrun
+from dream_trainer.world import collectives, cpu_collectives, torch_private, torchrun
 from dream_trainer.world.collectives import ReduceOp
 from dream_trainer.world.coordination import Coordination
 from dream_trainer.world.determinism import (
@@ -175,10 +175,7 @@ class World(RankIdentity):
         """Seed all generators by this rank's part of the data: alike where layers are shared."""
         seed_all(seed + self.data_part)
         if self.tp_size > 1 and self.device.type == "cuda":
-            from torch.distributed.tensor._random import manual_seed
-
-            # Else the first random operation on a DTensor gives all ranks rank 0's state.
-            manual_seed(seed + self.data_part, self.get_mesh("tp"))
+            torch_private.seed_sharded_random(seed + self.data_part, self.get_mesh("tp"))
 
     def sharded_random(self) -> contextlib.AbstractContextManager[Any]:
         """Where sharded and meta tensors get the random numbers that whole, real ones would get."""
@@ -191,13 +188,13 @@ class World(RankIdentity):
 
     def _set_timeouts(self, timeout_s: float) -> None:
         """Let collectives of every group take so long: those of a mesh are made with torch's."""
-        from torch.distributed.distributed_c10d import _set_pg_timeout  # there is no public one
-
         self._timeout_s = timeout_s
         meshes = [mesh for mesh in (self._mesh, self._fsdp_mesh) if mesh is not None]
         mesh_groups = [group for mesh in meshes for group in mesh.get_all_groups()]
-        for group in {dist.group.WORLD, *mesh_groups, *self._groups.values()}:
-            _set_pg_timeout(timedelta(seconds=timeout_s), group)
+        default_group = dist.group.WORLD
+        assert default_group is not None, "connect() made it"
+        for group in {default_group, *mesh_groups, *self._groups.values()}:
+            group.set_timeout(timedelta(seconds=timeout_s))
 
     # Mesh and groups
 
@@ -394,7 +391,7 @@ class World(RankIdentity):
         """
         before, self._refusal = self._refusal, (where, advice)
         try:
-            with collective_guard.RefuseCollectives(where, advice):
+            with collective_guard.CollectiveGuard(where, advice):
                 yield
         finally:
             self._refusal = before

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dream_trainer.interface.trainer import AbstractTrainer
 from dream_trainer.trainer.mixins.tracking import assigned_attributes
+from dream_trainer.world import torch_private
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -74,11 +75,9 @@ class ModelSetupMixin(AbstractTrainer):
 
     def apply_activation_checkpointing(self) -> None:
         """Recompute activations in backward: each block of a ModuleList."""
-        from torch.distributed._composable.checkpoint_activation import checkpoint
-
         for model in self.named_models().values():
             for block in _blocks(model):
-                checkpoint(block)  # unlike a wrapper, it keeps the parameters' names
+                torch_private.checkpoint_activations(block)
 
     def apply_compile(self) -> None:
         """Compile the models in place."""
@@ -108,11 +107,9 @@ class ModelSetupMixin(AbstractTrainer):
         Args:
             mesh: The axis of copies.
         """
-        from torch.distributed._composable.replicate import replicate
-
         for model in self.named_models().values():
             if any(parameter.requires_grad for parameter in model.parameters()):
-                replicate(model, device_mesh=mesh)
+                torch_private.replicate(model, mesh)
 
     def model_state_dict(self) -> dict[str, Any]:
         """Tensors to save, by model and parameter name; sharded where the model is."""
