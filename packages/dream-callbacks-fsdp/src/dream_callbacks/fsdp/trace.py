@@ -1,36 +1,19 @@
-"""The order in which FSDP2 modules really run, forward and backward, in one training batch.
+"""The order in which FSDP2 modules run, forward and backward, in one training batch.
 
-FSDP2 tells its logger when a module begins; for one batch a filter on that logger listens. No
-hook is added to any module: it would run again when activations are recomputed, and torch.compile
-would have to trace it.
+FSDP2 logs when a module begins; for one batch a filter on its logger reads these records.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from dream_callbacks.fsdp import torch_private
 from dream_callbacks.fsdp.prefetch import Event
-
-_LOGGER = "torch.distributed.fsdp.fully_shard"
-
-_MESSAGE = re.compile(
-    r"FSDP::pre_(?P<pass>forward|backward)"
-    r"(?: \((?P<name>[^)]*)\))?"  # none for a root
-    r"(?: \[pg=.*\])?"  # one of several parameter groups
-)
-
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
-"""What torch calls the module inside of one that it wrapped round it."""
-
-_MAX_FRAMES = 20
-"""How far out the caller of the logger is looked for; it is at the fifth or so."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +31,9 @@ class Root:
     def full_name(self, name: str) -> str:
         """Name of one of the modules below the trainer, as a person would write it."""
         parts = f"{self.name}.{name}".split(".")
-        return ".".join(part for part in parts if part and part not in _WRAPPERS)
+        return ".".join(
+            part for part in parts if part and part not in torch_private.WRAPPED_MODULE_NAMES
+        )
 
 
 def find_roots(models: Mapping[str, nn.Module]) -> list[Root]:
@@ -100,7 +85,7 @@ class Tracer(logging.Filter):
         self._sharded = [
             {name: _parameter_of(module) for name, module in root.modules.items()} for root in roots
         ]
-        self._logger = logging.getLogger(_LOGGER)
+        self._logger = logging.getLogger(torch_private.FSDP_LOGGER)
         self._level_before: int | None = None
 
     def start(self) -> None:
@@ -124,14 +109,13 @@ class Tracer(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Take note of a message; let through what would have been logged without us."""
-        match = _MESSAGE.match(record.getMessage())
-        if match is not None:
-            # Modules that were sharded as one have their names joined; the first stands for all.
-            names = (match["name"] or "").split(", ")
+        logged = torch_private.logged_pass(record)
+        if logged is not None:
+            began, names = logged
             place = self._root_of(names[0])
             if place is not None:
                 self._seen[place].update(names)
-                self._note(place, match["pass"], names[0])
+                self._note(place, began, names[0])  # the first stands for all sharded together
         return record.levelno >= self._level_of_others
 
     def _note(self, place: int, began: str, name: str) -> None:
@@ -141,7 +125,7 @@ class Tracer(logging.Filter):
             if self._kept[place] is None:
                 self._kept[place] = self._unsharded(place)
         else:
-            event = Event[str]("recompute" if _is_in_backward() else "forward", name)
+            event = Event[str]("recompute" if torch_private.is_in_backward() else "forward", name)
         # Each of several parameter groups, or of modules that share one, says so.
         if not events or events[-1] != event:
             events.append(event)
@@ -161,8 +145,10 @@ class Tracer(logging.Filter):
     def _root_of(self, name: str) -> int | None:
         places = [place for place, root in enumerate(self._roots) if name in root.modules]
         if len(places) > 1:
-            # Two roots have a module of this name; the one that logs is on the stack.
-            found = _logging_module([self._roots[place].modules[name] for place in places])
+            # Several roots have a module of this name; the one that logs is on the stack.
+            found = torch_private.logging_module(
+                [self._roots[place].modules[name] for place in places]
+            )
             return None if found is None else places[found]
         return places[0] if places else None
 
@@ -183,25 +169,4 @@ def _parameter_of(module: FSDPModule) -> nn.Parameter | None:
         for parameter in current.parameters(recurse=False):
             return parameter
         pending += [child for child in current.children() if not isinstance(child, FSDPModule)]
-    return None
-
-
-def _is_in_backward() -> bool:
-    from torch._C import _current_graph_task_id  # there is no public one
-
-    return _current_graph_task_id() != -1
-
-
-def _logging_module(candidates: Sequence[FSDPModule]) -> int | None:
-    """Which of the modules FSDP is at work for, further out on the stack."""
-    frame = inspect.currentframe()
-    for _ in range(_MAX_FRAMES):
-        frame = frame and frame.f_back  # our own has the candidates
-        if frame is None:
-            break
-        for value in frame.f_locals.values():
-            modules = getattr(value, "modules", None)  # of FSDP's parameter group, a tuple
-            for index, candidate in enumerate(candidates):
-                if value is candidate or (isinstance(modules, tuple) and candidate in modules):
-                    return index
     return None
