@@ -149,6 +149,19 @@ WAYS_TO_MAKE_A_GROUP = {
 }
 
 
+def test_a_module_keeps_its_hooks_in_these_attributes() -> None:
+    module = nn.Linear(1, 1)
+    module.register_forward_hook(lambda *args: None)
+    module.register_forward_pre_hook(lambda *args: None)
+    module.register_full_backward_hook(lambda *args: None)
+    module.register_full_backward_pre_hook(lambda *args: None)
+    module.register_state_dict_post_hook(lambda *args: None)
+    module.register_load_state_dict_pre_hook(lambda *args: None)
+
+    num_hooks = [len(vars(module)[name]) for name in torch_private.MODULE_HOOKS]
+    assert num_hooks == [1] * len(num_hooks)
+
+
 class Seen(Exception):
     """Raised before a group is made."""
 

@@ -21,16 +21,9 @@ import torch
 from torch import nn
 
 from dream_trainer.trainer.base import BaseTrainer
+from dream_trainer.world.torch_private import MODULE_HOOKS
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-_HOOKS_OF_MODULES = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_load_state_dict_pre_hooks",
-)
 
 
 class Leftovers:
@@ -64,7 +57,7 @@ def patches_of(trainer: BaseTrainer) -> Counter[str]:
     for model_name, model in trainer.named_models().items():
         for name, module in model.named_modules():
             where = f"{model_name}.{name}" if name else model_name
-            for kind in _HOOKS_OF_MODULES:
+            for kind in MODULE_HOOKS:
                 found[f"a hook in {where}.{kind}"] += len(vars(module).get(kind, ()))
             if not isinstance(vars(module).get("forward"), (type(None), nn.Module)):
                 found[f"{where}.forward, which was replaced"] += 1

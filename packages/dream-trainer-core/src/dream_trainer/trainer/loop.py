@@ -54,7 +54,7 @@ def fit(trainer: BaseTrainer) -> None:
     trainer.configure()
     trainer.setup()
     with signals.handled_by(trainer), failing_cleanly(trainer):
-        callbacks, watch = trainer.callbacks, trainer.world.failure_watch()
+        callbacks, monitor = trainer.callbacks, trainer.world.failure_monitor()
         trainer.requests.start()
         _set_train_mode(trainer)
         callbacks.pre_fit()
@@ -71,26 +71,26 @@ def fit(trainer: BaseTrainer) -> None:
         error = callbacks.post_fit()
         if error is not None:
             raise error
-        watch.finish()
-    signals.deliver()
+        monitor.finish()
+    signals.raise_received_signal()
 
 
 @contextmanager
 def failing_cleanly(trainer: BaseTrainer) -> Iterator[None]:
     """After the first error of any rank, let callbacks clean up, leave the world, and raise it."""
-    watch = trainer.world.failure_watch()
+    monitor = trainer.world.failure_monitor()
     try:
-        with watch.watching(lambda: trainer.global_step):
+        with monitor.watching(lambda: trainer.global_step):
             yield
     except BaseException as error:
         if trainer.exception is not None:
             raise  # by a span inside, which has cleaned up
-        shown = trainer.exception = watch.report(error, trainer.global_step)
+        shown = trainer.exception = monitor.report(error, trainer.global_step)
         with trainer.world.cleaning_up():
             trainer.callbacks.on_exception(shown)
             trainer.callbacks.post_fit()
         trainer.world.abandon()
-        watch.leave()
+        monitor.leave()
         if shown is error:
             raise
         raise shown  # noqa: B904  # it has its cause

@@ -15,7 +15,7 @@ from dream_trainer.configs.device import DeviceParameters
 from dream_trainer.world import collectives, torch_private
 from dream_trainer.world.collectives import ReduceOp
 from dream_trainer.world.determinism import LocalTensorRandom
-from dream_trainer.world.faults.failure_monitor import Alone
+from dream_trainer.world.faults.failure_monitor import NoFailureMonitor
 from dream_trainer.world.world import World
 
 if TYPE_CHECKING:
@@ -155,10 +155,10 @@ class SimulatedWorld(World):
         """Shut down; nothing has to be waited for."""
         self.shutdown()
 
-    def failure_watch(self) -> Alone:
+    def failure_monitor(self) -> NoFailureMonitor:
         """Nobody to tell of an error. Not public."""
-        assert isinstance(self._watch, Alone)
-        return self._watch
+        assert isinstance(self._failure_monitor, NoFailureMonitor)
+        return self._failure_monitor
 
     def require_all_ranks(self, action: str) -> None:
         """Raise, since the other ranks are imagined.

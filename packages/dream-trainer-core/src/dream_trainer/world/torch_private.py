@@ -22,6 +22,16 @@ if TYPE_CHECKING:
 
 FAKE_BACKEND = "fake"
 
+MODULE_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+)
+"""Attributes in which a module keeps its hooks."""
+
 # Meshes and layouts
 
 

@@ -25,7 +25,7 @@ from dream_trainer.world.determinism import (
     use_deterministic_algorithms,
 )
 from dream_trainer.world.faults import collective_guard
-from dream_trainer.world.faults.failure_monitor import Alone, FailureWatch
+from dream_trainer.world.faults.failure_monitor import FailureMonitor, NoFailureMonitor
 from dream_trainer.world.faults.fork_safety import let_threads_settle_before_forks
 from dream_trainer.world.identity import RankIdentity
 from dream_trainer.world.mesh import build_mesh, fsdp_mesh
@@ -63,7 +63,7 @@ class World(RankIdentity):
         self._timeout_s = parameters.init_timeout_s
         self._refusal: tuple[str, str] | None = None
         self._store: Store | None = None
-        self._watch: Alone | FailureWatch = Alone()
+        self._failure_monitor: NoFailureMonitor | FailureMonitor = NoFailureMonitor()
 
     # Life
 
@@ -92,7 +92,7 @@ class World(RankIdentity):
             action: Named in the error.
         """
 
-    def failure_watch(self) -> Alone | FailureWatch:
+    def failure_monitor(self) -> NoFailureMonitor | FailureMonitor:
         """What tells the other ranks of an error here, and this one of theirs. Not public.
 
         Connects to the ranks' store the first time, which waits until it is there.
@@ -102,8 +102,10 @@ class World(RankIdentity):
             timeout_s = self.parameters.init_timeout_s
             self._store = torchrun.open_store(self.rank, self.world_size, timeout_s)
             cleanup_timeout_s = self.parameters.cleanup_timeout_s
-            self._watch = FailureWatch(self._store, self.rank, self.world_size, cleanup_timeout_s)
-        return self._watch
+            self._failure_monitor = FailureMonitor(
+                self._store, self.rank, self.world_size, cleanup_timeout_s
+            )
+        return self._failure_monitor
 
     def connect(self) -> None:
         """Create the process group. Collective; a second call does nothing.
@@ -123,7 +125,7 @@ class World(RankIdentity):
 
     def _init_process_group(self) -> None:
         let_threads_settle_before_forks()
-        self.failure_watch()
+        self.failure_monitor()
         assert self._store is not None, "the watch has opened it"
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
@@ -148,7 +150,7 @@ class World(RankIdentity):
         if self._owns_process_group and dist.is_initialized():
             dist.destroy_process_group()
         self._owns_process_group = False
-        self._watch.close()
+        self._failure_monitor.close()
         atexit.unregister(self.shutdown)
 
     def abandon(self) -> None:
