@@ -118,7 +118,7 @@ def test_a_loader_that_ends_before_its_length_is_refused() -> None:
     stream.start_epoch(0)
     stream.next_batch()
     stream.next_batch()
-    with pytest.raises(RuntimeError, match="says that it has 5 batches and ended after 2"):
+    with pytest.raises(RuntimeError, match="has length 5 and ended after 2 batches"):
         stream.next_batch()
 
 

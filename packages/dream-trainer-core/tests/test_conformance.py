@@ -127,7 +127,7 @@ def makes_no_callback() -> Any:
 SHARED = Good()
 
 
-@bad("constructs", "returned the same one twice")
+@bad("constructs", "returned the same object twice")
 def makes_the_same_one_twice() -> Any:
     return SHARED
 
@@ -235,7 +235,7 @@ class ForgetsToLoad(Good):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...  # type: ignore[override]
 
 
-@bad("state_round_trip", "Taking the state changed it")
+@bad("state_round_trip", "Saving the state changed it")
 class CountsSaves(Good):
     num_saves = 0
 

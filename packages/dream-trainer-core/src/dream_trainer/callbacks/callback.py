@@ -1,6 +1,6 @@
-"""Callback and RankZeroCallback: every moment of a run that can be hooked.
+"""Callback and RankZeroCallback: all hooks of a run.
 
-The whole loop, with each hook in its place::
+The whole loop with every hook::
 
     fit()
       pre_launch                                # the process group doesn't exist yet

@@ -1,7 +1,7 @@
-"""Calling a hook: one flat function per hook, made anew when the collection changes.
+"""Hook dispatch: one function per hook, compiled again when the collection changes.
 
-A hook that nobody overrides costs one call of an empty function; each callback costs one call
-of its bound method. An error gets a note that says whose hook it came from.
+A hook that no callback overrides costs a call of an empty function; each callback costs a call of
+its bound method. An error gets a note that names the callback and the hook.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from dream_trainer.callbacks.callback import HOOKS, Callback
 
 
 class Call:
-    """One callback's method, which says in an error whose it is.
+    """A bound method of a callback; a note on its errors names the callback.
 
     Args:
         name: The callback's name in its collection.
-        callback: Whose method it is.
+        callback: The callback.
         hook: Name of the method.
-        guarded: Raise if it calls a collective.
+        guarded: Make collectives an error inside.
     """
 
     def __init__(self, name: str, callback: Callback[Any], hook: str, *, guarded: bool) -> None:
@@ -46,7 +46,7 @@ class Call:
             raise
 
     def note(self, error: BaseException) -> None:
-        """Say in the error whose method it came from, on which rank and at which step."""
+        """Add a note to an error: callback, hook, rank and step."""
         trainer = getattr(self.callback, "trainer", None)
         where = (
             ""
@@ -59,7 +59,7 @@ class Call:
         error.add_note(f"raised in {self.name}.{self.hook}{where}")
 
     def context(self) -> contextlib.AbstractContextManager[None]:
-        """The context manager that the hook returns, for a hook that has one.
+        """The context manager that a context hook returns.
 
         Raises:
             TypeError: If it returns something else.
@@ -74,8 +74,8 @@ class Call:
             raise error
         return _Context(context, self)
 
-    def part(self, method: Callable[..., Any], *args: Any) -> Any:
-        """Call a method of what the hook returned, guarded as the hook is."""
+    def call_guarded(self, method: Callable[..., Any], *args: Any) -> Any:
+        """Call a method of the returned context manager, guarded as the hook is."""
         return (self._guard(method) if self._guarded else method)(*args)
 
     def _guard(self, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,7 +177,7 @@ _STEP_IN = {"train_context": "training_step", "validation_context": "validation_
 
 
 class _Context(contextlib.AbstractContextManager[None]):
-    """A callback's context that says whose it is when it fails, or hides that the step did."""
+    """A callback's context: notes name the callback in its errors; it can't suppress others."""
 
     def __init__(self, context: contextlib.AbstractContextManager[Any], call: Call) -> None:
         self._context = context
@@ -185,14 +185,14 @@ class _Context(contextlib.AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         try:
-            self._call.part(self._context.__enter__)
+            self._call.call_guarded(self._context.__enter__)
         except BaseException as error:
             self._call.note(error)
             raise
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         try:
-            suppresses = self._call.part(self._context.__exit__, kind, error, traceback)
+            suppresses = self._call.call_guarded(self._context.__exit__, kind, error, traceback)
         except BaseException as new:
             if new is not error:
                 self._call.note(new)

@@ -19,12 +19,11 @@ class Optimization:
     """Turns the gradients of a group of batches into one optimizer step.
 
     Args:
-        models: All models, so that gradients can be kept from synchronizing while they
-            accumulate.
-        model_of: The model that each optimizer changes.
+        models: All models; their gradient synchronization is off while gradients accumulate.
+        model_of: The model of each optimizer.
         schedulers: Stepped after their optimizer, in order; not ReduceLROnPlateau, which needs
             a metric: step it yourself.
-        clip_norm: Largest norm of the gradients of one optimizer, if they are clipped.
+        clip_norm: Largest gradient norm per optimizer; None for no clipping.
         is_distributed: Whether gradients may be sharded over ranks.
     """
 
@@ -57,7 +56,7 @@ class Optimization:
         self._syncs_gradients = True
 
     def begin_batch(self, index_in_group: int, group_size: int) -> None:
-        """Prepare for one of the `group_size` batches that make a step together."""
+        """Prepare for one of the `group_size` batches of a step."""
         self.group_size = group_size
         self.is_accumulating = index_in_group + 1 < group_size
         if self.is_accumulating is self._syncs_gradients and self._set_gradient_sync:
@@ -66,7 +65,7 @@ class Optimization:
                 set_gradient_sync(self._syncs_gradients)
 
     def step(self, optimizer: Optimizer, callbacks: CallbackCollection) -> Tensor:
-        """Clip, step, zero, step the schedulers, each with its hooks.
+        """Clip, step, zero, step the schedulers, with the hooks.
 
         Collective where parameters are sharded. No host synchronization.
 
@@ -74,8 +73,8 @@ class Optimization:
             Norm of the gradients before clipping, scalar `()`, equal on all ranks.
 
         Raises:
-            RuntimeError: While gradients accumulate, or if no gradient is there.
-            ValueError: If the optimizer isn't one of the trainer's.
+            RuntimeError: While gradients accumulate.
+            ValueError: If no parameter has a gradient, or the optimizer isn't one of the trainer's.
         """
         if self.is_accumulating:
             raise RuntimeError(

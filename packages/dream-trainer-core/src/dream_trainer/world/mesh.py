@@ -1,4 +1,4 @@
-"""From a mesh shape to torch's DeviceMesh, with the views that data and gradients need."""
+"""Device meshes from a mesh shape."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def build_mesh(shape: MeshShape, device_type: str) -> DeviceMesh:
-    """The mesh of all ranks, with every axis, also those of size 1.
+    """The mesh of all ranks with every axis, including those of size 1.
 
-    Collective: each rank must call it. Row-major: the last axis, `tp`, is between neighbours.
+    Collective: each rank must call it. Row-major: ranks of the last axis, `tp`, are adjacent.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -22,9 +22,9 @@ def build_mesh(shape: MeshShape, device_type: str) -> DeviceMesh:
 
 
 def fsdp_mesh(mesh: DeviceMesh, shape: MeshShape) -> DeviceMesh:
-    """The part of the mesh that FSDP works on: copies × shards, or shards alone.
+    """The submesh for FSDP: replicas × shards, or shards alone.
 
-    Ranks that share a sequence are shards too: each has a part of the batch's gradient.
+    Context-parallel ranks are shards too: each has a part of the batch's gradient.
     Collective the first time, with `cp`.
     """
     shards = mesh["dp_shard"]
@@ -36,7 +36,7 @@ def fsdp_mesh(mesh: DeviceMesh, shape: MeshShape) -> DeviceMesh:
 
 
 def coordinates(rank: int, shape: MeshShape) -> dict[str, int]:
-    """Place of a rank on each axis, as in the mesh; needs no process group."""
+    """Coordinate of a rank on each axis of the mesh; needs no process group."""
     place = {}
     for axis, size in zip(reversed(AXES), reversed(shape.sizes), strict=True):
         rank, place[axis] = divmod(rank, size)

@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from dream_trainer.world.worker_signals import hold_workers, release_workers
+from dream_trainer.world.worker_signals import begin_ignoring_in_workers, end_ignoring_in_workers
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -118,7 +118,7 @@ def _begin_run(run: Run) -> None:
         for number in map(_number, RUN_SIGNALS):
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 _install_handler(number)
-        hold_workers()
+        begin_ignoring_in_workers()
     _runs.append(run)
 
 
@@ -130,7 +130,7 @@ def _end_run(run: Run) -> None:
 
 
 def _restore_run_handlers() -> None:
-    release_workers()
+    end_ignoring_in_workers()
     for number in map(_number, RUN_SIGNALS):
         if number != signal.SIGTERM or _wakeup == -1:
             _restore_handler(number)
