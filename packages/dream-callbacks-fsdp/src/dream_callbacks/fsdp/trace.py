@@ -22,14 +22,14 @@ class Root:
 
     Attributes:
         name: "model", or "model.encoder" if the model itself isn't sharded.
-        modules: By their name below the root; the root itself is "".
+        modules: FSDP modules by name below the root; the root itself is "".
     """
 
     name: str
     modules: Mapping[str, FSDPModule]
 
     def full_name(self, name: str) -> str:
-        """Name of one of the modules below the trainer, as a person would write it."""
+        """Name of a module below the trainer, without the names of wrappers."""
         parts = f"{self.name}.{name}".split(".")
         return ".".join(
             part for part in parts if part and part not in torch_private.WRAPPED_MODULE_NAMES
@@ -54,13 +54,13 @@ def find_roots(models: Mapping[str, nn.Module]) -> list[Root]:
 
 @dataclass(frozen=True)
 class Trace:
-    """What happened below one root in a batch.
+    """The order of modules below one root in a batch.
 
     Attributes:
-        root: Which.
-        events: Names of modules below the root, in order.
-        kept: Names of the modules that still had their full parameters when backward began.
-        unused: Names of the modules with parameters of their own that didn't run.
+        root: The root.
+        events: Forwards and backwards of modules below the root, in order.
+        kept: Names of modules that were still unsharded when backward began.
+        unused: Names of modules that shard parameters and didn't run.
     """
 
     root: Root
@@ -70,10 +70,10 @@ class Trace:
 
 
 class Tracer(logging.Filter):
-    """Listens from `start` to `stop`.
+    """Records the order from `start` to `stop`.
 
     Args:
-        roots: Whose modules to listen for.
+        roots: Roots of the modules to record.
     """
 
     def __init__(self, roots: Sequence[Root]) -> None:
@@ -89,17 +89,17 @@ class Tracer(logging.Filter):
         self._level_before: int | None = None
 
     def start(self) -> None:
-        """Listen from now on."""
+        """Start recording."""
         self._level_before = self._logger.level
         self._level_of_others = self._logger.getEffectiveLevel()
         self._logger.addFilter(self)
         self._logger.setLevel(logging.DEBUG)
 
     def stop(self) -> list[Trace]:
-        """Listen no more.
+        """Stop recording.
 
         Returns:
-            For each root what happened; a second call returns the same.
+            A trace per root; a second call returns the same.
         """
         if self._level_before is not None:
             self._logger.setLevel(self._level_before)
@@ -108,17 +108,17 @@ class Tracer(logging.Filter):
         return [self._trace(place) for place in range(len(self._roots))]
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Take note of a message; let through what would have been logged without us."""
+        """Record a message; pass only records that would be logged without this filter."""
         logged = torch_private.logged_pass(record)
         if logged is not None:
             began, names = logged
             place = self._root_of(names[0])
             if place is not None:
                 self._seen[place].update(names)
-                self._note(place, began, names[0])  # the first stands for all sharded together
+                self._record(place, began, names[0])  # the first stands for all sharded together
         return record.levelno >= self._level_of_others
 
-    def _note(self, place: int, began: str, name: str) -> None:
+    def _record(self, place: int, began: str, name: str) -> None:
         events = self._events[place]
         if began == "backward":
             event = Event[str]("backward", name)
@@ -126,7 +126,7 @@ class Tracer(logging.Filter):
                 self._kept[place] = self._unsharded(place)
         else:
             event = Event[str]("recompute" if torch_private.is_in_backward() else "forward", name)
-        # Each of several parameter groups, or of modules that share one, says so.
+        # Several parameter groups, or modules that share one, log the same event.
         if not events or events[-1] != event:
             events.append(event)
 
@@ -161,7 +161,7 @@ class Tracer(logging.Filter):
 
 
 def _parameter_of(module: FSDPModule) -> nn.Parameter | None:
-    """One of the parameters that a module shards itself: another object while it is unsharded."""
+    """A parameter that a module shards itself; another object while it is unsharded."""
     assert isinstance(module, nn.Module)
     pending: list[nn.Module] = [module]
     while pending:
