@@ -18,8 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 import dream_trainer
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import run_on_ranks
-from dream_trainer.world import torch_private
-from dream_trainer.world.world import World
+from dream_trainer.world import World, torch_private
 
 
 def private_names_of_torch(source: str) -> list[str]:

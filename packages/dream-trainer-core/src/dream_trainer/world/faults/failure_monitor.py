@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 _POLL_EVERY_S = 0.2
-_WAIT_FOR_CAUSE_S = 2.0
-"""How long a rank that lost a connection waits for the failure that caused it."""
+_WAIT_S = 2.0
+"""Wait for the failure that caused a lost connection, and at exit for threads and ranks."""
 _SIGTERM_REPORT_S = 25.0
 """Seconds after SIGTERM until the main thread's place is reported; torchrun kills after 30."""
 _ATEXIT_S = 1.0
@@ -181,7 +181,7 @@ class FailureMonitor:
         self._store.count(f"known/{self._span}")
         if self._rank == 0 and not torchrun.keeps_store():
             # The store ends with this process, when the others have read that all are here.
-            self._store.wait_for_all(f"known/{self._span}", limit_s=_WAIT_FOR_CAUSE_S)
+            self._store.wait_for_all(f"known/{self._span}", limit_s=_WAIT_S)
         self._stop()
         self._span += 1
         self._has_said_goodbye = False
@@ -211,7 +211,7 @@ class FailureMonitor:
     def _first_failure(self, error: BaseException, step: int, *, lost: bool) -> Failure:
         """The first failure: another rank's, or this error."""
         timed_out = is_timeout(error)
-        wait_s = _WAIT_FOR_CAUSE_S if lost and not timed_out else 0.0
+        wait_s = _WAIT_S if lost and not timed_out else 0.0
         first = self._first or self._store.first(wait_s=wait_s)
         if first is not None:
             return first
@@ -251,7 +251,7 @@ class FailureMonitor:
         if thread is not None and local_processes is not None:
             signals.detach_monitor(self, local_processes.waker)
             local_processes.wake()
-            thread.join(_WAIT_FOR_CAUSE_S)
+            thread.join(_WAIT_S)
             if not thread.is_alive():
                 local_processes.close()
 
@@ -331,7 +331,7 @@ class FailureMonitor:
         while threading.main_thread().is_alive():
             time.sleep(0.05)
         # Python now joins the threads of callbacks; one may be stuck in a collective.
-        left_s = self._deadline_s + _WAIT_FOR_CAUSE_S - time.monotonic()
+        left_s = self._deadline_s + _WAIT_S - time.monotonic()
         time.sleep(max(left_s, self._cleanup_timeout_s))
         self._end_process()
 
@@ -375,7 +375,7 @@ class FailureMonitor:
             return
         if not was_shown(self._first):
             self._write(str(self._first))
-        self._store.wait_for_all("seen", limit_s=_WAIT_FOR_CAUSE_S)
+        self._store.wait_for_all("seen", limit_s=_WAIT_S)
         # Others may be stuck until the sockets of this process are closed. The rest of the shutdown
         # can take seconds or hang, while no Python thread runs; this thread is in C.
         nowhere = open(os.devnull, "w")  # noqa: SIM115  # until the end
