@@ -91,7 +91,7 @@ def test_a_killed_rank_is_named_by_the_others() -> None:
     assert process.returncode == 1
     assert took_s < LIMIT_S
     assert f"RemoteError: rank 1 (pid {pid} on " in last_line_of(0, stderr)
-    assert "ended without a word: killed (SIGKILL" in last_line_of(0, stderr)
+    assert "exited without reporting an error: killed (SIGKILL" in last_line_of(0, stderr)
 
 
 @pytest.mark.full
@@ -112,7 +112,7 @@ def test_sigterm_to_torchrun_is_no_failure_of_a_rank() -> None:
         process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=60)
 
-    assert "without a word" not in stderr
+    assert "exited without reporting" not in stderr
     assert "RemoteError" not in stderr
 
 

@@ -118,7 +118,7 @@ def test_a_loader_that_ends_before_its_length_is_refused() -> None:
     stream.start_epoch(0)
     stream.next_batch()
     stream.next_batch()
-    with pytest.raises(RuntimeError, match="says that it has 5 batches and ended after 2"):
+    with pytest.raises(RuntimeError, match="has length 5 and ended after 2 batches"):
         stream.next_batch()
 
 
@@ -126,7 +126,9 @@ def test_an_iterator_that_cannot_begin_anew_is_refused_at_its_end() -> None:
     stream = BatchStream(iter([1, 2]), "training")
     stream.start_epoch(0)
     assert [stream.next_batch(), stream.next_batch()] == [1, 2]
-    with pytest.raises(RuntimeError, match="ended after 2 batches and gives none when it is begun"):
+    with pytest.raises(
+        RuntimeError, match="ended after 2 batches and gives none when it is restarted"
+    ):
         stream.next_batch()
 
 

@@ -53,7 +53,7 @@ def test_due_in_steps_is_true_for_multiples() -> None:
 
 @pytest.mark.parametrize("every", [Every(epochs=1), Every(seconds=1), Every(steps=1, epochs=1)])
 def test_due_without_a_start_is_for_steps_alone(every: Every) -> None:
-    with pytest.raises(ValueError, match=r"isn't in steps alone; use its start\(\)"):
+    with pytest.raises(ValueError, match=r"isn't in steps alone; call start\(\)"):
         every.due(1)
 
 

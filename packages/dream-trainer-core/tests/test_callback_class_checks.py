@@ -193,7 +193,9 @@ def generator(self: Any) -> Iterator[None]:
 
 @pytest.mark.parametrize("function", [coroutine, async_generator])
 def test_a_coroutine_is_refused(function: Any) -> None:
-    with pytest.raises(TypeError, match=r"Mine\.pre_fit is a coroutine, which nobody would await"):
+    with pytest.raises(
+        TypeError, match=r"Mine\.pre_fit is a coroutine, which would never be awaited"
+    ):
         define("pre_fit", function)
 
 

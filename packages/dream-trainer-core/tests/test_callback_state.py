@@ -106,8 +106,8 @@ def test_unknown_and_missing_names_warn_and_list_both_sides() -> None:
     collection = CallbackCollection({"new": Holds(5), "kept": Holds()})
     expected = (
         "states were saved for old, kept, and the callbacks with a state are new, kept: "
-        "old will be kept for a later run, and new will start afresh; "
-        "give callbacks the names they had"
+        "old will be kept for a later run, and new will start without a state; "
+        "give callbacks the names they were saved under"
     )
     with pytest.warns(UserWarning, match=f"^{expected}$") as caught:
         collection.load_state_dict({"old": {"value": 1}, "kept": {"value": 2}})
@@ -117,7 +117,7 @@ def test_unknown_and_missing_names_warn_and_list_both_sides() -> None:
 
 
 def test_only_what_happens_is_said() -> None:
-    with pytest.warns(UserWarning, match=r": Holds will start afresh; give callbacks"):
+    with pytest.warns(UserWarning, match=r": Holds will start without a state; give callbacks"):
         CallbackCollection([Holds()]).load_state_dict({})
     with pytest.warns(UserWarning, match=r": Gone will be kept for a later run; give callbacks"):
         CallbackCollection().load_state_dict({"Gone": {}})

@@ -108,7 +108,7 @@ def test_a_callback_at_work_is_refused_by_another_trainer(tmp_path: Path, share:
             other = mine if share == "collection" else CallbackCollection([self])
             TinyTrainer(tiny_config(tmp_path, other))
 
-    with pytest.raises(RuntimeError, match=r"BuildsAnother is at work in another.*deepcopy"):
+    with pytest.raises(RuntimeError, match=r"BuildsAnother is in use by another.*deepcopy"):
         TinyTrainer(tiny_config(tmp_path, [BuildsAnother()])).fit()
 
 

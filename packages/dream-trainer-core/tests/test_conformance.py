@@ -127,7 +127,7 @@ def makes_no_callback() -> Any:
 SHARED = Good()
 
 
-@bad("constructs", "returned the same one twice")
+@bad("constructs", "returned the same object twice")
 def makes_the_same_one_twice() -> Any:
     return SHARED
 
@@ -166,9 +166,9 @@ class Idle(Callback[Any]): ...
 
 
 @bad("plans", "can't be ordered")
-class AfterAndBeforeNeighbours(Good):
-    before = {"_Neighbour"}
-    after = {"_Neighbour"}
+class AfterAndBeforeAnother(Good):
+    before = {"_NoOp"}
+    after = {"_NoOp"}
 
 
 @bad("trains", "weights differ from those of a run without it")
@@ -197,7 +197,7 @@ class Exits(Good):
         sys.exit(0)
 
 
-@bad("trains", "loop alone changes global_step")
+@bad("trains", "only the loop changes global_step")
 class AssignsCounters(Good):
     def pre_epoch(self) -> None:
         self.trainer.global_step = 0
@@ -235,7 +235,7 @@ class ForgetsToLoad(Good):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...  # type: ignore[override]
 
 
-@bad("state_round_trip", "Taking the state changed it")
+@bad("state_round_trip", "Saving the state changed it")
 class CountsSaves(Good):
     num_saves = 0
 
@@ -499,7 +499,7 @@ def test_all_broken_rules_are_reported_together() -> None:
         check_callback(ChangesTheReasonAndStates, skip=set(NAMES) - only)
 
     assert str(caught.value).startswith("2 of 12 checks failed:\n- state_round_trip: ")
-    assert "\n- stops: It lets a run be stopped" in str(caught.value)
+    assert "\n- stops: It doesn't prevent a stop" in str(caught.value)
 
 
 class ChangesTheReasonAndStates(ChangesTheReason, CountsSaves): ...

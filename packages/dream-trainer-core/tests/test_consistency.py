@@ -177,7 +177,7 @@ SAYS = {
     "optimizers": ["the optimizers, and the number of parameters in each group", "('SGD', [7])"],
     "metrics": ["ranks disagree on the metrics:", "rank {last}: ('metric',)"],
     "metric_keys": [
-        "ranks disagree on the keys that metrics give:",
+        "ranks disagree on the keys of metrics:",
         "rank {others}: ['top1']",
         "rank {last}: ['top5']",
     ],
@@ -230,5 +230,5 @@ def test_a_loader_that_ends_early_on_one_rank_is_an_error_on_all(
 
     assert len(caught.value.tracebacks) == 2
     for text in caught.value.tracebacks.values():
-        assert f"the {name} loader says that it has" in text.splitlines()[-1]
+        assert f"the {name} loader has length" in text.splitlines()[-1]
         assert text.splitlines()[-1].count("rank 1 (pid") == 1

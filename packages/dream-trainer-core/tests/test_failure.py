@@ -53,7 +53,7 @@ class Case:
 
 IN_STEP = r"failed in training_step at step 1 \(epoch 0, batch 1\)"
 HUNG = "failed in"
-KILLED = r"ended without a word"
+KILLED = r"exited without reporting an error"
 AT_STEP = r"; rank \d was at step 1"
 LOADER = r"failed in the training loader, at batch \d of epoch 0"
 
@@ -214,7 +214,7 @@ def trains(root: str) -> tuple[int, list[str]]:
 def test_no_thread_is_left_after_training(tmp_path: Path, num_ranks: int) -> None:
     for steps, threads in run_on_ranks(trains, num_ranks, str(tmp_path)):
         assert steps == 8
-        assert "failure-watch" not in threads
+        assert "failure-monitor" not in threads
 
 
 def fails_first_and_trains_again(root: str) -> None:

@@ -638,7 +638,7 @@ def test_a_trainer_without_a_validation_step_says_so_when_there_is_a_validation_
 def test_counters_cannot_be_assigned(tmp_path: Path) -> None:
     trainer = TinyTrainer(tiny_config(tmp_path))
     for name in ("global_step", "current_epoch", "local_batches"):
-        with pytest.raises(AttributeError, match=f"the loop alone changes {name}"):
+        with pytest.raises(AttributeError, match=f"only the loop changes {name}"):
             setattr(trainer, name, 3)
 
 

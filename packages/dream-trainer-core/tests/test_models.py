@@ -119,7 +119,7 @@ def test_what_init_weights_forgets_is_named(
         run_on_ranks(set_up_only, 2, trainer_class, str(tmp_path))
 
     assert name in caught.value.tracebacks[0]
-    assert "init_weights gave no values" in caught.value.tracebacks[0]
+    assert "init_weights set none" in caught.value.tracebacks[0]
 
 
 def test_init_weights_may_assign_a_new_buffer(tmp_path: Path) -> None:

@@ -144,7 +144,10 @@ def test_clear() -> None:
 
 @pytest.mark.parametrize(
     ("thing", "found"),
-    [(A, r"A'> is a type, not a Callback; make one: write \(\)"), ("A", "'A' is a str, not a Cal")],
+    [
+        (A, r"A'> is a type, not a Callback; create an instance: add \(\)"),
+        ("A", "'A' is a str, not a Cal"),
+    ],
 )
 def test_what_is_no_callback_is_refused(thing: Any, found: str) -> None:
     collection = CallbackCollection()

@@ -224,14 +224,6 @@ def test_an_optimizers_own_zero_grad_is_called(
     assert trainer.model.head.weight.grad is not None
 
 
-def test_a_profiler_sees_that_gradients_are_dropped(tmp_path: Path) -> None:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        TinyTrainer(tiny_config(tmp_path, max_steps=2)).fit()
-
-    counts = {event.key: event.count for event in profiler.key_averages()}
-    assert counts["Optimizer.zero_grad#AdamW.zero_grad"] == 2
-
-
 @pytest.mark.parametrize("returns", ["attribute", "scheduler", "mapping", "list"])
 def test_schedulers_are_stepped_once_per_optimizer_step(tmp_path: Path, returns: str) -> None:
     class Scheduled(TinyTrainer):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from dream_trainer.callbacks import RankLocal
-from dream_trainer.callbacks.plain_data import not_plain, without_rank_local
+from dream_trainer.callbacks.plain_data import values_not_plain, without_rank_local
 
 
 class Color(enum.Enum):
@@ -83,13 +83,13 @@ def test_plain_is_what_torch_loads_safely(value: Any) -> None:
     except pickle.UnpicklingError:
         is_safe = False
 
-    assert (not list(not_plain(value))) == is_safe
+    assert (not list(values_not_plain(value))) == is_safe
 
 
 def test_the_place_of_each_foreign_value_is_told() -> None:
     state = {"a": [1, Color.RED], "b": (RankLocal({"c": Color.RED}),), Color.RED: 1}
 
-    assert [path for path, _ in not_plain(state)] == [
+    assert [path for path, _ in values_not_plain(state)] == [
         "['a'][1]",
         "['b'][0]['c']",
         " (the key <Color.RED: 1>)",
@@ -104,7 +104,7 @@ def test_sharded_tensors_are_plain(tmp_path: pathlib.Path) -> None:
     init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         sharded = distribute_tensor(torch.ones(4), init_device_mesh("cpu", (1,)), [Shard(0)])
-        assert not list(not_plain({"weight": sharded, "p": nn.Parameter(sharded)}))
+        assert not list(values_not_plain({"weight": sharded, "p": nn.Parameter(sharded)}))
     finally:
         destroy_process_group()
 

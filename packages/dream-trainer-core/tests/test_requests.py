@@ -152,7 +152,7 @@ def test_ranks_that_register_other_names_are_told_who_registered_what(tmp_path: 
         run_on_ranks(registers_otherwise, 2, str(tmp_path))
 
     for text in caught.value.tracebacks.values():
-        assert "ranks disagree on the requests that are registered" in text
+        assert "ranks disagree on the registered requests" in text
         assert "rank 0: ['mine', 'save', 'stop']" in text
 
 

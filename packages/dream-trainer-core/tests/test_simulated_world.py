@@ -216,7 +216,7 @@ def test_fit_is_refused_before_anything_runs(tmp_path: Path) -> None:
     config = config_for_many(tmp_path, [recorder])
     with SimulatedWorld(rank=3, world_size=1024) as world:
         trainer = Sharded(config, world=world)
-        with pytest.raises(RuntimeError, match="the other ranks are imagined") as caught:
+        with pytest.raises(RuntimeError, match="the other ranks are simulated") as caught:
             trainer.fit()
         assert not dist.is_initialized()
 
@@ -450,7 +450,7 @@ def test_a_real_process_group_is_never_replaced() -> None:
         return str(caught.value), dist.get_backend()
 
     ((message, backend),) = run_on_ranks(connected, 1)
-    assert "has a process group already, of 1 ranks with backend 'gloo'" in message
+    assert "already has a process group of 1 ranks with backend 'gloo'" in message
     assert "destroy_process_group()" in message
     assert backend == "gloo"
 

@@ -1,8 +1,8 @@
-"""Dream Trainer: a training loop for PyTorch that callbacks extend and never touch."""
+"""Dream Trainer: a PyTorch training loop; extend it with callbacks instead of editing it."""
 
 from __future__ import annotations
 
-# trainer first: callbacks are typed by the abstract trainer, and the trainer holds callbacks.
+# trainer first: callbacks are typed by the abstract trainer, which has a callback collection.
 from dream_trainer.trainer import DreamTrainer, DreamTrainerConfig  # isort: skip
 from dream_trainer import callbacks
 

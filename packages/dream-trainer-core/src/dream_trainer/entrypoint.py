@@ -1,4 +1,4 @@
-"""entrypoint: run a script's main on one rank per visible GPU, or in place."""
+"""entrypoint: runs a script's main on one rank per visible GPU."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ R = TypeVar("R")
 def entrypoint(main: Callable[P, R]) -> Callable[P, R]:
     """Decorate a script's main so that `python train.py` uses every visible GPU.
 
-    Under torchrun, or with at most one GPU, it runs in place. Otherwise the script is started
-    again under torchrun, with one rank per GPU and the same arguments, and this process becomes
-    torchrun. Ctrl-C ends the process with exit status 130 and one line instead of a traceback.
-    torchrun's table of failures shows an error with its traceback.
+    Under torchrun, or with at most one GPU, main runs in this process. Otherwise this process
+    becomes torchrun, which starts the script on one rank per GPU with the same arguments. Ctrl-C
+    ends the process with exit status 130 and one line instead of a traceback. torchrun's report
+    of failures shows an error with its traceback.
 
     Call the decorated function under `if __name__ == "__main__"`.
     """
@@ -46,7 +46,7 @@ def entrypoint(main: Callable[P, R]) -> Callable[P, R]:
 
 
 def _become_torchrun(num_ranks: int) -> None:
-    """Replace this process by torchrun with this script."""
+    """Replace this process by torchrun, running this script."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     script = ["-m", spec.name] if spec is not None else [sys.argv[0]]
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dream_callbacks.fsdp import torch_private
 from dream_callbacks.fsdp.prefetch import backward_lists, forward_lists
 from dream_callbacks.fsdp.trace import Trace
 
@@ -49,10 +50,8 @@ class PrefetchLists:
 
     def gather_asynchronously(self) -> None:
         """Let a prefetch on the CPU return before the all-gather is done; it blocks otherwise."""
-        # Not public, but documented; without it prefetching on gloo gains nothing.
-        switch = getattr(self.trace.root.modules[""], "_set_unshard_async_op", None)
-        if switch is not None:
-            switch(True)
+        # Without it prefetching on gloo gains nothing.
+        torch_private.unshard_asynchronously(self.trace.root.modules[""])
 
     def __str__(self) -> str:
         root, events = self.trace.root, self.trace.events

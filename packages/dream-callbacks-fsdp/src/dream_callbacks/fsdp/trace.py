@@ -1,36 +1,19 @@
-"""The order in which FSDP2 modules really run, forward and backward, in one training batch.
+"""The order in which FSDP2 modules run, forward and backward, in one training batch.
 
-FSDP2 tells its logger when a module begins; for one batch a filter on that logger listens. No
-hook is added to any module: it would run again when activations are recomputed, and torch.compile
-would have to trace it.
+FSDP2 logs when a module begins; for one batch a filter on its logger reads these records.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from dream_callbacks.fsdp import torch_private
 from dream_callbacks.fsdp.prefetch import Event
-
-_LOGGER = "torch.distributed.fsdp.fully_shard"
-
-_MESSAGE = re.compile(
-    r"FSDP::pre_(?P<pass>forward|backward)"
-    r"(?: \((?P<name>[^)]*)\))?"  # none for a root
-    r"(?: \[pg=.*\])?"  # one of several parameter groups
-)
-
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
-"""What torch calls the module inside of one that it wrapped round it."""
-
-_MAX_FRAMES = 20
-"""How far out the caller of the logger is looked for; it is at the fifth or so."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +22,18 @@ class Root:
 
     Attributes:
         name: "model", or "model.encoder" if the model itself isn't sharded.
-        modules: By their name below the root; the root itself is "".
+        modules: FSDP modules by name below the root; the root itself is "".
     """
 
     name: str
     modules: Mapping[str, FSDPModule]
 
     def full_name(self, name: str) -> str:
-        """Name of one of the modules below the trainer, as a person would write it."""
+        """Name of a module below the trainer, without the names of wrappers."""
         parts = f"{self.name}.{name}".split(".")
-        return ".".join(part for part in parts if part and part not in _WRAPPERS)
+        return ".".join(
+            part for part in parts if part and part not in torch_private.WRAPPED_MODULE_NAMES
+        )
 
 
 def find_roots(models: Mapping[str, nn.Module]) -> list[Root]:
@@ -69,13 +54,13 @@ def find_roots(models: Mapping[str, nn.Module]) -> list[Root]:
 
 @dataclass(frozen=True)
 class Trace:
-    """What happened below one root in a batch.
+    """The order of modules below one root in a batch.
 
     Attributes:
-        root: Which.
-        events: Names of modules below the root, in order.
-        kept: Names of the modules that still had their full parameters when backward began.
-        unused: Names of the modules with parameters of their own that didn't run.
+        root: The root.
+        events: Forwards and backwards of modules below the root, in order.
+        kept: Names of modules that were still unsharded when backward began.
+        unused: Names of modules that shard parameters and didn't run.
     """
 
     root: Root
@@ -85,10 +70,10 @@ class Trace:
 
 
 class Tracer(logging.Filter):
-    """Listens from `start` to `stop`.
+    """Records the order from `start` to `stop`.
 
     Args:
-        roots: Whose modules to listen for.
+        roots: Roots of the modules to record.
     """
 
     def __init__(self, roots: Sequence[Root]) -> None:
@@ -100,21 +85,21 @@ class Tracer(logging.Filter):
         self._sharded = [
             {name: _parameter_of(module) for name, module in root.modules.items()} for root in roots
         ]
-        self._logger = logging.getLogger(_LOGGER)
+        self._logger = logging.getLogger(torch_private.FSDP_LOGGER)
         self._level_before: int | None = None
 
     def start(self) -> None:
-        """Listen from now on."""
+        """Start recording."""
         self._level_before = self._logger.level
         self._level_of_others = self._logger.getEffectiveLevel()
         self._logger.addFilter(self)
         self._logger.setLevel(logging.DEBUG)
 
     def stop(self) -> list[Trace]:
-        """Listen no more.
+        """Stop recording.
 
         Returns:
-            For each root what happened; a second call returns the same.
+            A trace per root; a second call returns the same.
         """
         if self._level_before is not None:
             self._logger.setLevel(self._level_before)
@@ -123,26 +108,25 @@ class Tracer(logging.Filter):
         return [self._trace(place) for place in range(len(self._roots))]
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Take note of a message; let through what would have been logged without us."""
-        match = _MESSAGE.match(record.getMessage())
-        if match is not None:
-            # Modules that were sharded as one have their names joined; the first stands for all.
-            names = (match["name"] or "").split(", ")
+        """Record a message; pass only records that would be logged without this filter."""
+        logged = torch_private.logged_pass(record)
+        if logged is not None:
+            began, names = logged
             place = self._root_of(names[0])
             if place is not None:
                 self._seen[place].update(names)
-                self._note(place, match["pass"], names[0])
+                self._record(place, began, names[0])  # the first stands for all sharded together
         return record.levelno >= self._level_of_others
 
-    def _note(self, place: int, began: str, name: str) -> None:
+    def _record(self, place: int, began: str, name: str) -> None:
         events = self._events[place]
         if began == "backward":
             event = Event[str]("backward", name)
             if self._kept[place] is None:
                 self._kept[place] = self._unsharded(place)
         else:
-            event = Event[str]("recompute" if _is_in_backward() else "forward", name)
-        # Each of several parameter groups, or of modules that share one, says so.
+            event = Event[str]("recompute" if torch_private.is_in_backward() else "forward", name)
+        # Several parameter groups, or modules that share one, log the same event.
         if not events or events[-1] != event:
             events.append(event)
 
@@ -161,8 +145,10 @@ class Tracer(logging.Filter):
     def _root_of(self, name: str) -> int | None:
         places = [place for place, root in enumerate(self._roots) if name in root.modules]
         if len(places) > 1:
-            # Two roots have a module of this name; the one that logs is on the stack.
-            found = _logging_module([self._roots[place].modules[name] for place in places])
+            # Several roots have a module of this name; the one that logs is on the stack.
+            found = torch_private.logging_module(
+                [self._roots[place].modules[name] for place in places]
+            )
             return None if found is None else places[found]
         return places[0] if places else None
 
@@ -175,7 +161,7 @@ class Tracer(logging.Filter):
 
 
 def _parameter_of(module: FSDPModule) -> nn.Parameter | None:
-    """One of the parameters that a module shards itself: another object while it is unsharded."""
+    """A parameter that a module shards itself; another object while it is unsharded."""
     assert isinstance(module, nn.Module)
     pending: list[nn.Module] = [module]
     while pending:
@@ -183,25 +169,4 @@ def _parameter_of(module: FSDPModule) -> nn.Parameter | None:
         for parameter in current.parameters(recurse=False):
             return parameter
         pending += [child for child in current.children() if not isinstance(child, FSDPModule)]
-    return None
-
-
-def _is_in_backward() -> bool:
-    from torch._C import _current_graph_task_id  # there is no public one
-
-    return _current_graph_task_id() != -1
-
-
-def _logging_module(candidates: Sequence[FSDPModule]) -> int | None:
-    """Which of the modules FSDP is at work for, further out on the stack."""
-    frame = inspect.currentframe()
-    for _ in range(_MAX_FRAMES):
-        frame = frame and frame.f_back  # our own has the candidates
-        if frame is None:
-            break
-        for value in frame.f_locals.values():
-            modules = getattr(value, "modules", None)  # of FSDP's parameter group, a tuple
-            for index, candidate in enumerate(candidates):
-                if value is candidate or (isinstance(modules, tuple) and candidate in modules):
-                    return index
     return None

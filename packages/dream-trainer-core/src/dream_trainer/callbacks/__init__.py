@@ -1,4 +1,4 @@
-"""The callback system, and one place to import every built-in callback from."""
+"""The callback system, and lazy imports of every built-in callback."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Where the built-in callbacks live: names of other distributions, found when they are asked for.
+"""Lazy imports of the built-in callbacks, which other distributions contain.
 
-The table is frozen to the names of the contract; a new callback is imported from its own package.
+The table is frozen; a new callback is imported from its own package.
 """
 
 from __future__ import annotations
@@ -39,10 +39,9 @@ _NAMES_BY_PACKAGE: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def names_in(module: str) -> list[str]:
-    """Names that `module` forwards to distributions that are installed.
+    """Names that `module` forwards to installed distributions.
 
-    Those of others are left out: whoever asks for each name that `dir()` lists, as `help()` does,
-    would run into the ImportError.
+    Others are left out: code that gets each name in `dir()`, as `help()` does, would raise.
     """
     return [
         name
@@ -91,12 +90,12 @@ def _import_from(package: str, name: str) -> Any:
 def _is_installed(target: str) -> bool:
     try:
         return importlib.util.find_spec(target) is not None
-    except ImportError:  # the namespace itself isn't there
+    except ImportError:  # the namespace itself doesn't exist
         return False
 
 
 def _version(distribution: str) -> str:
-    """Its version, with a space before it; nothing where it was never installed, as in a clone."""
+    """Its version after a space; empty if it has no metadata, as in a clone."""
     try:
         return f" {importlib.metadata.version(distribution)}"
     except importlib.metadata.PackageNotFoundError:

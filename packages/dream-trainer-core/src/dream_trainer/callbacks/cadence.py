@@ -1,4 +1,4 @@
-"""Every: the one spelling of "how often"."""
+"""Every: cadence in steps, epochs or seconds."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Every:
-    """How often something happens; with several, whichever comes first.
+    """A cadence; with several units, whichever comes first.
 
     Args:
-        steps: Optimizer steps between two times.
-        epochs: Epochs between two times.
-        seconds: Seconds between two times. Clocks differ between ranks: where all of them must
-            act together, let one rank decide.
+        steps: Interval in optimizer steps.
+        epochs: Interval in epochs.
+        seconds: Interval in seconds. Clocks differ between ranks: where all of them must act
+            together, let one rank decide.
 
     Raises:
-        ValueError: If nothing is given, or a number isn't above 0.
+        ValueError: If no unit is given, or a number isn't above 0.
     """
 
     steps: int | None = None
@@ -37,30 +37,32 @@ class Every:
                 raise ValueError(f"Every({name}={value!r}): {kind} above 0 is required")
 
     def due(self, step: int) -> bool:
-        """Whether the optimizer step that was just completed is one of every `steps`.
+        """Whether `step` is a multiple of `steps`.
 
-        Only for a cadence in steps, asked once per step: while gradients accumulate, the number
-        of steps stays as it is for several batches. `start` keeps count of what was done.
+        Only for a cadence in steps, and to be called once per step: with gradient accumulation
+        several batches have the same step. `start` gives a Cadence that keeps count.
 
         Raises:
             ValueError: If this cadence isn't in steps alone.
         """
         if self.steps is None or self.epochs is not None or self.seconds is not None:
-            raise ValueError(f"{self} isn't in steps alone; use its start() and ask that")
+            raise ValueError(
+                f"{self} isn't in steps alone; call start() and use the due() of what it returns"
+            )
         return step > 0 and step % self.steps == 0
 
     def start(self, step: int = 0, epoch: int = 0) -> Cadence:
-        """Count from here on: `step` optimizer steps and `epoch` epochs are done."""
+        """A Cadence that counts from `step` completed steps and `epoch` completed epochs."""
         return Cadence(self, step, epoch)
 
 
 class Cadence:
-    """Says when something is due, and says it once.
+    """Tells once per interval that an action is due. Made by `Every.start`.
 
     Args:
-        every: How often.
-        step: Optimizer steps done when it starts.
-        epoch: Epochs done when it starts.
+        every: The interval.
+        step: Optimizer steps completed at the start.
+        epoch: Epochs completed at the start.
     """
 
     def __init__(self, every: Every, step: int, epoch: int) -> None:
@@ -70,11 +72,11 @@ class Cadence:
         self._time_s = time.monotonic()
 
     def due(self, step: int, epoch: int | None = None) -> bool:
-        """Whether a multiple of steps or epochs, or the time, has been passed since the last True.
+        """Whether a multiple of steps or epochs, or the time, was passed since the last True.
 
         Args:
-            step: Optimizer steps done by now.
-            epoch: Epochs done by now; None where no epoch has ended.
+            step: Optimizer steps completed.
+            epoch: Epochs completed; None if no epoch has ended since the last call.
         """
         epoch = self._epoch if epoch is None else epoch
         every = self.every

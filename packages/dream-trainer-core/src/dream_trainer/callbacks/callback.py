@@ -1,6 +1,6 @@
-"""Callback and RankZeroCallback: every moment of a run that can be hooked.
+"""Callback and RankZeroCallback: all hooks of a run.
 
-The whole loop, with each hook in its place::
+The whole loop with every hook::
 
     fit()
       pre_launch                                # the process group doesn't exist yet
@@ -53,20 +53,20 @@ The whole loop, with each hook in its place::
 
     SIGTERM, Ctrl-C: stop() is called; after post_fit the signal takes effect
 
-    after an error, a second Ctrl-C or SystemExit, from wherever it came, another rank included:
+    after an error, a second Ctrl-C or SystemExit, on any rank:
       on_exception(exception)                   # every callback
       post_fit                                  # every callback whose pre_fit ran
 
-What the payloads hold:
+Payloads:
 
-- `batch`: what the loader gave, on this rank's device. What a `pre_…_step` hook returns replaces
-  it for the callbacks after it and for the step; None keeps it.
+- `batch`: from the loader, on this rank's device. The return value of a `pre_…_step` hook replaces
+  it for later callbacks and for the step; None keeps it.
 - `result` of a step: the dict that the step returned, its tensors detached; a bare tensor becomes
-  `{"loss": tensor}`. Values are this rank's, and of this batch. Reading one on the host
-  (`.item()`, `float()`, `print`) waits for the device.
-- `result` of an epoch: for each scalar that the steps returned its mean over the epoch's samples
-  and over all data-parallel ranks, a float; computed metrics; of other values the last batch's.
-- `model, optimizer`: the optimizer that steps and the model that it belongs to.
+  `{"loss": tensor}`. Values are of this rank and this batch. Reading one on the host
+  (`.item()`, `float()`, `print`) is a device sync.
+- `result` of an epoch: for each scalar that the steps returned, its mean over the epoch's samples
+  and over all data-parallel ranks, a float; computed metrics; the last batch's other values.
+- `model, optimizer`: the optimizer and the model that it updates.
 
 Hooks run in the order of the collection, `pre_` and `post_` alike; contexts nest, the first one
 outermost. Only overridden hooks are ever called. Every hook runs on every rank, except those of a
@@ -94,26 +94,26 @@ TrainerT = TypeVar("TrainerT", bound=AbstractTrainer, default=AbstractTrainer)
 
 
 class Callback(Generic[TrainerT]):
-    """Extends a run at the moments that it overrides.
+    """Base class of callbacks: override hooks to extend a run.
 
-    The parameter is what the callback needs of its trainer: `Callback[BaseTrainer]`, a mixin, or
-    several (`Callback[A & B]`, or an `@intersection` class). A trainer that lacks it is refused
-    when the collection is attached. `self.trainer` is typed accordingly.
+    The type parameter declares what the callback requires of its trainer: `Callback[BaseTrainer]`,
+    a mixin, or several (`Callback[A & B]`, or an `@intersection` class). A trainer that lacks it is
+    refused when the collection is attached. `self.trainer` is typed accordingly.
 
-    A class may say where it wants to be: `before = {"ProgressBar"}`, `after = {EMACallback}`,
-    with classes (their subclasses count) or names. `after = {Callback}` means after everyone. An
-    instance may be given a `before` and `after` of its own, where other callbacks can stand too.
+    A class may constrain its order: `before = {"ProgressBar"}`, `after = {EMACallback}`, with
+    classes (including subclasses) or names. `after = {Callback}` means after all others. Instances
+    may have their own `before` and `after`, which may also contain callbacks.
 
     Raises:
-        TypeError: When a subclass is defined whose hooks can't work: misspelt, with a signature
-            that can't take the hook's arguments, a coroutine, or hidden behind this class.
+        TypeError: When a subclass with an invalid hook is defined: misspelt, with a signature that
+            can't take the hook's arguments, a coroutine, or hidden by this class.
     """
 
     before: ClassVar[Collection[type | str]] = ()
     after: ClassVar[Collection[type | str]] = ()
 
     trainer: TrainerT
-    """Set when the callback is attached; not there before."""
+    """Set when the callback is attached; missing before."""
 
     # Hooks, in the order of a run
 
@@ -124,16 +124,16 @@ class Callback(Generic[TrainerT]):
         """Before the models are built."""
 
     def post_configure(self) -> None:
-        """After the models are built, perhaps on the meta device."""
+        """After the models are built, possibly on the meta device."""
 
     def pre_setup(self) -> None:
         """Before the models are sharded and materialized."""
 
     def post_setup(self) -> None:
-        """After models, loaders, optimizers and schedulers are ready."""
+        """After models, loaders, optimizers and schedulers are built."""
 
     def pre_fit(self) -> None:
-        """Before anything is trained; also when `fit` is called again."""
+        """Before training, each time `fit` is called."""
 
     def pre_epoch(self) -> None:
         """Before training and validation of an epoch."""
@@ -142,7 +142,7 @@ class Callback(Generic[TrainerT]):
         """Before the first batch of an epoch."""
 
     def pre_train_step(self, batch: Any, batch_idx: int) -> Any:
-        """Before each batch; what it returns replaces the batch."""
+        """Before each batch; a return value replaces the batch."""
 
     def train_context(self) -> contextlib.AbstractContextManager[Any]:
         """Entered around each training batch."""
@@ -152,7 +152,7 @@ class Callback(Generic[TrainerT]):
         """Before each `optimizer.step()`, with gradients clipped."""
 
     def post_optimizer_step(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """After each `optimizer.step()`, with gradients still there."""
+        """After each `optimizer.step()`, before gradients are zeroed."""
 
     def pre_optimizer_zero_grad(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Before each `optimizer.zero_grad()`."""
@@ -170,7 +170,7 @@ class Callback(Generic[TrainerT]):
         """Before a validation run."""
 
     def pre_validation_step(self, batch: Any, batch_idx: int) -> Any:
-        """Before each validation batch; what it returns replaces the batch."""
+        """Before each validation batch; a return value replaces the batch."""
 
     def validation_context(self) -> contextlib.AbstractContextManager[Any]:
         """Entered around each validation batch."""
@@ -186,36 +186,36 @@ class Callback(Generic[TrainerT]):
         """After training and validation of an epoch."""
 
     def on_exception(self, exception: BaseException) -> None:
-        """After any exception left the loop, a second Ctrl-C included, before `post_fit`.
+        """After any exception left the loop, including a second Ctrl-C, before `post_fit`.
 
-        On every rank, whichever failed: elsewhere `exception` is a RemoteError that names the
-        first. Other ranks may be gone, so collectives raise.
+        On every rank: on ranks that didn't fail, `exception` is a RemoteError that names the first
+        failure. Other ranks may be gone, so collectives raise.
         """
 
     def post_fit(self) -> None:
-        """After training, and after an error: `trainer.exception` tells.
+        """After training, and after an error, which is in `trainer.exception`.
 
-        Not called if `pre_fit` didn't end.
+        Not called if `pre_fit` raised or wasn't called.
         """
 
-    # State: not hooks, but called by checkpoints
+    # State: not hooks; called by checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """What the callback needs to continue: plain data, loadable with `weights_only=True`.
+        """The state needed to resume: plain data, loadable with `weights_only=True`.
 
         Equal on all ranks, except for values wrapped in RankLocal.
         """
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any], trainer: TrainerT) -> None:
-        """Continue from what `state_dict` returned. The `trainer` argument may be left out."""
+        """Restore the result of `state_dict`. The `trainer` parameter may be omitted."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         check_definition(cls, Callback, HOOKS)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy, or a pickle, is a callback of its own, attached to nobody.
+        # A copy or pickle isn't attached to a trainer.
         return {name: value for name, value in vars(self).items() if name != "trainer"}
 
     @classmethod
@@ -231,14 +231,14 @@ HOOKS: Mapping[str, tuple[str, ...]] = {
     and not name.startswith("_")
     and name not in ("state_dict", "load_state_dict")
 }
-"""Names of a hook's arguments, by the hook's name, in the order of a run."""
+"""Names of the arguments of each hook, by its name, in the order of a run."""
 
 CONTEXTS = ("train_context", "validation_context")
 """The hooks that return a context manager."""
 
 
 class RankZeroCallback(Callback[TrainerT]):
-    """A callback whose hooks run on global rank 0 alone.
+    """A callback whose hooks run on global rank 0 only.
 
     Its hooks must not call collectives, since the other ranks don't: with `debug=True` in the
     trainer's config that is an error. Its state is rank 0's.

@@ -1,4 +1,4 @@
-"""The state of one callback: plain data out, and back in with or without the trainer."""
+"""Saving and loading the state of one callback, as plain data."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from dream_trainer.callbacks.dispatch import Call
-from dream_trainer.callbacks.plain_data import not_plain, without_rank_local
+from dream_trainer.callbacks.plain_data import values_not_plain, without_rank_local
 
 if TYPE_CHECKING:
     from dream_trainer.interface.trainer import AbstractTrainer
 
 
 def state_of(state_dict: Call) -> dict[str, Any]:
-    """What a callback's `state_dict` returns.
+    """The state that a callback's `state_dict` returns.
 
     Raises:
-        TypeError: If that isn't a dict, or holds what a checkpoint couldn't be loaded with; it
-            names the callback and the place in its state.
+        TypeError: If it isn't a dict, or has values that `torch.load(weights_only=True)` refuses;
+            it names the callback and the path in its state.
     """
     state = state_dict()
     if not isinstance(state, dict):
@@ -26,7 +26,7 @@ def state_of(state_dict: Call) -> dict[str, Any]:
             f"{state_dict.name}.state_dict() returned {state!r:.80}; a dict is required: "
             "return {} if there is nothing to save"
         )
-    foreign = next(not_plain(state), None)
+    foreign = next(values_not_plain(state), None)
     if foreign is None:
         return state
     path, value = foreign
@@ -38,7 +38,7 @@ def state_of(state_dict: Call) -> dict[str, Any]:
 
 
 def load_state(load_state_dict: Call, state: Any, trainer: AbstractTrainer | None) -> None:
-    """Give a callback its state, and the trainer if it wants that."""
+    """Load a callback's state; passes the trainer if `load_state_dict` takes it."""
     state = without_rank_local(state)
     own: Callable[..., None] = load_state_dict.callback.load_state_dict
     if _takes_trainer(own):

@@ -1,4 +1,4 @@
-"""What a callback class promises, checked where it is written: names, signatures, order."""
+"""Checks of a callback class when it is defined: hook names, signatures, order."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _STATE_METHODS: Mapping[str, tuple[tuple[str, ...], ...]] = {
 
 
 def check_definition(cls: type, root: type, hooks: Mapping[str, tuple[str, ...]]) -> None:
-    """Refuse a class whose hooks would never be called, or couldn't be.
+    """Refuse a class whose hooks would never be called, or would fail.
 
     Args:
         cls: A new subclass of `root`.
-        root: Where the hooks are declared, as methods that do nothing.
-        hooks: Names of a hook's arguments, by the hook's name.
+        root: The class that declares the hooks, as methods that do nothing.
+        hooks: Names of the arguments, by the hook's name.
 
     Raises:
         TypeError: If a hook is misspelt, hidden behind `root`, not a method or a coroutine or
-            generator, if its signature can't take its arguments, or if `before` or `after` holds
-            what can't be looked for.
+            generator, if its signature can't take its arguments, or if `before` or `after` has
+            an invalid entry.
     """
     calls = {**{hook: (arguments,) for hook, arguments in hooks.items()}, **_STATE_METHODS}
     _refuse_misspelt_hooks(cls, root, tuple(calls))
@@ -34,8 +34,8 @@ def check_definition(cls: type, root: type, hooks: Mapping[str, tuple[str, ...]]
             _refuse_hidden_method(cls, root, name)
         else:
             _refuse_uncallable_method(cls, name, ways)
-    for wishes in ("before", "after"):
-        _refuse_unusable_wishes(cls, wishes)
+    for name in ("before", "after"):
+        _refuse_invalid_constraints(cls, name)
 
 
 def _refuse_misspelt_hooks(cls: type, root: type, names: tuple[str, ...]) -> None:
@@ -55,14 +55,14 @@ def _refuse_misspelt_hooks(cls: type, root: type, names: tuple[str, ...]) -> Non
 
 
 def _methods_to_check(cls: type, root: type) -> Iterator[tuple[str, type]]:
-    """Methods of `cls` and of its bases that aren't callbacks, each with the class it is from."""
+    """Methods of `cls` and of its bases that aren't callbacks, each with its class."""
     for owner in cls.__mro__:
         if owner is cls or not (root in owner.__mro__ or owner in root.__mro__):
             yield from ((name, owner) for name, value in vars(owner).items() if _is_method(value))
 
 
 def _refuse_hidden_method(cls: type, root: type, name: str) -> None:
-    """`class C(Callback, Mixin)`: the root's empty hook comes before the mixin's."""
+    """In `class C(Callback, Mixin)` the root's empty hook precedes the mixin's."""
     for base in cls.__mro__[cls.__mro__.index(root) + 1 :]:
         if name in vars(base) and not getattr(base, "_is_protocol", False):
             raise TypeError(
@@ -82,7 +82,8 @@ def _refuse_uncallable_method(cls: type, name: str, ways: tuple[tuple[str, ...],
         )
     if inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method):
         raise TypeError(
-            f"{cls.__qualname__}.{name} is a coroutine, which nobody would await; write {expected}"
+            f"{cls.__qualname__}.{name} is a coroutine, which would never be awaited; "
+            f"write {expected}"
         )
     if inspect.isgeneratorfunction(method):
         hint = (
@@ -101,10 +102,10 @@ def _refuse_uncallable_method(cls: type, name: str, ways: tuple[tuple[str, ...],
 
 
 def _takes(cls: type, name: str, arguments: tuple[str, ...]) -> bool:
-    """Whether a method can be called with its arguments, and doesn't have them in wrong order."""
+    """Whether a method accepts its arguments, in the right order."""
     try:
         signature = inspect.signature(getattr(cls, name))
-    except ValueError:  # some built-in functions don't tell
+    except ValueError:  # some built-in functions have no signature
         return True
     found = inspect.getattr_static(cls, name)
     gets_self = hasattr(type(found), "__get__") and not isinstance(
@@ -114,7 +115,7 @@ def _takes(cls: type, name: str, arguments: tuple[str, ...]) -> bool:
         bound = signature.bind(*(("self", *arguments) if gets_self else arguments))
     except TypeError:
         return False
-    # Each argument stands for itself, so a parameter of another argument's name is misplaced.
+    # A parameter with the name of another argument is misplaced.
     return not any(
         parameter in arguments and argument in arguments and parameter != argument
         for parameter, argument in bound.arguments.items()
@@ -123,23 +124,23 @@ def _takes(cls: type, name: str, arguments: tuple[str, ...]) -> bool:
 
 
 def _parameters(method: Any) -> str:
-    """The parameters as they are written, without annotations."""
+    """The parameters as in the source, without annotations."""
     signature = inspect.signature(method)
     bare = [each.replace(annotation=each.empty) for each in signature.parameters.values()]
     return str(signature.replace(parameters=bare, return_annotation=signature.empty))
 
 
-def _refuse_unusable_wishes(cls: type, name: str) -> None:
-    wishes: Any = getattr(cls, name)
-    if isinstance(wishes, (str, type)) or not isinstance(wishes, Collection):
+def _refuse_invalid_constraints(cls: type, name: str) -> None:
+    constraints: Any = getattr(cls, name)
+    if isinstance(constraints, (str, type)) or not isinstance(constraints, Collection):
         raise TypeError(
-            f"{cls.__qualname__}.{name} is {wishes!r}; a set of classes and names is required: "
-            f"{name} = {{…}}"
+            f"{cls.__qualname__}.{name} is {constraints!r}; a set of classes and names is "
+            f"required: {name} = {{…}}"
         )
-    for wish in wishes:
-        if not isinstance(wish, (str, type)):
+    for constraint in constraints:
+        if not isinstance(constraint, (str, type)):
             raise TypeError(
-                f"{cls.__qualname__}.{name} holds {wish!r}; classes and names are required"
+                f"{cls.__qualname__}.{name} holds {constraint!r}; classes and names are required"
             )
 
 

@@ -1,4 +1,4 @@
-"""CallbackCollection: attaches callbacks to a trainer, and calls their hooks in order."""
+"""CallbackCollection: attaches callbacks to a trainer and calls their hooks in order."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, overload
 from dream_trainer.callbacks.callback import CONTEXTS, HOOKS, Callback, RankZeroCallback
 from dream_trainer.callbacks.callback_state import load_state, state_of
 from dream_trainer.callbacks.dispatch import Call, compiled
-from dream_trainer.callbacks.named import NamedCallbacks, listed
+from dream_trainer.callbacks.named import NamedCallbacks, joined_names
 from dream_trainer.callbacks.order import Plan, ordered
-from dream_trainer.callbacks.requirements import lacking
+from dream_trainer.callbacks.requirements import missing_requirements
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,28 +28,28 @@ _Context = Callable[[], contextlib.AbstractContextManager[Any]] | None
 
 
 class CallbackCollection(NamedCallbacks):
-    """The callbacks of a trainer: a mapping from name to callback that can be called by hook.
+    """The callbacks of a trainer: a mapping from name to callback, with a method per hook.
 
     `collection.post_train_step(result, batch_idx)` calls the callbacks that override that hook,
     in order.
 
-    Any change takes effect from the next hook on, also when a hook makes it. One that is added
-    while `fit` runs isn't called for what has passed: if it has a `pre_fit`, its `post_fit`
-    isn't called either. One that is removed isn't called any more, `post_fit` included.
+    A change takes effect from the next hook on, also if a hook makes it. A callback that is added
+    while `fit` runs misses earlier hooks: if it has a `pre_fit`, its `post_fit` isn't called
+    either. A removed one isn't called any more, `post_fit` included.
 
     Args:
-        callbacks: Callbacks, or names and callbacks. A callback without a name gets that of its
-            class; a second one of a class gets a number, as in "EMACallback_2".
+        callbacks: Callbacks, or names and callbacks. Without a name, a callback gets the name
+            of its class; a second one of that class gets a number, as in "EMACallback_2".
 
     Raises:
-        TypeError: If something isn't a Callback, a name not a string, or the trainer lacks what
+        TypeError: If a value isn't a Callback, a name isn't a string, or the trainer lacks what
             a callback requires.
         ValueError: If a name or a callback is given twice, or `before` and `after` of the
             callbacks contradict each other.
-        RuntimeError: If a callback is at work in another trainer.
+        RuntimeError: If a callback is in use by another trainer that is in fit().
     """
 
-    # One for each hook, compiled by refresh(): it calls whoever overrides the hook.
+    # One per hook, compiled by refresh(): calls the callbacks that override it.
     pre_launch: Callable[[], None]
     pre_configure: Callable[[], None]
     post_configure: Callable[[], None]
@@ -70,14 +70,14 @@ class CallbackCollection(NamedCallbacks):
     post_validation_epoch: Callable[[dict[str, Any]], None]
     pre_validation_step: Callable[[Any, int], Any]
     post_validation_step: Callable[[dict[str, Any], int], None]
-    # None where nobody has a context, so that a step needn't enter one.
+    # None if no callback has a context, so that a step needn't enter one.
     train_context: _Context
     validation_context: _Context
-    # These two go on after an error, hence the methods of their names.
+    # These two continue after an error; see the methods on_exception and post_fit.
     _on_exception_calls: list[Call]
     _post_fit_calls: list[Call]
 
-    # Two overloads: mypy can't infer the type of a dict's display where it may be any iterable.
+    # Two overloads: mypy can't infer the type of a dict literal for a union with Iterable.
     @overload
     def __init__(self, callbacks: Mapping[str, _AnyCallback]) -> None: ...
     @overload
@@ -103,7 +103,7 @@ class CallbackCollection(NamedCallbacks):
 
         Raises:
             TypeError: If the trainer lacks what a callback requires; nothing is attached then.
-            RuntimeError: If a callback is at work in another trainer.
+            RuntimeError: If a callback is in use by another trainer that is in fit().
         """
         for name, callback in self._callbacks.items():
             _refuse_unattachable(name, callback, trainer)
@@ -111,9 +111,9 @@ class CallbackCollection(NamedCallbacks):
         self.refresh()
 
     def refresh(self) -> None:
-        """Sort the callbacks and compile the hooks again; every change of the collection does so.
+        """Sort the callbacks and compile the hooks; every change of the collection calls it.
 
-        Call it after giving a callback a new hook, or assigning `before` or `after`.
+        Call it after assigning a hook, `before` or `after` of a callback.
 
         Raises:
             ValueError: If `before` and `after` contradict each other.
@@ -125,21 +125,21 @@ class CallbackCollection(NamedCallbacks):
         here = [(name, self._callbacks[name]) for name in order]
         here = [(name, callback) for name, callback in here if self._runs_here(callback)]
         for hook in HOOKS:
-            is_for_all = hook in ("pre_fit", "post_fit")  # pre_fit notes whose post_fit is due
+            is_for_all = hook in ("pre_fit", "post_fit")  # pre_fit records which post_fit to call
             calls = [
                 self._call(name, callback, hook)
                 for name, callback in here
                 if is_for_all or _overrides(callback, hook)
             ]
             if hook == "pre_fit":
-                self.pre_fit = self._noting_who_began(calls)
+                self.pre_fit = self._recording_pre_fit(calls)
             elif hook in ("post_fit", "on_exception"):
                 setattr(self, f"_{hook}_calls", calls)
             else:
                 setattr(self, hook, compiled(hook, calls, is_context=hook in CONTEXTS))
 
     def plan(self) -> Plan:
-        """Which callback runs in which hook, in which order; shown or printed it is a table."""
+        """Which callbacks run in which hook, in order; prints as a table."""
         callbacks = {name: self._callbacks[name] for name in ordered(self._callbacks)}
         hooks = {
             hook: tuple(name for name, callback in callbacks.items() if _overrides(callback, hook))
@@ -155,18 +155,18 @@ class CallbackCollection(NamedCallbacks):
         )
 
     def _replace(self, after: dict[str, _AnyCallback]) -> None:
-        newcomers = {
+        added = {
             name: callback
             for name, callback in after.items()
             if self._callbacks.get(name) is not callback
         }
         if self._trainer is not None:
-            for name, callback in newcomers.items():
+            for name, callback in added.items():
                 _refuse_unattachable(name, callback, self._trainer)
         ordered(after)  # raises before anything has changed
         super()._replace(after)
         if self._is_fitting:
-            for callback in newcomers.values():
+            for callback in added.values():
                 if not _overrides(callback, "pre_fit"):
                     self._began_fit[id(callback)] = callback
         self.refresh()
@@ -180,7 +180,7 @@ class CallbackCollection(NamedCallbacks):
         guarded = debug and isinstance(callback, RankZeroCallback)
         return Call(name, callback, method, guarded=guarded)
 
-    # Beginning, and the two hooks that run for every callback, whatever the others do
+    # pre_fit, and the two hooks that run for every callback even if others fail
 
     @property
     def is_fitting(self) -> bool:
@@ -188,21 +188,21 @@ class CallbackCollection(NamedCallbacks):
         return self._is_fitting
 
     def on_exception(self, exception: BaseException) -> None:
-        """Tell every callback of an error; what they raise themselves is logged."""
+        """Call `on_exception` of every callback; their own errors are logged."""
         _run_all(self._on_exception_calls, exception)
 
     def post_fit(self) -> BaseException | None:
-        """Let every callback whose `pre_fit` ran clean up.
+        """Call `post_fit` of every callback whose `pre_fit` ran.
 
         Returns:
-            The first error that one of them raised; all errors are logged.
+            The first error that was raised, if any; all errors are logged.
         """
         calls = [call for call in self._post_fit_calls if id(call.callback) in self._began_fit]
         self._is_fitting = False
         self._began_fit = {}
         return _run_all(calls)
 
-    def _noting_who_began(self, calls: list[Call]) -> Callable[[], None]:
+    def _recording_pre_fit(self, calls: list[Call]) -> Callable[[], None]:
         def pre_fit() -> None:
             self._is_fitting = True
             for call in calls:
@@ -214,10 +214,10 @@ class CallbackCollection(NamedCallbacks):
     # State
 
     def state_dict(self) -> dict[str, Any]:
-        """States of the callbacks that have one, by name; also those that nobody claimed.
+        """States of callbacks by name, including loaded states without a callback.
 
         Raises:
-            TypeError: If a state isn't a dict of plain data; it names the callback and the place.
+            TypeError: If a state isn't a dict of plain data; it names the callback and the path.
         """
         states = {
             name: state_of(self._call(name, callback, "state_dict"))
@@ -233,27 +233,29 @@ class CallbackCollection(NamedCallbacks):
         *,
         strict: bool = False,
     ) -> None:
-        """Give each callback the state that was saved under its name.
+        """Load each callback's state by its name.
 
-        A state that belongs to nobody is kept and saved again.
+        A state without a callback is kept and saved again.
 
         Args:
-            state_dict: What `state_dict` returned.
-            trainer: Passed on to the callbacks. Default: the one they are attached to.
+            state_dict: As returned by `state_dict`.
+            trainer: Passed to the callbacks. Default: the trainer they are attached to.
             strict: Raise instead of warning if names don't match.
 
         Raises:
-            KeyError: If `strict` and a state has no callback, or a callback with a state none.
+            KeyError: If `strict` and there is a state without callback, or a callback without its
+                state.
         """
         stateful = self._stateful()
         unclaimed = [name for name in state_dict if name not in stateful]
         missing = [name for name in stateful if name not in state_dict]
         if unclaimed or missing:
-            outcomes = [f"{listed(unclaimed)} will be kept for a later run"] * bool(unclaimed)
-            outcomes += [f"{listed(missing)} will start afresh"] * bool(missing)
+            outcomes = [f"{joined_names(unclaimed)} will be kept for a later run"] * bool(unclaimed)
+            outcomes += [f"{joined_names(missing)} will start without a state"] * bool(missing)
             message = (
-                f"states were saved for {listed(state_dict)}, and the callbacks with a state are "
-                f"{listed(stateful)}: {', and '.join(outcomes)}; give callbacks the names they had"
+                f"states were saved for {joined_names(state_dict)}, and the callbacks with a state "
+                f"are {joined_names(stateful)}: {', and '.join(outcomes)}; give callbacks the "
+                "names they were saved under"
             )
             if strict:
                 raise KeyError(message)
@@ -265,7 +267,7 @@ class CallbackCollection(NamedCallbacks):
                 load_state(call, state_dict[name], trainer or self._trainer)
 
     def _stateful(self) -> dict[str, _AnyCallback]:
-        """Callbacks that have a state, whether or not they run on this rank."""
+        """Callbacks with a state, including those that don't run on this rank."""
         return {
             name: callback
             for name, callback in self._callbacks.items()
@@ -275,7 +277,7 @@ class CallbackCollection(NamedCallbacks):
     # Copies and pickles
 
     def __getstate__(self) -> dict[str, Any]:
-        # Compiled hooks can't be pickled, and a copy belongs to no trainer.
+        # Compiled hooks can't be pickled, and a copy isn't attached to a trainer.
         return {"callbacks": self._callbacks, "unclaimed_states": self._unclaimed_states}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -284,13 +286,13 @@ class CallbackCollection(NamedCallbacks):
 
 
 def _overrides(callback: _AnyCallback, name: str) -> bool:
-    """Whether a callback has a method of its own, by identity."""
+    """Whether a callback overrides a method, by identity."""
     method = getattr(callback, name)
     return getattr(method, "__func__", method) is not getattr(Callback, name)
 
 
 def _refuse_unattachable(name: str, callback: _AnyCallback, trainer: AbstractTrainer) -> None:
-    missing = lacking(trainer, callback.requirements())
+    missing = missing_requirements(trainer, callback.requirements())
     if missing:
         names = ", ".join(cls.__name__ for cls in missing)
         raise TypeError(
@@ -300,20 +302,22 @@ def _refuse_unattachable(name: str, callback: _AnyCallback, trainer: AbstractTra
     other: AbstractTrainer = getattr(callback, "trainer", trainer)
     if other is not trainer and other.callbacks.is_fitting and callback in other.callbacks:
         raise RuntimeError(
-            f"callback {name} is at work in another trainer that is in fit(); "
-            "give this trainer its own, for example copy.deepcopy(callbacks)"
+            f"callback {name} is in use by another trainer that is in fit(); "
+            "give this trainer its own copy, for example copy.deepcopy(callbacks)"
         )
 
 
 def _run_all(calls: Iterable[Call], *args: Any) -> BaseException | None:
-    """Make every call, whatever the others raise; log the errors and return the first."""
+    """Make every call even if others raise; log the errors and return the first."""
     remaining = iter(calls)
     for call in remaining:
         try:
             call(*args)
-        except BaseException as error:  # nothing may keep the others from cleaning up
-            if isinstance(error, Exception):  # Ctrl-C, SystemExit, interruptions aren't failures
+        except BaseException as error:  # the others must clean up too
+            if isinstance(error, Exception):  # Ctrl-C, SystemExit and interruptions aren't failures
                 logger.error("%s.%s failed during clean-up", call.name, call.hook, exc_info=error)
-            _run_all(remaining, *args)  # here: an interruption isn't repeated while it is handled
+            _run_all(
+                remaining, *args
+            )  # inside except: an interruption being handled isn't raised again
             return error
     return None

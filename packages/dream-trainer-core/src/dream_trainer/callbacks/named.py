@@ -1,4 +1,4 @@
-"""NamedCallbacks: a mapping from name to callback, whatever its callbacks are for."""
+"""NamedCallbacks: a mutable mapping from name to callback."""
 
 from __future__ import annotations
 
@@ -12,22 +12,26 @@ _RAISE = object()
 
 
 class NamedCallbacks:
-    """Callbacks by name, in the order in which they were given.
+    """Callbacks by name, in insertion order.
 
-    A mutable mapping, except that iterating gives the callbacks and not their names. `keys`,
-    `values`, `items` and iteration see the callbacks as they were when they began, so that the
-    body of a loop may change them. A change happens as a whole or, if it raises, not at all.
+    A mutable mapping, except that iterating yields the callbacks instead of their names. For that
+    reason it isn't a `collections.abc.MutableMapping`: the mixin methods `keys`, `items`, `values`,
+    `update`, `popitem`, `clear` and `==` iterate over names, and so would code that is given a
+    Mapping.
+
+    `keys`, `values`, `items` and iteration give a snapshot, so the body of a loop may change the
+    collection. A change that raises changes nothing.
 
     Args:
-        callbacks: Callbacks, or names and callbacks. A callback without a name gets that of its
-            class; a second one of a class gets a number, as in "EMACallback_2".
+        callbacks: Callbacks, or names and callbacks. Without a name, a callback gets the name
+            of its class; a second one of that class gets a number, as in "EMACallback_2".
 
     Raises:
-        TypeError: If something isn't a Callback, or a name not a string.
+        TypeError: If a value isn't a Callback, or a name isn't a string.
         ValueError: If a name or a callback is given twice.
     """
 
-    # Two overloads: mypy can't infer the type of a dict's display where it may be any iterable.
+    # Two overloads: mypy can't infer the type of a dict literal for a union with Iterable.
     @overload
     def __init__(self, callbacks: Mapping[str, _AnyCallback]) -> None: ...
     @overload
@@ -49,7 +53,7 @@ class NamedCallbacks:
         self._replace(after)
 
     def _replace(self, after: dict[str, _AnyCallback]) -> None:
-        """Take over changed callbacks, or raise and leave them as they were."""
+        """Set changed callbacks, or raise and change nothing."""
         self._callbacks = after
 
     # Reading
@@ -59,11 +63,11 @@ class NamedCallbacks:
             return self._callbacks[name]
         except KeyError:
             raise KeyError(
-                f"no callback is called {name!r}; there are {listed(self._callbacks)}"
+                f"no callback is called {name!r}; there are {joined_names(self._callbacks)}"
             ) from None
 
     def __contains__(self, item: object) -> bool:
-        """Whether a name, or this very callback, is here."""
+        """Whether a name, or this callback itself, is in the collection."""
         if isinstance(item, str):
             return item in self._callbacks
         return any(callback is item for callback in self._callbacks.values())
@@ -101,7 +105,7 @@ class NamedCallbacks:
 
         Raises:
             TypeError: If it isn't a Callback.
-            ValueError: If the name is taken, or the callback is here already.
+            ValueError: If the name is taken, or the callback is in the collection already.
         """
         after = dict(self._callbacks)
         _add(after, callback, name)
@@ -117,7 +121,7 @@ class NamedCallbacks:
         self,
         other: Mapping[str, _AnyCallback] | NamedCallbacks | Iterable[tuple[str, _AnyCallback]],
     ) -> None:
-        """Add callbacks; one of a name that is taken replaces the other in its place."""
+        """Add callbacks; one with an existing name replaces the other in place."""
         after = dict(self._callbacks)
         for name, callback in other.items() if isinstance(other, _MAPPINGS) else other:
             if after.get(name) is not callback:
@@ -161,13 +165,13 @@ class NamedCallbacks:
 _MAPPINGS = (Mapping, NamedCallbacks)
 
 
-def listed(names: Iterable[str]) -> str:
+def joined_names(names: Iterable[str]) -> str:
     """Names, for a message."""
     return ", ".join(names) or "none"
 
 
 def _add(after: dict[str, _AnyCallback], callback: _AnyCallback, name: str | None) -> None:
-    """Add a callback at the end, under a name that isn't taken."""
+    """Add a callback at the end, under its name or a free one."""
     if name is not None and name in after:
         raise ValueError(
             f"a callback is called {name!r} already ({after[name]!r}); give this one another "
@@ -182,9 +186,9 @@ def _add(after: dict[str, _AnyCallback], callback: _AnyCallback, name: str | Non
 
 
 def _refuse_unusable(after: Mapping[str, _AnyCallback], callback: object, name: object) -> None:
-    """Raise unless a callback that isn't in `after` can be added under a name."""
+    """Raise unless `callback` is a Callback not in `after`, and `name` a valid name."""
     if not isinstance(callback, Callback):
-        hint = "; make one: write ()" if isinstance(callback, type) else ""
+        hint = "; create an instance: add ()" if isinstance(callback, type) else ""
         raise TypeError(f"{callback!r} is a {type(callback).__qualname__}, not a Callback{hint}")
     if not isinstance(name, str) or not name:
         raise TypeError(f"{name!r} can't name a callback; a string that isn't empty is required")

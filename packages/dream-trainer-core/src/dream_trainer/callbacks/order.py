@@ -1,4 +1,4 @@
-"""Who runs before whom: `before`/`after` to a stable order or the cycle, and the printed plan."""
+"""Order of callbacks: a stable sort by `before` and `after`, and the printed plan."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dream_trainer.callbacks.callback import Callback
 def ordered(callbacks: Mapping[str, Callback[Any]]) -> list[str]:
     """Names of the callbacks in the order in which they run.
 
-    As listed, except where `before` and `after` ask for something else. `after = {Callback}`
-    means after everyone, except for those that ask for the same or have to come after it.
+    As listed, except where `before` and `after` constrain it. `after = {Callback}` means after all
+    others, except those that declare the same or must come after it.
 
     Raises:
-        ValueError: If the wishes contradict each other; it shows the cycle.
+        ValueError: If the constraints contradict each other; it shows the cycle.
     """
     if not any(callback.before or callback.after for callback in callbacks.values()):
         return list(callbacks)
@@ -35,63 +35,63 @@ def ordered(callbacks: Mapping[str, Callback[Any]]) -> list[str]:
 
 
 def _earlier(callbacks: Mapping[str, Callback[Any]]) -> dict[str, set[str]]:
-    """For each callback those that must run before it, as far as wishes name them."""
+    """For each callback, those that its constraints or theirs put before it."""
     earlier: dict[str, set[str]] = {name: set() for name in callbacks}
     for one in callbacks:
         for other in callbacks:
-            if one != other and _asks("after", one, other, callbacks):
+            if one != other and _must_run("after", one, other, callbacks):
                 earlier[one].add(other)
-            if one != other and _asks("before", one, other, callbacks):
+            if one != other and _must_run("before", one, other, callbacks):
                 earlier[other].add(one)
     return earlier
 
 
-def _asks(where: str, one: str, other: str, callbacks: Mapping[str, Callback[Any]]) -> bool:
-    """Whether one callback wants to be `where` another is concerned, "before" or "after" it.
+def _must_run(where: str, one: str, other: str, callbacks: Mapping[str, Callback[Any]]) -> bool:
+    """Whether one callback must run before or after (`where`) another.
 
-    Two that ask for the same about a class that both belong to leave each other alone.
+    Two with the same constraint on a class that both belong to don't constrain each other.
     """
-    wishes: Collection[type | str] = getattr(callbacks[one], where)
+    constraints: Collection[type | str] = getattr(callbacks[one], where)
     others: Collection[type | str] = getattr(callbacks[other], where)
     return any(
-        _is_about(wish, other, callbacks)
-        and not (wish in others and _is_about(wish, one, callbacks))
-        for wish in wishes
+        _matches(constraint, other, callbacks)
+        and not (constraint in others and _matches(constraint, one, callbacks))
+        for constraint in constraints
     )
 
 
-def _is_about(
-    wish: type | str | Callback[Any], name: str, callbacks: Mapping[str, Callback[Any]]
+def _matches(
+    constraint: type | str | Callback[Any], name: str, callbacks: Mapping[str, Callback[Any]]
 ) -> bool:
-    """Whether a wish is this callback, its name, or a class of it other than Callback."""
-    if isinstance(wish, Callback):
-        return wish is callbacks[name]
+    """Whether a constraint is this callback, its name, or a class of it other than Callback."""
+    if isinstance(constraint, Callback):
+        return constraint is callbacks[name]
     bases = [cls for cls in type(callbacks[name]).__mro__ if cls not in Callback.__mro__]
-    if isinstance(wish, str):
-        return wish == name or wish in (cls.__name__ for cls in bases)
-    return wish in bases
+    if isinstance(constraint, str):
+        return constraint == name or constraint in (cls.__name__ for cls in bases)
+    return constraint in bases
 
 
 def _ranks(
     callbacks: Mapping[str, Callback[Any]], earlier: Mapping[str, set[str]]
 ) -> dict[str, int]:
-    """-1 for those that want to be before everyone, 1 for after everyone, else 0.
+    """-1 for callbacks before all others, 1 for those after all others, else 0.
 
-    Whoever must come before a first one has its rank. So no wish about everyone can contradict
-    one that names a callback.
+    A callback that must precede a first one gets its rank, so `before = {Callback}` never
+    contradicts a constraint that names a callback.
     """
     ranks = dict.fromkeys(callbacks, 0)
     for name, callback in callbacks.items():
-        if _is_about_everyone(callback.before):
+        if _includes_all(callback.before):
             ranks.update(dict.fromkeys(_with_all_before(name, earlier), -1))
     for name, callback in callbacks.items():
-        if _is_about_everyone(callback.after):
+        if _includes_all(callback.after):
             ranks[name] = 1
     return ranks
 
 
-def _is_about_everyone(wishes: Collection[type | str]) -> bool:
-    return Callback in wishes or Callback.__name__ in wishes
+def _includes_all(constraints: Collection[type | str]) -> bool:
+    return Callback in constraints or Callback.__name__ in constraints
 
 
 def _with_all_before(name: str, earlier: Mapping[str, set[str]]) -> set[str]:
@@ -104,7 +104,7 @@ def _with_all_before(name: str, earlier: Mapping[str, set[str]]) -> set[str]:
 
 
 def _cycle_message(earlier: Mapping[str, set[str]]) -> str:
-    """Says which callbacks wait for each other, given those that can't be placed."""
+    """The message about a cycle, given the callbacks that can't be placed."""
     path = [next(iter(earlier))]
     while path.count(path[-1]) == 1:
         path.append(next(name for name in earlier if name in earlier[path[-1]]))
@@ -117,12 +117,12 @@ def _cycle_message(earlier: Mapping[str, set[str]]) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """Which callback runs in which hook, in which order. Shown as a table.
+    """Which callbacks run in which hook, in order. Prints as a table.
 
     Attributes:
-        hooks: Names of the callbacks that run in a hook, in order, by the hook's name, in the
-            order of a run. Hooks that nobody overrides are left out.
-        rank_zero: Names of the callbacks that run on global rank 0 alone.
+        hooks: For each hook, in the order of a run, the names of its callbacks in order. Hooks
+            that no callback overrides are left out.
+        rank_zero: Names of the callbacks that run on global rank 0 only.
     """
 
     hooks: Mapping[str, tuple[str, ...]]

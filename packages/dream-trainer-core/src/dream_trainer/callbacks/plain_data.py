@@ -1,4 +1,4 @@
-"""What a callback's state may hold: plain data, and values that differ per rank."""
+"""Plain data in callback states, and RankLocal for values that differ per rank."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _PLAIN_MAPPINGS = (dict, OrderedDict, Counter)
 
 
 class RankLocal(Generic[T]):
-    """A value in a state that belongs to this rank alone, such as a position in its data.
+    """A value in a state that differs per rank, such as a position in the data.
 
-    A checkpoint keeps it once per rank; `load_state_dict` gets this rank's bare value back.
-    Anything not marked so must be equal on all ranks: only one rank's is kept.
+    A checkpoint saves it for each rank; `load_state_dict` gets this rank's bare value.
+    All other values must be equal on all ranks: only one rank's are saved.
 
     Args:
         value: Plain data.
@@ -59,24 +59,24 @@ def without_rank_local(state: Any) -> Any:
     return state
 
 
-def not_plain(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Where a state holds what `torch.load(weights_only=True)` would refuse.
+def values_not_plain(state: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values in a state that `torch.load(weights_only=True)` would refuse.
 
     Yields:
-        The place as it would be written in Python, such as `["history"][3]`, and the value.
+        The path in Python syntax, such as `["history"][3]`, and the value.
     """
     kind = type(state)
     if kind in _PLAIN_LEAVES or _is_sharded(state):
         return
     if kind is RankLocal:
-        yield from not_plain(state.value, path)
+        yield from values_not_plain(state.value, path)
     elif kind in _PLAIN_MAPPINGS:
         for key, value in state.items():
-            yield from not_plain(key, f"{path} (the key {key!r})")
-            yield from not_plain(value, f"{path}[{key!r}]")
+            yield from values_not_plain(key, f"{path} (the key {key!r})")
+            yield from values_not_plain(value, f"{path}[{key!r}]")
     elif kind in _PLAIN_SEQUENCES:
         for index, value in enumerate(state):
-            yield from not_plain(value, f"{path}[{index}]")
+            yield from values_not_plain(value, f"{path}[{index}]")
     else:
         yield path, state
 

@@ -1,4 +1,4 @@
-"""What a callback needs of its trainer, and what a trainer lacks."""
+"""Requirements of callbacks on their trainer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dream_trainer.interface.intersection import members_of
 
 
 def requirements_of(callback_class: type, root: type) -> tuple[type, ...]:
-    """The classes that a callback asks its trainer for, over all its bases.
+    """The classes that a trainer must derive from, over all bases of a callback.
 
     Args:
-        callback_class: A subclass of `root`, which was written as `root[requirement]`.
-        root: The generic class whose parameter is the requirement.
+        callback_class: A subclass of `root[requirement]`.
+        root: The generic class whose type parameter is the requirement.
     """
     return tuple(dict.fromkeys(_requirements(callback_class, root, {})))
 
@@ -38,7 +38,7 @@ def _requirements(cls: type, root: type, given: Mapping[Any, Any]) -> Iterator[t
 
 
 def _default(argument: Any) -> Any:
-    """What stands for a type variable that was given no value: its default, else its bound."""
+    """The value of a type variable without argument: its default, else its bound."""
     if not isinstance(argument, TypeVar):
         return argument
     default = getattr(argument, "__default__", NoDefault)
@@ -46,15 +46,15 @@ def _default(argument: Any) -> Any:
 
 
 def _looked_up(argument: Any, cls: type) -> Any:
-    """The class that a string names, in the module of the callback that wrote it.
+    """The class that a string names, in the module of the callback.
 
-    A name that is only imported for type checkers can't be found, and so isn't checked.
+    A name that is only imported under TYPE_CHECKING isn't found, and so isn't checked.
     """
     if not isinstance(argument, ForwardRef):
         return argument
     return getattr(sys.modules.get(cls.__module__), argument.__forward_arg__, Any)
 
 
-def lacking(trainer: Any, requirements: tuple[type, ...]) -> list[type]:
-    """Those of `requirements` that the trainer doesn't derive from."""
+def missing_requirements(trainer: Any, requirements: tuple[type, ...]) -> list[type]:
+    """The `requirements` that the trainer doesn't derive from."""
     return [requirement for requirement in requirements if not isinstance(trainer, requirement)]

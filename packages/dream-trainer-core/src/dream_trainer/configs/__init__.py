@@ -1,4 +1,4 @@
-"""Dataclasses that describe a run; nothing is built, opened or launched here."""
+"""Config dataclasses of a run, without side effects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How ranks are divided: degrees of parallelism, precision, timeouts."""
+"""Device and layout: degrees of parallelism, precision, timeouts."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ class MeshShape:
 
     @property
     def uses_fsdp(self) -> bool:
-        """Whether FSDP holds the parameters and averages their gradients.
+        """Whether FSDP shards the parameters and averages their gradients.
 
-        It does so for plain copies too, as shards of one, where layers or sequences are divided:
-        torch's composable DDP silently loses parameters that are DTensors.
+        Also for replicas with tensor or context parallelism, as shards of size 1: torch's
+        composable DDP silently loses parameters that are DTensors.
         """
         return self.dp_shard > 1 or self.cp > 1 or (self.dp_replicate > 1 and self.tp > 1)
 
@@ -68,32 +68,32 @@ class MeshShape:
 
 @dataclass(kw_only=True)
 class DeviceParameters:
-    """Which device, which layout, which precision.
+    """Device, layout and precision.
 
     The default is one process, or DDP over the ranks that torchrun started. At most one degree
-    may be "auto": it takes what the others leave of the world size. On one process every preset
-    but a fixed degree above 1 means one device, so that a script runs unchanged without torchrun.
+    may be "auto": the world size divided by the others. In one process every preset without a
+    fixed degree above 1 means one device, so a script runs unchanged without torchrun.
 
     Args:
         device: "auto" (CUDA if there is any, else CPU), "cpu" or "cuda".
-        dp_replicate: Copies of the model, each on its own data (DDP).
+        dp_replicate: Replicas of the model, each on its own data (DDP).
         dp_shard: Shards of parameters, gradients and optimizer state (FSDP); HSDP with both.
-        tensor_parallel: Ranks that share each layer's matrices.
-        context_parallel: Ranks that share each sequence.
-        pipeline_parallel: Stages of consecutive layers. The mesh has this axis; the trainer
-            refuses more than one stage.
+        tensor_parallel: Ranks over which each layer's matrices are split.
+        context_parallel: Ranks over which each sequence is split.
+        pipeline_parallel: Stages of consecutive layers. The mesh has this axis, but the trainer
+            raises for more than one stage.
         param_dtype: Compute in this dtype: FSDP's mixed precision, autocast elsewhere.
-            Default: the dtype that the model has.
-        reduce_dtype: Reduce gradients in this dtype (FSDP). Default: as `param_dtype`.
+            Default: the model's dtype.
+        reduce_dtype: Reduce gradients in this dtype (FSDP). Default: `param_dtype`.
         cpu_offload: Keep sharded parameters in host memory (FSDP).
         compile_model: Call `apply_compile`.
         checkpoint_activations: Call `apply_activation_checkpointing`.
-        deterministic: Take only algorithms that give the same bits each time, for the rest of the
-            process; an operation that has none raises. Slower on CUDA.
-        init_timeout_s: Seconds that a collective may take until the first step is done.
-        train_timeout_s: Seconds that a collective may take from then on.
-        cleanup_timeout_s: Seconds that callbacks may take to clean up after an error, on one of
-            several ranks; then the process is ended.
+        deterministic: Use only deterministic algorithms, for the rest of the process; an operation
+            without one raises. Slower on CUDA.
+        init_timeout_s: Timeout of collectives until the first step is done, in seconds.
+        train_timeout_s: Timeout of collectives from then on, in seconds.
+        cleanup_timeout_s: Seconds that callbacks may take to clean up after an error, with several
+            ranks; then the process is ended.
 
     Raises:
         ValueError: If a degree, dtype or timeout is out of range, or two options exclude each
@@ -142,7 +142,7 @@ class DeviceParameters:
             ):
                 raise ValueError(
                     f"{name}={dtype!r}: a floating point dtype is required, such as "
-                    "torch.bfloat16, or None for that of the model"
+                    "torch.bfloat16, or None for the model's"
                 )
         for name in ("init_timeout_s", "train_timeout_s", "cleanup_timeout_s"):
             if not getattr(self, name) > 0:
@@ -160,7 +160,7 @@ class DeviceParameters:
 
     @classmethod
     def DDP(cls, **fields: Any) -> Self:
-        """A copy of the model on each rank."""
+        """A replica of the model on each rank."""
         return cls(**{"dp_replicate": "auto", **fields})
 
     @classmethod
@@ -177,7 +177,7 @@ class DeviceParameters:
         """Sizes of the mesh's axes on `world_size` ranks.
 
         Raises:
-            ValueError: If the degrees can't be multiplied to `world_size`.
+            ValueError: If the product of the degrees can't be `world_size`.
         """
         degrees = {axis: getattr(self, name) for axis, name in _DEGREE_OF_AXIS.items()}
         fixed = {axis: degree for axis, degree in degrees.items() if degree != "auto"}

@@ -1,4 +1,4 @@
-"""Whether a run logs to an experiment tracker."""
+"""Config of experiment trackers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(kw_only=True)
 class LoggingParameters:
-    """What LoggerCallback may open when it isn't given sinks of its own.
+    """Trackers that LoggerCallback opens if it isn't given sinks.
 
     Args:
-        enabled: False keeps `trainer.log_*` working and sends nothing to a tracker.
+        enabled: If False, `trainer.log_*` work and nothing is sent to a tracker.
     """
 
     enabled: bool = True
@@ -18,4 +18,4 @@ class LoggingParameters:
 
 @dataclass(kw_only=True)
 class WandbLoggingParameters(LoggingParameters):
-    """Log to Weights & Biases as well, if enabled; needs dream-callbacks-logging[wandb]."""
+    """Log to Weights & Biases too, if enabled; needs dream-callbacks-logging[wandb]."""

@@ -1,4 +1,4 @@
-"""How long to train, how often to validate, how gradients become a step."""
+"""Length of training, cadence of validation, accumulation and clipping of gradients."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from dataclasses import dataclass, fields
 
 @dataclass(kw_only=True)
 class TrainingParameters:
-    """Length and cadence of a run.
+    """Length, validation and gradients of a run.
 
     A *batch* is one `training_step`; a *step* is one optimizer step, made of
     `gradient_accumulation_steps` batches; an *epoch* is one pass over the training loader.
     Training ends at whichever of `n_epochs`, `max_steps` and `max_time` comes first.
 
     Args:
-        n_epochs: Epochs in total, those of earlier sessions included. Default: 1, or no limit
-            if `max_steps` or `max_time` is given.
-        max_steps: Optimizer steps in total, those of earlier sessions included.
-        max_time: Seconds that this session may train for; it stops after the step in hand.
-        train_steps_per_epoch: Optimizer steps in an epoch. Default: as many as the loader gives.
+        n_epochs: Epochs in total, including those before resuming. Default: 1, or no limit if
+            `max_steps` or `max_time` is given.
+        max_steps: Optimizer steps in total, including those before resuming.
+        max_time: Seconds of training since `fit` was called; stops after the current step.
+        train_steps_per_epoch: Optimizer steps in an epoch. Default: one pass over the loader.
         gradient_accumulation_steps: Batches per optimizer step. The last group of an epoch may
-            be smaller; its gradient is the mean over the batches that it has.
+            be smaller; its gradient is the mean over its batches.
         val_steps_per_epoch: Batches in a validation run. Default: the whole validation loader.
-        val_every_n_steps: Validate after every so many optimizer steps, not at epoch ends.
-            0 never validates. Default: at the end of each epoch.
-        num_sanity_val_steps: Validation batches to try before the first epoch; their result is
-            thrown away, and they leave no trace in the random number generators.
-        gradient_clip_val: Largest L2 norm of all gradients together. Default: no clipping.
+        val_every_n_steps: Validate every n optimizer steps instead of at the end of epochs; 0
+            never validates. Default: at the end of each epoch.
+        num_sanity_val_steps: Validation batches to try before the first epoch. Their result is
+            dropped, and random number generators are restored.
+        gradient_clip_val: Largest L2 norm of all gradients. Default: no clipping.
 
     Raises:
         ValueError: If a number is out of range or two of them contradict each other.
@@ -47,10 +47,10 @@ class TrainingParameters:
         self.validate()
 
     def validate(self) -> None:
-        """Check all numbers again; `fit` calls it, since fields may have been assigned since.
+        """Check all numbers; `fit` calls it again, since fields may have been assigned.
 
         Raises:
-            ValueError: As the class does.
+            ValueError: If a number is out of range or two of them contradict each other.
         """
         lowest = {
             "val_every_n_steps": 0,
@@ -69,7 +69,7 @@ class TrainingParameters:
             raise ValueError(
                 f"val_every_n_steps={self.val_every_n_steps} is more than "
                 f"max_steps={self.max_steps}, so validation would never run; "
-                "lower it, or set val_every_n_steps=0 if that is what you want"
+                "lower it, or set val_every_n_steps=0 to never validate"
             )
 
     @property

@@ -1,1 +1,1 @@
-"""What callbacks may rely on: the trainer that they are attached to, and intersections of types."""
+"""The interface between callbacks and trainers: AbstractTrainer, and intersections of types."""

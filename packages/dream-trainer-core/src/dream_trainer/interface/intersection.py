@@ -1,4 +1,4 @@
-"""`A & B` and `@intersection`: several trainer mixins at once."""
+"""`A & B` and `@intersection`: requirements of several trainer mixins."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MARK = "__dream_trainer_intersection__"
 
 
 class Intersection:
-    """All of several classes: what `A & B` between two trainer mixins is at run time.
+    """The run-time value of `A & B` for trainer mixins.
 
     Args:
         members: The classes that a trainer must derive from.
@@ -32,25 +32,25 @@ class Intersection:
 
 
 class TrainerMeta(type(Protocol)):  # type: ignore[misc]  # a metaclass only known at run time
-    """Metaclass of trainers and mixins; it adds `A & B`.
+    """Metaclass of trainers and mixins: ABCMeta with `A & B`.
 
-    It derives from the metaclass of Protocol, so that a trainer may also derive from a protocol
-    such as torch's `Stateful`, and is otherwise that of an abstract class.
+    Derives from the metaclass of Protocol, so that a trainer may also derive from a protocol such
+    as torch's `Stateful`.
     """
 
     def __and__(cls, other: Any) -> Intersection:
         return Intersection((*members_of(cls), *members_of(other)))
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        # Protocol's own check looks for attributes that only protocols have.
+        # Protocol's own check reads attributes that only protocols have.
         return type.__instancecheck__(cls, instance)
 
 
 def intersection(cls: T) -> T:
-    """Mark a class as nothing but the sum of its bases.
+    """Mark a class as the intersection of its bases.
 
-    The spelling of `A & B` that every type checker understands. A trainer that derives from
-    all the bases meets it, whether or not it derives from the class itself::
+    The form of `A & B` that every type checker understands. A trainer that derives from all the
+    bases meets it, even if it doesn't derive from the class itself::
 
         @intersection
         class MetricsAndLogs(EvalMetricMixin, LoggerMixin): ...
@@ -62,7 +62,7 @@ def intersection(cls: T) -> T:
 
 
 def members_of(requirement: Any) -> tuple[type, ...]:
-    """The classes that a requirement asks for; none for what can't be checked, as `Any`."""
+    """The classes of a requirement; none if it can't be checked, such as `Any`."""
     if isinstance(requirement, Intersection):
         return requirement.members
     requirement = get_origin(requirement) or requirement  # MyTrainer[int]

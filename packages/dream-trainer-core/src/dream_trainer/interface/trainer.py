@@ -1,4 +1,4 @@
-"""AbstractTrainer: what a callback may rely on, whichever trainer it is attached to."""
+"""AbstractTrainer: the interface that callbacks use."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 
 def script_name() -> str:
-    """Name of the script that runs, without its ending; "run" where there is none."""
+    """Name of the running script without suffix; "run" if there is none."""
     name = Path(sys.argv[0]).stem if sys.argv and sys.argv[0] else ""
     return name if re.fullmatch(r"\w[\w.-]*", name) and name != "ipykernel_launcher" else "run"
 
 
 def checked_name(name: object, field_name: str) -> str:
-    """The name in normal form (NFC), if it can be that of one folder.
+    """The name in Unicode normal form NFC, if it is a valid name of one folder.
 
     Raises:
-        ValueError: If it can't: it would lead out of the run's directory, or no file system
-            takes it.
+        ValueError: If it isn't: it would lead out of the run directory, or be refused by file
+            systems.
     """
     normal = unicodedata.normalize("NFC", name) if isinstance(name, str) else ""
     if (
@@ -54,10 +54,10 @@ def checked_name(name: object, field_name: str) -> str:
 
 
 def check_kind(config: object, field_name: str, kind: type, example: str) -> None:
-    """Refuse a value of another kind in a field of a config.
+    """Check the type of a config field.
 
     Raises:
-        TypeError: If it isn't a `kind`; it shows how to write `example`.
+        TypeError: If the value isn't a `kind`; it shows `example`.
     """
     value = getattr(config, field_name)
     if not isinstance(value, kind):
@@ -69,22 +69,22 @@ def check_kind(config: object, field_name: str, kind: type, example: str) -> Non
 
 @dataclass(kw_only=True)
 class AbstractTrainerConfig:
-    """Who the run is, where it writes, and on what it runs.
+    """Names, run directory, seed and device of a run.
 
     Args:
-        project: First folder of the run directory, and the project of an experiment tracker.
-        group: Second folder; runs that belong together.
-        experiment: Third folder; one run. A script started again with the same names resumes.
+        project: First folder of the run directory, and the project in an experiment tracker.
+        group: Second folder: related runs.
+        experiment: Third folder: one run. A script started again with the same names resumes.
             Default: the name of the script.
-        root_dir: Where run directories lie: a directory, not a URL.
-        seed: Of all random number generators. None draws one, the same on all ranks.
+        root_dir: Parent of all run directories: a directory, not a URL.
+        seed: Seed of all random number generators. None draws one, the same on all ranks.
         device_parameters: Device, layout and precision.
-        debug: Look for mistakes that would hang or corrupt a run, at some cost per hook.
-            Default: whether the environment says DREAM_TRAINER_DEBUG=1.
+        debug: Check for mistakes that would hang or corrupt a run, with some overhead per hook.
+            Default: whether the environment has DREAM_TRAINER_DEBUG=1.
 
     Raises:
         ValueError: If a name can't be that of a folder, or `root_dir` is a URL.
-        TypeError: If `device_parameters` is of another kind.
+        TypeError: If `device_parameters` has the wrong type.
     """
 
     project: str = "dream-trainer"
@@ -109,15 +109,15 @@ class AbstractTrainerConfig:
 
 @dataclass(slots=True)
 class Counters:
-    """How far training has come. A checkpoint holds exactly these.
+    """Progress of training. A checkpoint has exactly these.
 
     Args:
         global_step: Optimizer steps completed.
-        current_epoch: Number of the epoch that runs, or would run next, from 0.
-        epoch_stage: What of that epoch is done: "train" until its last batch, "validate" once
-            `post_train_epoch` was called, "end" once `post_epoch` was.
-        epoch_batches: Training batches of that epoch that are done.
-        local_batches: Training batches that this rank has processed in all.
+        current_epoch: Index of the current or next epoch, from 0.
+        epoch_stage: Progress in that epoch: "train" until its last batch, "validate" until its
+            validation is done, then "end".
+        epoch_batches: Training batches completed in that epoch.
+        local_batches: Training batches that this rank has processed in total.
         validated_step: `global_step` at the last validation run; -1 before the first.
     """
 
@@ -130,14 +130,14 @@ class Counters:
 
 
 class AbstractTrainer(metaclass=TrainerMeta):
-    """The surface that callbacks see.
+    """The interface of trainers for callbacks.
 
     Attributes:
-        config: As given.
+        config: As passed by the user.
         callbacks: The callbacks of this trainer; may be changed at any time.
         world: Ranks, device, mesh and collectives.
-        counters: How far training has come; for the loop to change and nobody else.
-        requests: What any rank may ask of all ranks, without a step waiting for another rank.
+        counters: Progress of training; only the loop changes them.
+        requests: Requests of any rank to all ranks, without blocking a step.
     """
 
     config: AbstractTrainerConfig
@@ -146,7 +146,7 @@ class AbstractTrainer(metaclass=TrainerMeta):
     counters: Counters
     requests: Requests
 
-    # Identity. Names are checked again, since they may have been assigned since.
+    # Identity. Names are checked again, since they may have been assigned.
 
     @property
     def project(self) -> str:
@@ -162,14 +162,14 @@ class AbstractTrainer(metaclass=TrainerMeta):
 
     @property
     def run_dir(self) -> Path:
-        """Everything that the run writes lies below it. Not made until something is written."""
+        """Directory of everything that the run writes. Created when something is written."""
         return Path(self.config.root_dir) / self.project / self.group / self.experiment
 
-    # Progress, which the loop alone changes
+    # Progress; only the loop changes it
 
     @property
     def global_step(self) -> int:
-        """Optimizer steps completed so far, over all epochs and sessions."""
+        """Optimizer steps completed, including those before resuming."""
         return self.counters.global_step
 
     @global_step.setter
@@ -178,7 +178,7 @@ class AbstractTrainer(metaclass=TrainerMeta):
 
     @property
     def current_epoch(self) -> int:
-        """Number of the epoch that runs, or would run next, from 0."""
+        """Index of the current or next epoch, from 0."""
         return self.counters.current_epoch
 
     @current_epoch.setter
@@ -187,7 +187,7 @@ class AbstractTrainer(metaclass=TrainerMeta):
 
     @property
     def local_batches(self) -> int:
-        """Training batches that this rank has processed, over all epochs and sessions."""
+        """Training batches that this rank has processed, including those before resuming."""
         return self.counters.local_batches
 
     @local_batches.setter
@@ -212,28 +212,28 @@ class AbstractTrainer(metaclass=TrainerMeta):
     # Ending
 
     exception: BaseException | None = None
-    """The error that ends the run, while callbacks clean up after it."""
+    """The error that ends the run, while callbacks clean up."""
 
     stop_reason: str | None = None
-    """Why training ends before its time; None if it doesn't."""
+    """Why training stops early; None if it doesn't."""
 
     @abstractmethod
     def stop(self, reason: str) -> None:
         """End training, on all ranks after the same optimizer step.
 
-        With one rank that is the current step; with several, the step at which all of them know,
-        within one second or two steps, whichever is longer. A validation is left after the batch
-        being evaluated, and repeated when the run is resumed. `post_fit` follows as at the end.
+        With one rank after the current step; with several, after the step at which all of them
+        know, within one second or two steps, whichever is longer. A validation stops after its
+        current batch, and is repeated when the run is resumed. `post_fit` is called as usual.
 
         May be called on any rank, in any hook, in another thread and in a signal handler. Not
-        collective. The first reason counts.
+        collective. The first reason is kept.
         """
 
     @abstractmethod
     def request_save(self, reason: str) -> None:
-        """Ask the callbacks that save to do so after a step, on all ranks. As SIGUSR1 does.
+        """Request a save after a step, on all ranks, as SIGUSR1 does.
 
-        May be called where `stop` may. Takes effect as soon as that. Not collective.
+        May be called where `stop` may, and takes effect as soon. Not collective.
         """
 
     # Parts
@@ -252,11 +252,11 @@ class AbstractTrainer(metaclass=TrainerMeta):
 
     @abstractmethod
     def models_of(self, optimizer: Optimizer) -> Mapping[str, nn.Module]:
-        """The models whose parameters an optimizer changes, by name."""
+        """The models whose parameters an optimizer updates, by name."""
 
     @abstractmethod
     def model_of(self, optimizer: Optimizer) -> nn.Module:
-        """The model whose parameters an optimizer changes; the first, if there are several."""
+        """The model whose parameters an optimizer updates; the first, if there are several."""
 
     @property
     @abstractmethod
@@ -284,7 +284,7 @@ class AbstractTrainer(metaclass=TrainerMeta):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to continue. Collective: each rank must call it."""
+        """The state needed to resume. Collective: each rank must call it."""
 
     @abstractmethod
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -302,9 +302,9 @@ class AbstractTrainer(metaclass=TrainerMeta):
 
     @abstractmethod
     def fit(self) -> None:
-        """Train; does first what of `configure` and `setup` hasn't been done."""
+        """Train; calls `configure` and `setup` first if they haven't run."""
 
-    # What the loop calls, and mixins provide
+    # Called by the loop, implemented by mixins
 
     @abstractmethod
     def build_models(self) -> None:
@@ -312,13 +312,13 @@ class AbstractTrainer(metaclass=TrainerMeta):
 
     @abstractmethod
     def build_training(self) -> None:
-        """Make everything ready for the first batch: part of `setup`."""
+        """Build what the first batch needs: part of `setup`."""
 
     def build_metrics(self) -> None:
         """Build the metrics, if there are any: part of `setup`."""
 
     def reset_metrics(self) -> None:
-        """Forget the metrics' values, before a validation run."""
+        """Reset the metrics, before a validation run."""
 
     def compute_metrics(self) -> dict[str, Any]:
         """Values of the metrics, after a validation run."""
@@ -327,7 +327,7 @@ class AbstractTrainer(metaclass=TrainerMeta):
 
 def _refuse_assignment(name: str, value: object) -> NoReturn:
     raise AttributeError(
-        f"trainer.{name} = {value!r}: the loop alone changes {name}, so that a resumed run "
-        "counts right; keep a counter of your own in the callback and return it from "
+        f"trainer.{name} = {value!r}: only the loop changes {name}, so that a resumed run "
+        "counts correctly; keep your own counter in the callback and return it from "
         "state_dict(), or call trainer.stop(reason) to end training"
     )

@@ -1,4 +1,4 @@
-"""For authors of callbacks: a tiny real trainer, ranks in a test, and what all callbacks pass."""
+"""For authors of callbacks: a tiny real trainer, ranks in a test, conformance checks."""
 
 from dream_trainer.testing.conformance import check_callback
 from dream_trainer.testing.processes import RankError, run_on_ranks

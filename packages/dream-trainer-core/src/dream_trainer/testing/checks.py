@@ -1,4 +1,4 @@
-"""The checks of conformance.py: one function each, whose docstring is the rule that it checks."""
+"""The checks of conformance.py: one function per rule, which is its docstring."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ import torch
 
 from dream_trainer.callbacks.callback import HOOKS, Callback, RankZeroCallback
 from dream_trainer.callbacks.collection import CallbackCollection
-from dream_trainer.testing.comparison import bare, equal, without_rank_local
+from dream_trainer.callbacks.plain_data import without_rank_local
+from dream_trainer.testing.comparison import equal, with_rank_local_masked
 from dream_trainer.testing.leftovers import (
     Leftovers,
     patches_of,
@@ -34,13 +35,13 @@ Make = Callable[[], Callback[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """The callback that is checked, and where.
+    """The callback to check.
 
     Args:
-        make: Makes a new one each time.
-        folder: Where runs write; the working directory of the checks.
-        trainer_class: Trainer with what the callback requires.
-        changes_training: Whether it may change the trained weights, or draw random numbers.
+        make: Returns a new instance on each call.
+        folder: Working directory of the checks; runs write below it.
+        trainer_class: A trainer that meets the callback's requirements.
+        changes_training: Whether it may change the trained weights or draw random numbers.
     """
 
     make: Make
@@ -52,7 +53,7 @@ class Subject:
     def trainer(
         self, *callbacks: Callback[Any], debug: bool = False, **training: Any
     ) -> TinyTrainer:
-        """A trainer in a run directory of its own, for 2 epochs of 2 steps of 2 batches."""
+        """A trainer with a new run directory, for 2 epochs of 2 steps of 2 batches."""
         root = self.folder / f"run_{next(self._run_numbers)}"  # the same on all ranks
         lengths = {"n_epochs": 2, "gradient_accumulation_steps": 2, "num_sanity_val_steps": 1}
         config = tiny_config(root, callbacks, **{**lengths, **training})
@@ -61,20 +62,20 @@ class Subject:
 
 
 def constructs(subject: Subject) -> None:
-    """A callback is made without doing anything."""
+    """Constructing it has no side effects."""
     numbers, leftovers = random_numbers(), Leftovers()
     first, second = subject.make(), subject.make()
     for callback in (first, second):
         _require(isinstance(callback, Callback), f"make() returned {callback!r}.")
-    _require(first is not second, "make() returned the same one twice.")
+    _require(first is not second, "make() returned the same object twice.")
     _require_none([path.name for path in subject.folder.iterdir()], "It wrote {}.")
     _require_none(leftovers.found(), "It left {}.")
     _require(numbers == random_numbers() or subject.changes_training, "It drew random numbers.")
 
 
 def plans(subject: Subject) -> None:
-    """It can be attached, twice and beside others, and does something."""
-    collection = CallbackCollection([subject.make(), subject.make(), _Neighbour()])
+    """It can be attached, twice and with others, and does something."""
+    collection = CallbackCollection([subject.make(), subject.make(), _NoOp()])
     trainer = subject.trainer(*collection)
     hooks = trainer.callbacks.plan().hooks
     does_something = {name for names in hooks.values() for name in names}
@@ -84,11 +85,11 @@ def plans(subject: Subject) -> None:
 
 
 def trains(subject: Subject) -> None:
-    """A run with it is the run without it, unless it `changes_training`."""
-    plain = subject.trainer(_Neighbour())
+    """A run with it equals a run without it, unless it `changes_training`."""
+    plain = subject.trainer(_NoOp())
     plain.fit()
     numbers = random_numbers()
-    trainer = subject.trainer(_Neighbour(), subject.make(), _Neighbour())
+    trainer = subject.trainer(_NoOp(), subject.make(), _NoOp())
     trainer.fit()
     _require(trainer.global_step == plain.global_step, f"It ended at step {trainer.global_step}.")
     if not subject.changes_training:
@@ -98,7 +99,7 @@ def trains(subject: Subject) -> None:
 
 
 def trains_twice(subject: Subject) -> None:
-    """fit() can be called again, and the callback be used in a second trainer."""
+    """fit() can be called again, and the callback can be used in a second trainer."""
     callback = subject.make()
     trainer = subject.trainer(callback)
     trainer.fit()
@@ -111,27 +112,27 @@ def trains_twice(subject: Subject) -> None:
 
 
 def state_round_trip(subject: Subject) -> None:
-    """Its state is plain data, can be taken at any time, and is the same after loading."""
+    """Its state is plain data, can be saved at any time, and is the same after loading."""
     trainer = subject.trainer(subject.make())
     trainer.setup()
     trainer.callbacks.state_dict()
     trainer.fit()
     state = trainer.callbacks.state_dict()
-    _require(equal(state, trainer.callbacks.state_dict()), "Taking the state changed it.")
+    _require(equal(state, trainer.callbacks.state_dict()), "Saving the state changed it.")
     file = io.BytesIO()
-    torch.save(bare(state), file)
+    torch.save(without_rank_local(state), file)
     file.seek(0)
     loaded = torch.load(file, weights_only=True)
     other = subject.trainer(subject.make())
     other.setup()
     other.callbacks.load_state_dict(copy.deepcopy(loaded), strict=True)
-    found = bare(other.callbacks.state_dict())
+    found = without_rank_local(other.callbacks.state_dict())
     _require(equal(found, loaded), f"Saved was {loaded}, and after loading it is {found}.")
     other.fit()
 
 
 def copies(subject: Subject) -> None:
-    """It can be deep-copied before and after training; a copy is attached to nobody."""
+    """It can be deep-copied before and after training; a copy isn't attached to a trainer."""
     collection = CallbackCollection({"mine": subject.make()})
     before = copy.deepcopy(collection)
     subject.trainer(*collection).fit()
@@ -142,18 +143,18 @@ def copies(subject: Subject) -> None:
 
 
 def pickles(subject: Subject) -> None:
-    """If it can be pickled, what comes back trains."""
+    """If it can be pickled, the unpickled callback trains."""
     try:
         data = pickle.dumps(subject.make())
-    except Exception:  # noqa: BLE001  # each class refuses in its own way
+    except Exception:  # noqa: BLE001  # pickling may raise any error
         return
     subject.trainer(pickle.loads(data)).fit()  # noqa: S301  # made above
 
 
 def survives_errors(subject: Subject) -> None:
-    """It cleans up after an error of another callback, in any hook, and doesn't hide it."""
+    """It cleans up after an error of another callback in any hook, and doesn't hide it."""
     with unclosed_resources():
-        subject.trainer(subject.make()).fit()  # what is loaded once for all stays
+        subject.trainer(subject.make()).fit()  # what is loaded once per process stays
     with quick_collections():
         for hook in HOOKS:
             _survives_an_error(subject, hook, "before")
@@ -182,12 +183,12 @@ def _survives_an_error(subject: Subject, hook: str, place: str) -> None:
 
 
 def leaves_nothing_behind(subject: Subject) -> None:
-    """It takes away what it brought: files, threads, signal handlers, hooks, patches."""
+    """It removes everything that it added: files, threads, signal handlers, hooks, patches."""
     plain = subject.trainer()
     plain.fit()
     with quick_collections():
         with unclosed_resources() as unclosed:
-            subject.trainer(subject.make()).fit()  # what is loaded once for all stays
+            subject.trainer(subject.make()).fit()  # what is loaded once per process stays
             leftovers = Leftovers()
             trainer = subject.trainer(subject.make())
             trainer.fit()
@@ -199,7 +200,7 @@ def leaves_nothing_behind(subject: Subject) -> None:
 
 
 def stops(subject: Subject) -> None:
-    """It lets a run be stopped, from any hook of another callback."""
+    """It doesn't prevent a stop, from any hook of another callback."""
     for hook, step in (("pre_fit", 0), ("post_train_step", 1), ("pre_validation_epoch", 2)):
         for place in ("before", "after"):
             callback, neighbour = subject.make(), _Stops(hook)
@@ -214,14 +215,14 @@ def stops(subject: Subject) -> None:
 
 
 def rank_zero_hooks_call_no_collective(subject: Subject) -> None:
-    """What runs on rank 0 alone waits for nobody: debug mode finds no collective in it."""
+    """Hooks that run on rank 0 only call no collective, as debug mode checks."""
     subject.trainer(subject.make(), debug=True).fit()
     with contextlib.suppress(_PlannedError):
         subject.trainer(subject.make(), _Raises("post_train_step"), debug=True).fit()
 
 
 def works_on_two_ranks(subject: Subject) -> None:
-    """On two ranks it trains, trains again, is stopped and fails; ranks agree on its state."""
+    """On two ranks it trains, trains again, is stopped and fails; its states are equal."""
     outcomes = run_on_ranks(_on_rank, 2, subject.make, subject.folder, subject.trainer_class)
     for outcome in outcomes:
         found = f"Steps were {outcome.steps}, and without it {outcome.plain_steps}."
@@ -239,7 +240,7 @@ def works_on_two_ranks(subject: Subject) -> None:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What became of the runs on one rank, with and without the callback."""
+    """Outcome of the runs on one rank, with and without the callback."""
 
     steps: tuple[int, ...]
     plain_steps: tuple[int, ...]
@@ -252,7 +253,7 @@ def _on_rank(make: Make, folder: Path, trainer_class: type[TinyTrainer]) -> _Out
     os.chdir(folder)
 
     def runs(subject: Subject) -> list[TinyTrainer]:
-        trainer = subject.trainer(_Neighbour(), subject.make(), debug=True)
+        trainer = subject.trainer(_NoOp(), subject.make(), debug=True)
         trainer.fit()
         trainer.training_parameters.n_epochs = 3
         trainer.fit()
@@ -261,20 +262,20 @@ def _on_rank(make: Make, folder: Path, trainer_class: type[TinyTrainer]) -> _Out
         return [trainer, stopped]
 
     subject = Subject(make=make, folder=folder / "with", trainer_class=trainer_class)
-    without = Subject(make=_Neighbour, folder=folder / "without", trainer_class=trainer_class)
+    without = Subject(make=_NoOp, folder=folder / "without", trainer_class=trainer_class)
     plain, with_it = runs(without), runs(subject)
-    with contextlib.suppress(_PlannedError):  # last, since it ends the world
+    with contextlib.suppress(_PlannedError):  # last, since it shuts down the world
         subject.trainer(make(), _Raises("post_optimizer_step")).fit()
     return _Outcome(
         steps=tuple(trainer.global_step for trainer in with_it),
         plain_steps=tuple(trainer.global_step for trainer in plain),
         weights=with_it[0].model_state_dict(),
         plain_weights=plain[0].model_state_dict(),
-        state=without_rank_local(with_it[0].callbacks.state_dict()),
+        state=with_rank_local_masked(with_it[0].callbacks.state_dict()),
     )
 
 
-# Saying so: `assert` would be silent under python -O
+# Not `assert`, which does nothing under python -O
 
 
 def _require(condition: bool, otherwise: str) -> None:
@@ -283,19 +284,19 @@ def _require(condition: bool, otherwise: str) -> None:
 
 
 def _require_none(found: Collection[object], otherwise: str) -> None:
-    """Raise with the first of what was found, in the place of {}."""
+    """Raise if anything was found, with the first of it in place of {}."""
     for each in found:
         raise AssertionError(otherwise.format(each))
 
 
-# Neighbours
+# Other callbacks
 
 
 class _PlannedError(Exception): ...
 
 
-class _Neighbour(Callback[Any]):
-    """Does nothing, in hooks that a run always calls."""
+class _NoOp(Callback[Any]):
+    """Does nothing, in hooks that every run calls."""
 
     def pre_fit(self) -> None: ...
 
@@ -306,7 +307,7 @@ class _Raises(Callback[Any]):
     def __init__(self, hook: str) -> None:
         self.hook = hook
         setattr(self, hook, self._raise)
-        if hook == "on_exception":  # needs an error to be told of
+        if hook == "on_exception":  # needs an error first
             self.post_epoch = self._raise  # type: ignore[method-assign]
 
     def _raise(self, *args: Any) -> Any:
@@ -325,7 +326,7 @@ class _Stops(Callback[Any]):
 
 @contextlib.contextmanager
 def _errors_of_clean_up() -> Iterator[list[BaseException]]:
-    """The errors that hooks raise while a failed run is cleaned up: they are only logged."""
+    """The errors of hooks during the clean-up of a failed run, which are only logged."""
     errors: list[BaseException] = []
 
     class Keeps(logging.Handler):

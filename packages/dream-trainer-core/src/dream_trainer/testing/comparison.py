@@ -1,4 +1,4 @@
-"""Comparing states of callbacks and of models."""
+"""Comparison of callback and model states."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dream_trainer.callbacks.plain_data import RankLocal
 
 
 def equal(a: Any, b: Any) -> bool:
-    """Whether two states are the same, bit for bit; NaN is the same as NaN."""
+    """Whether two states are bit-identical; NaN equals NaN."""
     if isinstance(a, RankLocal) and isinstance(b, RankLocal):
         return equal(a.value, b.value)
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
@@ -27,21 +27,12 @@ def equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def bare(state: Any) -> Any:
-    """The state as a checkpoint gives it back."""
-    if isinstance(state, RankLocal):
-        return bare(state.value)
-    if isinstance(state, dict):
-        return {key: bare(value) for key, value in state.items()}
-    return type(state)(map(bare, state)) if isinstance(state, (list, tuple)) else state
-
-
-def without_rank_local(state: Any) -> Any:
-    """The state with a mark in place of what may differ between ranks."""
+def with_rank_local_masked(state: Any) -> Any:
+    """The state with "per rank" in place of each value that may differ between ranks."""
     if isinstance(state, RankLocal):
         return "per rank"
     if isinstance(state, dict):
-        return {key: without_rank_local(value) for key, value in state.items()}
+        return {key: with_rank_local_masked(value) for key, value in state.items()}
     if type(state) in (list, tuple):
-        return type(state)(map(without_rank_local, state))
+        return type(state)(map(with_rank_local_masked, state))
     return state

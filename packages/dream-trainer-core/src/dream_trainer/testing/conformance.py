@@ -1,11 +1,11 @@
-"""What every callback must pass, ours and a stranger's: real runs of a tiny trainer.
+"""Conformance checks for callbacks: real runs of a tiny trainer.
 
-In one line, all checks together::
+All checks in one test::
 
     def test_my_callback_conforms() -> None:
         check_callback(lambda: MyCallback(every=Every(steps=2)))
 
-or each for itself, under pytest::
+or one test per check::
 
     @pytest.mark.parametrize("check", CHECKS, ids=str)
     def test_my_callback(check: Check, tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ from dream_trainer.testing.trainers import TinyTrainer
 
 @dataclass(frozen=True)
 class Check:
-    """One rule, and how to find out whether a callback keeps it."""
+    """A rule for callbacks, and its check."""
 
     body: Callable[[Subject], None]
 
@@ -40,7 +40,7 @@ class Check:
 
     @property
     def rule(self) -> str:
-        """What a callback must do."""
+        """The rule in words."""
         return self.body.__doc__ or ""
 
     def __call__(
@@ -54,10 +54,10 @@ class Check:
         """Check a callback.
 
         Args:
-            make: Makes a new one each time; may be a class or a lambda.
-            folder: Where runs may write.
-            trainer_class: Trainer with what the callback requires.
-            changes_training: Whether it may change the trained weights, or draw random numbers.
+            make: Returns a new instance on each call; may be a class or a lambda.
+            folder: Runs write below it.
+            trainer_class: A trainer that meets the callback's requirements.
+            changes_training: Whether it may change the trained weights or draw random numbers.
 
         Raises:
             AssertionError: If it breaks the rule; an error of the callback itself is the cause.
@@ -90,7 +90,7 @@ CHECKS: tuple[Check, ...] = (
     Check(checks.rank_zero_hooks_call_no_collective),
     Check(checks.works_on_two_ranks),
 )
-"""All checks, in the order in which to read them."""
+"""All checks, in reading order."""
 
 
 def check_callback(
@@ -100,17 +100,17 @@ def check_callback(
     changes_training: bool = False,
     skip: Collection[str] = (),
 ) -> None:
-    """Put a callback through all checks; takes a few seconds.
+    """Run all checks on a callback; takes a few seconds.
 
     Args:
-        make: Makes a new one each time; may be a class or a lambda.
-        trainer_class: Trainer with what the callback requires.
-        changes_training: Whether it may change the trained weights, or draw random numbers.
+        make: Returns a new instance on each call; may be a class or a lambda.
+        trainer_class: A trainer that meets the callback's requirements.
+        changes_training: Whether it may change the trained weights or draw random numbers.
         skip: Names of checks to leave out.
 
     Raises:
-        AssertionError: If it breaks a rule; it lists all that are broken.
-        ValueError: If there is no check of a name in `skip`.
+        AssertionError: If it breaks a rule; it lists all broken rules.
+        ValueError: If a name in `skip` is no check.
     """
     unknown = sorted(set(skip) - set(map(str, CHECKS)))
     if unknown:

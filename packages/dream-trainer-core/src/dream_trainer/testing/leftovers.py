@@ -1,4 +1,4 @@
-"""What a run leaves behind in its process: open files, threads, signal handlers, patches, …"""
+"""Leftovers of a run in its process: open files, threads, signal handlers, patches, …"""
 
 from __future__ import annotations
 
@@ -21,29 +21,22 @@ import torch
 from torch import nn
 
 from dream_trainer.trainer.base import BaseTrainer
+from dream_trainer.world.torch_private import MODULE_HOOKS
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-_HOOKS_OF_MODULES = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_load_state_dict_pre_hooks",
-)
 
 
 class Leftovers:
-    """Says what has come to this process since it was made, and not gone again."""
+    """Finds what was added to this process since it was constructed."""
 
     def __init__(self) -> None:
         self._before = _things()
 
     def found(self, *, wait_s: float = 3.0) -> list[str]:
-        """Descriptions of what is there now and wasn't then, or was changed.
+        """Descriptions of what was added or changed.
 
         Args:
-            wait_s: How long threads may take to end.
+            wait_s: Seconds that threads may take to end.
         """
         deadline = time.monotonic() + wait_s
         while found := _more(self._before, _things()):
@@ -55,7 +48,7 @@ class Leftovers:
 
 
 def patches_of(trainer: BaseTrainer) -> Counter[str]:
-    """What was put onto a trainer and its models: methods replaced, hooks registered."""
+    """Patches of a trainer and its models: replaced methods, registered hooks."""
     found = Counter(
         f"trainer.{name}, which was replaced"
         for name in vars(trainer)
@@ -64,7 +57,7 @@ def patches_of(trainer: BaseTrainer) -> Counter[str]:
     for model_name, model in trainer.named_models().items():
         for name, module in model.named_modules():
             where = f"{model_name}.{name}" if name else model_name
-            for kind in _HOOKS_OF_MODULES:
+            for kind in MODULE_HOOKS:
                 found[f"a hook in {where}.{kind}"] += len(vars(module).get(kind, ()))
             if not isinstance(vars(module).get("forward"), (type(None), nn.Module)):
                 found[f"{where}.forward, which was replaced"] += 1
@@ -73,7 +66,7 @@ def patches_of(trainer: BaseTrainer) -> Counter[str]:
 
 @contextlib.contextmanager
 def unclosed_resources() -> Iterator[list[str]]:
-    """Names of the files and sockets that are freed inside without having been closed."""
+    """Names of the files and sockets that are freed inside without being closed."""
     found: list[str] = []
     before = sys.unraisablehook
 
@@ -95,7 +88,7 @@ def unclosed_resources() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def quick_collections() -> Iterator[None]:
-    """Inside, gc.collect() looks only at what was made inside; torch alone is a million objects."""
+    """Inside, gc.collect() skips objects from before; torch alone has a million."""
     gc.collect()
     gc.freeze()
     try:
@@ -105,7 +98,7 @@ def quick_collections() -> Iterator[None]:
 
 
 def random_numbers() -> tuple[Any, ...]:
-    """State of the random number generators, to compare."""
+    """State of the random number generators, for comparison."""
     return random.getstate(), torch.get_rng_state().tolist()
 
 
@@ -129,7 +122,7 @@ def _things() -> Counter[tuple[str, str]]:
 def _open_files() -> Iterator[str]:
     folder = Path("/proc/self/fd")
     for descriptor in folder.iterdir() if folder.exists() else ():
-        with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of the listing itself
             target = str(descriptor.readlink())
             is_numbered = target.startswith(("socket:", "pipe:"))
             yield target.partition(":")[0] if is_numbered else target

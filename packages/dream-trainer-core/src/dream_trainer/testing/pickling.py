@@ -1,7 +1,7 @@
-"""Pickles for a process that can't import the test module by its name, or find a local function.
+"""Pickles of functions and classes in test modules, and of local functions.
 
-pytest gives test modules names that nobody can import. So a function or class goes with its
-file, and a function that is defined inside another, such as a lambda, goes as its code.
+pytest gives test modules names that can't be imported. So a function or class is pickled with the
+path of its file, and a local function, such as a lambda, by its code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _Reference = tuple[str, str | None]
 
 
 def dumps(value: Any) -> bytes:
-    """Pickle a value, functions and classes of test modules included.
+    """Pickle a value, including functions and classes of test modules.
 
     Raises:
         ValueError: If a class in it is defined inside a function.
@@ -31,8 +31,8 @@ def dumps(value: Any) -> bytes:
 
 
 def loads(data: bytes) -> Any:
-    """What `dumps` was given, in another process on the same machine."""
-    return pickle.loads(data)  # noqa: S301  # made by the process that started this one
+    """Unpickle the result of `dumps`, in another process on the same machine."""
+    return pickle.loads(data)  # noqa: S301  # from the process that started this one
 
 
 class _Pickler(pickle.Pickler):
@@ -56,7 +56,7 @@ class _Pickler(pickle.Pickler):
 
 
 def _reference(module: str) -> _Reference:
-    # The start of a process runs the main module again, under this name.
+    # A started process imports the main module under this name.
     name = "__mp_main__" if module == "__main__" else module
     return name, getattr(sys.modules.get(module), "__file__", None)
 

@@ -1,4 +1,4 @@
-"""Ranks inside a test: a function on N gloo processes, with a time limit."""
+"""Ranks in a test: runs a function on N gloo processes, with a timeout."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RankError(AssertionError):
     """A rank raised, died or took too long.
 
     Attributes:
-        tracebacks: Text of each rank's error, by rank; none for ranks that succeeded.
+        tracebacks: Tracebacks of failed ranks, by rank.
     """
 
     def __init__(self, message: str, tracebacks: dict[int, str]) -> None:
@@ -48,25 +48,24 @@ class RankError(AssertionError):
 def run_on_ranks(
     function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 60.0
 ) -> list[Any]:
-    """Call a function on several ranks, as torchrun would, and return what each returned.
+    """Call a function on several ranks, as torchrun would, and return all results.
 
-    The processes are forked from a server that has imported torch already: four ranks are at
-    work in well under a second. The environment is the one that torchrun sets, so a trainer
-    inside finds its rank by itself; each rank uses one thread. Each imports the script that is run:
-    there, call it under `if __name__ == "__main__":`.
+    The processes are forked from a server that has imported torch: four ranks start in well under
+    a second. The environment is that of torchrun, so a trainer finds its rank; each rank uses one
+    thread. Each rank imports the main script: call this there under `if __name__ == "__main__":`.
 
     Args:
         function: Called as `function(*args)`; may be a lambda.
-        num_ranks: How many processes.
-        *args: Picklable; classes among them are defined at the top of a module.
+        num_ranks: Number of processes.
+        *args: Picklable; classes among them must be defined at the top of a module.
         timeout_s: Seconds until all ranks are killed.
 
     Returns:
-        What each rank returned, by rank; must be picklable.
+        The results, by rank; must be picklable.
 
     Raises:
-        RankError: If a rank raised, died or took too long, with all tracebacks: for one that was
-            cut off, where it was.
+        RankError: If a rank raised, died or took too long, with all tracebacks, including those of
+            killed ranks.
     """
     with tempfile.TemporaryDirectory() as stacks:
         return _run(dumps((function, args)), num_ranks, timeout_s, Path(stacks))
@@ -76,7 +75,7 @@ def _run(work: bytes, num_ranks: int, timeout_s: float, stacks: Path) -> list[An
     context = multiprocessing.get_context("forkserver")
     preloaded = [*_PRELOADED, *(name for name in ("pytest", "numpy") if name in sys.modules)]
     context.set_forkserver_preload(preloaded)
-    # As with torchrun, the store lives in the parent: a rank may end before the others do.
+    # As with torchrun, the parent hosts the store: a rank may exit before the others.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     deadline = time.monotonic() + timeout_s
     processes = []
@@ -99,25 +98,25 @@ def _run(work: bytes, num_ranks: int, timeout_s: float, stacks: Path) -> list[An
                 rank = connections.pop(connection)
                 outcomes[rank] = _received(connection, processes[rank], stacks / str(rank))
             if any(not succeeded for succeeded, _ in outcomes.values()):
-                # The others may wait for the one that failed: a moment to say so themselves.
+                # The others may wait for the failed one: leave them time to report it.
                 deadline = min(deadline, time.monotonic() + 5.0)
     finally:
         for rank in connections.values():
             pid = processes[rank].pid
             assert pid is not None, "it was started"
-            with contextlib.suppress(ProcessLookupError):  # it may just have ended
-                os.kill(pid, signal.SIGABRT)  # it writes down where it is, and ends
+            with contextlib.suppress(ProcessLookupError):  # it may have just exited
+                os.kill(pid, signal.SIGABRT)  # it writes its traceback, and exits
         for process in processes:
             process.join(timeout=1.0 if connections else 10.0)
             process.kill()
             process.join()
-        # It has threads. Held by the frames of an error until the garbage collector comes, it
-        # would abort each process forked meanwhile, such as a loader's worker, when that collects.
+        # It has threads. If frames of an error kept it alive, it would abort each process forked
+        # until then, such as a loader's worker, when garbage is collected there.
         del store
     tracebacks = {rank: text for rank, (succeeded, text) in outcomes.items() if not succeeded}
     for rank in sorted(connections.values()):
         tracebacks[rank] = (
-            f"rank {rank} had not returned after {timeout_s:g} s, or was cut off, here:\n"
+            f"rank {rank} had not returned after {timeout_s:g} s, or was killed, here:\n"
             + _written(stacks / str(rank))
         )
     if tracebacks:
@@ -127,7 +126,7 @@ def _run(work: bytes, num_ranks: int, timeout_s: float, stacks: Path) -> list[An
 
 
 def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
-    """The variables that torchrun sets for a rank on one host, which keeps the ranks' store."""
+    """The environment variables that torchrun sets for a rank on one host."""
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -143,10 +142,10 @@ def rank_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
 def _run_rank(
     sender: Connection, work: bytes, rank: int, num_ranks: int, port: int, stack: Path
 ) -> None:
-    """Body of a rank's process: make the call in `work` and send what became of it."""
+    """Body of a rank's process: make the call in `work` and send its outcome."""
     import torch
 
-    # A loader's workers start as they do in a script, not from yet another server.
+    # A loader's workers start as in a script, not from another server.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     faulthandler.enable(stack.open("w"))  # for SIGABRT, and for crashes
@@ -154,7 +153,7 @@ def _run_rank(
     os.environ.update(rank_environment(rank, num_ranks, port))
     try:
         function, args = loads(work)
-        # By value: multiprocessing would share tensors with a process that is about to end.
+        # By value: multiprocessing would share tensors with a process that is exiting.
         outcome = pickle.dumps((True, function(*args)))
     except BaseException:  # noqa: BLE001  # the parent raises it
         outcome = pickle.dumps((False, traceback.format_exc()))
@@ -165,7 +164,7 @@ def _run_rank(
 
 def _received(receiver: Any, process: Any, stack: Path) -> tuple[bool, Any]:
     try:
-        outcome: tuple[bool, Any] = pickle.loads(receiver.recv_bytes())  # noqa: S301  # our child's
+        outcome: tuple[bool, Any] = pickle.loads(receiver.recv_bytes())  # noqa: S301  # from our child
     except EOFError:
         process.join(timeout=5.0)
         died = f"the process died with exit code {process.exitcode}"
@@ -179,4 +178,4 @@ def _received(receiver: Any, process: Any, stack: Path) -> tuple[bool, Any]:
 
 
 def _written(stack: Path) -> str:
-    return stack.read_text() if stack.exists() else ""  # it may have ended before it could write
+    return stack.read_text() if stack.exists() else ""  # it may have exited before writing

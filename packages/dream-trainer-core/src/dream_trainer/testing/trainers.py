@@ -1,4 +1,4 @@
-"""TinyTrainer: a real trainer that trains a real model in milliseconds, on any layout."""
+"""TinyTrainer: a real trainer with a tiny model, for any layout."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class TinyConfig(DreamTrainerConfig):
     """Sizes of the tiny task: regression on `num_samples` vectors.
 
     Args:
-        num_samples: In the training set; a quarter of it more is for validation.
-        batch_size: Over all data-parallel ranks.
-        width: Of the model's hidden layers.
-        num_blocks: Hidden layers, each a block in a ModuleList.
-        learning_rate: Of AdamW.
+        num_samples: Size of the training set; the validation set has a quarter of it.
+        batch_size: Global batch size, over all data-parallel ranks.
+        width: Size of the hidden layers.
+        num_blocks: Number of hidden layers, each a block in a ModuleList.
+        learning_rate: Learning rate of AdamW.
     """
 
     num_samples: int = 32
@@ -48,10 +48,10 @@ def tiny_config(
     """A config for TinyTrainer on the CPU.
 
     Args:
-        root_dir: Where the run may write; pytest's `tmp_path`, for example.
-        callbacks: In their order.
-        device: Layout. Default: DDP over the ranks that there are.
-        **training: Fields of TrainingParameters; one epoch if none is given.
+        root_dir: Parent of run directories, such as pytest's `tmp_path`.
+        callbacks: The callbacks, in order.
+        device: Layout. Default: DDP over all ranks.
+        **training: Fields of TrainingParameters; by default one epoch.
     """
     return TinyConfig(
         root_dir=root_dir,
@@ -66,7 +66,7 @@ def tiny_config(
 
 
 class TinyModel(nn.Module):
-    """A perceptron of residual blocks: `(batch, 4)` to `(batch, 1)`."""
+    """A residual MLP: `(batch, 4)` to `(batch, 1)`."""
 
     def __init__(self, width: int, num_blocks: int) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class TinyModel(nn.Module):
 
 
 class TinyTrainer(DreamTrainer):
-    """Trains TinyModel on made-up data; the same global batches in every layout."""
+    """Trains TinyModel on synthetic data; the same global batches in every layout."""
 
     config: TinyConfig
     model: TinyModel

@@ -1,4 +1,4 @@
-"""Trainers: abstract (what callbacks see), base (the loop), dream (loop, set-up, metrics, logs)."""
+"""Trainers: abstract (for callbacks), base (the loop), dream (loop, setup, metrics, logging)."""
 
 from dream_trainer.interface.trainer import AbstractTrainer, AbstractTrainerConfig
 from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig

@@ -1,4 +1,4 @@
-"""BaseTrainer: puts loop, optimization and state together, and leaves the algorithm to the user."""
+"""BaseTrainer: the training loop around the user's `training_step`."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class BaseTrainerConfig(AbstractTrainerConfig):
-    """How long to train, and with which callbacks.
+    """Length of training, and callbacks.
 
     Args:
         training_parameters: Length and cadence.
         callbacks: The callbacks, in the order in which they run.
 
     Raises:
-        TypeError: If a field is of another kind, such as callbacks in a plain list.
+        TypeError: If a field has the wrong type, such as callbacks in a plain list.
     """
 
     training_parameters: TrainingParameters = field(default_factory=TrainingParameters)
@@ -59,19 +59,19 @@ class BaseTrainerConfig(AbstractTrainerConfig):
 class BaseTrainer(AbstractTrainer):
     """The loop, around a `training_step` that stays plain PyTorch.
 
-    Put together with SetupMixin, as in DreamTrainer, or with set-up of your own.
+    Combine it with SetupMixin, as DreamTrainer does, or with your own setup.
 
     Args:
-        config: Of the kind that the class declares.
-        world: In place of the ranks that torchrun started, such as a SimulatedWorld. Trainers may
-            share a world if their configs have the same `device_parameters`; an error in one
+        config: An instance of the config class that the trainer declares.
+        world: Used instead of the ranks that torchrun started, such as a SimulatedWorld. Trainers
+            may share a world if their configs have the same `device_parameters`; an error in one
             of them shuts it down for all.
 
     Raises:
         TypeError: If the trainer lacks what a callback requires; where the class is defined, if it
             has an optional method under a misspelt name.
-        ValueError: If numbers of the config contradict each other or the ranks that were
-            started. All of this comes before anything is launched or written.
+        ValueError: If numbers of the config contradict each other or the number of ranks. All
+            errors are raised before anything is launched or written.
     """
 
     config: BaseTrainerConfig
@@ -120,18 +120,18 @@ class BaseTrainer(AbstractTrainer):
         """Forward, `self.backward(loss)`, and `self.step(optimizer)` with the last batch of a step.
 
         Args:
-            batch: What the loader gave, on this rank's device.
-            batch_idx: Its number in the epoch, from 0.
+            batch: From the loader, on this rank's device.
+            batch_idx: Index in the epoch, from 0.
 
         Returns:
-            What to report, such as `{"loss": loss}`, or the loss.
+            Values to report, such as `{"loss": loss}`, or the loss.
         """
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any] | Tensor | None:
         """Evaluate a batch, without gradients and in eval mode. Optional.
 
         Returns:
-            What to report, such as `{"val_loss": loss}`; None if only metrics are updated.
+            Values to report, such as `{"val_loss": loss}`; None if only metrics are updated.
         """
         raise NotImplementedError(
             f"there is a validation loader, and {type(self).__name__} has no validation_step; "
@@ -141,7 +141,7 @@ class BaseTrainer(AbstractTrainer):
     # What training_step calls
 
     def backward(self, loss: Tensor) -> None:
-        """`loss.backward()`, scaled so that the gradients of a step's batches add up to their mean.
+        """`loss.backward()`, scaled so that the gradients of a step's batches sum to their mean.
 
         Args:
             loss: Scalar `()`.
@@ -154,8 +154,8 @@ class BaseTrainer(AbstractTrainer):
     def step(self, optimizer: Optimizer) -> Tensor:
         """Clip, step, zero the gradients, step the schedulers. No host synchronization.
 
-        Only with the last batch of a step: `if not self.is_accumulating_gradients`. Collective
-        where parameters are sharded.
+        Call it only on the last batch of a step: `if not self.is_accumulating_gradients`.
+        Collective where parameters are sharded.
 
         Returns:
             Norm of the gradients before clipping, scalar `()`, equal on all ranks.
@@ -170,7 +170,7 @@ class BaseTrainer(AbstractTrainer):
 
     def configure(self) -> None:
         if not self._is_configured:
-            self.callbacks.initialize(self)  # another trainer may have had them since
+            self.callbacks.initialize(self)  # another trainer may have attached them since
             loop.configure(self)
             self._is_configured = True
 
@@ -182,9 +182,9 @@ class BaseTrainer(AbstractTrainer):
             self._is_set_up = True
 
     def fit(self) -> None:
-        """Train; does first what of `configure` and `setup` hasn't been done.
+        """Train; calls `configure` and `setup` first if they haven't run.
 
-        Called again, it goes on where it stopped: raise `n_epochs` or `max_steps` first.
+        Called again, it continues where it stopped: raise `n_epochs` or `max_steps` first.
 
         Raises:
             RuntimeError: If it is running already, or the world is simulated.
@@ -227,15 +227,15 @@ class BaseTrainer(AbstractTrainer):
     # What the loop calls
 
     def move_batch(self, batch: Any) -> Any:
-        """The batch with its tensors on this rank's device. Override it for types of your own."""
+        """The batch with its tensors on this rank's device. Override it for custom batch types."""
         return _moved(batch, self.world.device)
 
     def finish_setup(self) -> None:
-        """Tie the parts together once all of them exist."""
+        """Create what needs models, optimizers and loaders to exist."""
         never_validates = self.training_parameters.val_every_n_steps == 0
         written = getattr(self.validation_step, "__func__", None)
         if self.validates and not never_validates and written is BaseTrainer.validation_step:
-            self.validation_step(None, 0)  # raises, and not after a whole epoch of training
+            self.validation_step(None, 0)  # raises now instead of after an epoch of training
         self.optimization = Optimization(
             self.named_models(),
             {optimizer: self.model_of(optimizer) for optimizer in self.named_optimizers().values()},
@@ -249,32 +249,32 @@ class BaseTrainer(AbstractTrainer):
                 torch.autocast, self.world.device.type, dtype=dtype
             )
         if self.world.is_distributed and self.seed is not None:
-            self.world.seed_parts(self.seed)  # dropout differs with the data
+            self.world.seed_parts(self.seed)  # dropout differs between parts of the data
 
     @property
     def validates(self) -> bool:
-        """Whether there is anything to validate on."""
+        """Whether there are validation batches."""
         return self.val_dataloader is not None and self.training_parameters.val_steps_per_epoch != 0
 
     def start_clock(self) -> None:
-        """Count `max_time` from now on."""
+        """Start the clock of `max_time`."""
         max_time_s = self.training_parameters.max_time
         self._deadline_s = None if max_time_s is None else time.monotonic() + max_time_s
 
     def receive_requests(self) -> None:
-        """Before the hooks at the end of a step or an evaluated batch: learn what was agreed."""
+        """Read agreed requests, before the hooks at the end of a step or an evaluated batch."""
         if self.requests.receive():
             self._note_stop()
 
     def send_requests(self, tick: Tick) -> None:
-        """After these hooks: tell the other ranks what this one asks for. Doesn't wait."""
+        """Send this rank's requests to the others, after these hooks. Doesn't block."""
         if self._deadline_s is not None and time.monotonic() > self._deadline_s:
             self._deadline_s = None
             self.stop(f"max_time={self.training_parameters.max_time} s has passed")
         self.requests.send(tick)
 
     def exchange_requests(self) -> None:
-        """Tell and learn at once, where the ranks meet anyway. Collective, blocking."""
+        """Send and read requests at once. Collective, blocking: where ranks synchronize anyway."""
         self.requests.exchange()
         self._note_stop()
 

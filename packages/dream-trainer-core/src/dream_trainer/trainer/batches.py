@@ -1,4 +1,4 @@
-"""BatchStream: the batches of a loader, epoch after epoch, with a position that can be saved."""
+"""BatchStream: iterates over a loader for many epochs, with a position that can be saved."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from dream_trainer.trainer.loader_watch import LoaderWatch
 from dream_trainer.world.determinism import random_state, random_state_kept, set_random_state
+from dream_trainer.world.torch_private import has_running_workers
 from dream_trainer.world.worker_signals import protected_workers
 from dream_trainer.world.world import World
 
@@ -23,21 +24,19 @@ class StatefulLoader(Protocol):
 
 
 class BatchStream:
-    """Iterates over a loader for as many epochs as are asked for.
+    """Iterates over a loader for any number of epochs.
 
-    A loader with a length begins anew with each epoch. One without goes on where the last epoch
-    left it, since its first batches would be repeated for ever otherwise, and begins anew when it
-    ends.
+    A loader with a length restarts with each epoch. One without continues where the last epoch
+    ended, since otherwise only its first batches would be used, and restarts when it ends.
 
-    Resuming gives the next batch that would have come: a loader that keeps its own position is
-    set to it; any other is begun as it was, with the random state of that moment, and the batches
-    that were already consumed are read again and dropped.
+    Resuming continues with the next batch: a loader with its own position loads it; any other is
+    restarted with the random state of its start, and the consumed batches are read again and
+    dropped.
 
     Args:
-        loader: Any iterable. If its sampler, batch sampler or data set has `set_epoch`, that is
-            called.
+        loader: Any iterable. `set_epoch` of it, its sampler, batch sampler or data set is called.
         name: Used in errors.
-        watch: Told what is waited for.
+        watch: Warns of long waits.
     """
 
     def __init__(self, loader: Iterable[Any], name: str, watch: LoaderWatch | None = None) -> None:
@@ -60,8 +59,8 @@ class BatchStream:
     def resume_epoch(self, epoch: int, num_done: int) -> None:
         """Make the next batch the one after the first `num_done` of an epoch.
 
-        Goes on with the loader's position if there is one; otherwise begins the epoch anew and
-        drops what was done.
+        Uses the loader's position if there is one; otherwise restarts the epoch and drops the
+        batches already done.
         """
         if self._paused is not None:
             self.load_state_dict(self._paused)
@@ -91,15 +90,15 @@ class BatchStream:
         return batch
 
     def finish_epoch(self) -> None:
-        """Let go of a loader's workers where the next epoch begins anew."""
+        """Release the loader's workers if the next epoch restarts the loader."""
         if length_of(self.loader) is not None:
             self._iterator = None
 
     def pause(self) -> None:
-        """Let go of a loader's workers in mid-epoch; `resume_epoch` goes on all the same.
+        """Release the loader's workers mid-epoch; `resume_epoch` continues from here.
 
-        Worker processes would otherwise live until the garbage collector finds the trainer, and
-        then take seconds to end.
+        Otherwise worker processes would live until the trainer is garbage collected, and then take
+        seconds to exit.
         """
         if self._iterator is not None and getattr(self.loader, "num_workers", 0) > 0:
             self._paused = self.state_dict()
@@ -117,7 +116,7 @@ class BatchStream:
         return {**position, "random_state": self._random_state_at_start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a position: the next batch is the one after it."""
+        """Continue from a position, with the batch after it."""
         self._iterator = self._paused = None
         if not state_dict:
             return
@@ -139,7 +138,7 @@ class BatchStream:
         self._paused = None
         self._set_epoch(epoch)
         self._random_state_at_start = random_state()
-        self._iterator = begin(self.loader)
+        self._iterator = start_iterator(self.loader)
         self._position = 0
 
     def _set_epoch(self, epoch: int) -> None:
@@ -160,20 +159,19 @@ class BatchStream:
         except StopIteration:
             raise RuntimeError(
                 f"the {self.name} loader ended after {ended_after} batches and gives none when it "
-                "is begun again; return an iterable that can be iterated again, or train for "
+                "is restarted; return an iterable that can be iterated repeatedly, or train for "
                 "fewer steps"
             ) from None
 
 
-def begin(loader: Iterable[Any]) -> Iterator[Any]:
-    """An iterator over a loader, which takes the same random numbers the first time as later.
+def start_iterator(loader: Iterable[Any]) -> Iterator[Any]:
+    """An iterator over a loader, which draws the same random numbers the first time as later.
 
-    Workers that stay (`persistent_workers`) are seeded when they are made: the random number that
-    this takes would be missing in every later epoch, and a resumed run couldn't give the same.
+    With `persistent_workers` the first one draws another random number, the workers' seed, so a
+    resumed run would differ from one that wasn't interrupted.
     """
     with protected_workers(loader):
-        starts_workers = getattr(loader, "_iterator", None) is None
-        if getattr(loader, "persistent_workers", False) and starts_workers:
+        if getattr(loader, "persistent_workers", False) and not has_running_workers(loader):
             with random_state_kept():
                 iter(loader)
         return iter(loader)
@@ -184,23 +182,23 @@ def batches_together(
 ) -> Iterator[Any]:
     """The batches of a loader, the same number on all ranks. Collective if it has no length.
 
-    A loader with a length has been compared with those of the other ranks before. One without ends
-    where that of some rank ends, which ranks ask each other about before each batch.
+    Lengths have been compared over ranks before. A loader without length ends where the first
+    rank's ends; ranks exchange that before each batch.
 
     Args:
         loader: Any iterable.
-        limit: At most so many.
-        world: Whose ranks iterate.
+        limit: Largest number of batches; None for no limit.
+        world: The ranks that iterate together.
         name: Used in errors.
-        watch: Told what is waited for.
+        watch: Warns of long waits.
 
     Raises:
-        RuntimeError: If the loader has a length and ends before.
+        RuntimeError: If the loader ends before its length.
     """
     length = length_of(loader)
     end = min((n for n in (limit, length) if n is not None), default=None)
     asks = length is None and world.is_distributed
-    iterator = begin(loader)
+    iterator = start_iterator(loader)
     position = 0
     while end is None or position < end:
         watch.waits_for = (name, position)
@@ -230,12 +228,12 @@ def _explain(
     position: int,
     epoch: int | None = None,
 ) -> None:
-    """Note where a loader's error was raised; raise what killed its worker, if that caused it."""
+    """Add a note to a loader's error; raise the death of its worker instead, if that caused it."""
     num_workers = getattr(loader, "num_workers", None) or 0
     cause = _what_killed_a_worker(error) if num_workers > 0 else error
     of_epoch = "" if epoch is None else f" of epoch {epoch}"
     note = f"raised in the {name} loader, at batch {position}{of_epoch}"
-    if str(cause).startswith(_WORKER_DIED):  # it died, and can't say of what
+    if str(cause).startswith(_WORKER_DIED):  # it died, so the error has no traceback of it
         num_ahead = num_workers * getattr(loader, "prefetch_factor", 0)
         last = min(position + num_ahead, length_of(loader) or sys.maxsize) - 1
         note += f"; its workers were making the batches up to {last}"
@@ -245,10 +243,10 @@ def _explain(
 
 
 def _what_killed_a_worker(error: BaseException) -> BaseException:
-    """The cause of an error that a worker left behind which died while it handed a batch over.
+    """The death of a worker that caused a connection error, or the error itself.
 
-    A broken connection is seen first. What killed the worker is raised by torch when SIGCHLD
-    comes, a moment later, in whatever the main thread is doing then: so it waits for that here.
+    If a worker dies while it sends a batch, the connection breaks first. torch raises the cause
+    from its SIGCHLD handler a moment later, wherever the main thread is: so wait for it here.
     """
     if isinstance(error, (ConnectionError, EOFError)):
         try:
@@ -263,7 +261,7 @@ def _what_killed_a_worker(error: BaseException) -> BaseException:
 
 def _ended_early(name: str, length: int, position: int) -> str:
     return (
-        f"the {name} loader says that it has {length} batches and ended after {position}; its "
+        f"the {name} loader has length {length} and ended after {position} batches; its "
         "__len__ and its __iter__ must agree"
     )
 
@@ -272,7 +270,7 @@ _EPOCH_OWNERS = ("sampler", "batch_sampler", "dataset")
 
 
 def length_of(loader: Iterable[Any]) -> int | None:
-    """Number of batches, or None for a loader that can't tell."""
+    """Number of batches; None for a loader without length."""
     if not isinstance(loader, Sized):
         return None
     try:

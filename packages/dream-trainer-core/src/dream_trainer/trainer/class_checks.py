@@ -1,4 +1,4 @@
-"""What a trainer class promises, checked where it is written: its methods will be called."""
+"""Checks of a trainer class when it is defined: no method with a wrong name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 
 from dream_trainer.callbacks.callback import HOOKS
 
-# A method that isn't optional is missed when it is needed; one of these has a default instead.
+# A misspelt required method fails when it is called; these would silently keep their default.
 OPTIONAL = (
     "validation_step",
     "init_weights",
@@ -25,12 +25,12 @@ OPTIONAL = (
 
 
 def check_definition(cls: type) -> None:
-    """Refuse a trainer with a method that nobody would call.
+    """Refuse a trainer with a method that would never be called.
 
-    It has the name of a callback's hook, or almost that of a method left at its default.
+    Such a method has the name of a callback's hook, or nearly that of an optional method.
 
     Args:
-        cls: A new class of trainers.
+        cls: A new trainer class.
 
     Raises:
         TypeError: If the method would never be called.
@@ -56,6 +56,6 @@ def _is_inherited(cls: type, name: str) -> bool:
 
 
 def _is_default(cls: type, name: str) -> bool:
-    """Whether a method is there, and nobody but this package has written it."""
+    """Whether a method exists and is defined by this package."""
     owner = next((base for base in cls.__mro__ if name in vars(base)), None)
     return owner is not None and owner.__module__.startswith("dream_trainer.trainer.")

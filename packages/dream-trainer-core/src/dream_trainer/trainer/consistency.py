@@ -1,4 +1,4 @@
-"""What ranks must have in common, compared before a difference could make one wait for another."""
+"""Checks that ranks have the same config and models, before a difference could deadlock them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def agree_on_plan(trainer: BaseTrainer) -> None:
-    """Compare what the ranks were started with: config, callbacks, versions. Collective.
+    """Compare config, callbacks and versions over ranks. Collective.
 
-    Of the config, what the packages here define: fields of the user's own may depend on the rank.
-    A RankZeroCallback may be there on rank 0 alone.
+    Compares the fields defined by this package; a user's own fields may depend on the rank. A
+    RankZeroCallback may exist on rank 0 only.
 
     Raises:
-        ValueError: On all ranks, if some differ; it shows who said what.
+        ValueError: On all ranks, if some differ; it shows the values by rank.
     """
     config = trainer.config
     plan: dict[str, Any] = {
@@ -48,7 +48,7 @@ def agree_on_models(trainer: BaseTrainer) -> None:
     """Compare names, shapes and dtypes of all parameters, before they are sharded. Collective.
 
     Raises:
-        ValueError: On all ranks, if some differ; it shows who said what.
+        ValueError: On all ranks, if some differ; it shows the values by rank.
     """
     if not trainer.world.is_distributed:
         return

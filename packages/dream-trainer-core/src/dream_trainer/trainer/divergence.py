@@ -1,4 +1,4 @@
-"""Divergence: weights that are no longer finite end a run, at the first look that costs nothing."""
+"""Divergence: ends a run whose weights are no longer finite."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ logger = logging.getLogger(__name__)
 def refuse_divergence(trainer: BaseTrainer, means: Mapping[str, Any], what: str) -> None:
     """Raise if means over an epoch aren't finite because the weights aren't.
 
-    Looks at the weights only when a mean is NaN or infinite, so it costs nothing before. A mean
-    may also be so because of one batch that was skipped, or by nature; that is a warning.
+    Checks the weights only when a mean is NaN or infinite, so it costs nothing otherwise. If the
+    weights are finite, because a bad batch was skipped for example, it warns.
     Collective where a mean isn't finite: `means` are equal on all ranks.
 
     Args:
-        trainer: Whose weights.
-        means: By name.
-        what: Which step reported them.
+        trainer: Its weights are checked.
+        means: Epoch means by name.
+        what: Name of the step that reported them.
 
     Raises:
         FloatingPointError: On all ranks, if a weight is NaN or infinite on one.
@@ -49,7 +49,7 @@ def refuse_divergence(trainer: BaseTrainer, means: Mapping[str, Any], what: str)
             "checkpoint with a lower learning rate, or set gradient_clip_val"
         )
     if trainer.world.is_global_zero:
-        logger.warning("%s on average; all weights are finite, so training goes on", where)
+        logger.warning("%s on average; all weights are finite, so training continues", where)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""DreamTrainer: the loop with set-up, metrics and logging; what most people derive from."""
+"""DreamTrainer: the loop with setup, metrics and logging; the usual base class."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dream_trainer.world.world import World
 
 @dataclass(kw_only=True)
 class DreamTrainerConfig(BaseTrainerConfig):
-    """All that a run needs besides what only the user knows; derive from it to add that.
+    """Everything a run needs except the user's own fields; derive from it to add those.
 
     Args:
         logging_parameters: Whether LoggerCallback opens an experiment tracker.

@@ -1,4 +1,4 @@
-"""LoaderWatch: says in the log when a loader keeps the loop waiting for long."""
+"""LoaderWatch: warns when the loop waits long for a loader."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ PATIENCE_S = 60.0
 
 
 class LoaderWatch:
-    """Warns of a batch that doesn't come; again each time that the wait has doubled.
+    """Warns when a batch doesn't arrive, and again each time the wait has doubled.
 
-    No other rank need notice: with one process there is none, and with a shared disk that hangs
-    all of them wait. Whether to give up is the loader's to say (`DataLoader(timeout=…)`): the first
-    batch of a large data set may take its time.
+    Collective timeouts don't detect it: in one process there are none, and when a shared disk hangs
+    all ranks wait. It is not an error, since the first batch of a large data set may be slow; for
+    that there is `DataLoader(timeout=…)`.
 
     Args:
-        rank: This one.
+        rank: This rank.
         patience_s: Seconds before the first warning.
 
     Attributes:
-        waits_for: The loader's name and the batch's number while the main thread waits. Whoever
-            asks a loader for a batch sets it, to a new tuple each time, and to None afterwards.
+        waits_for: The loader's name and the batch's index while the main thread waits; set to a
+            new tuple before each `next`, and to None afterwards.
     """
 
     def __init__(self, rank: int = 0, patience_s: float | None = None) -> None:
@@ -38,7 +38,7 @@ class LoaderWatch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch inside, in a thread."""
+        """Run a thread inside that warns."""
         has_ended = threading.Event()
         thread = threading.Thread(
             target=self._watch, args=(has_ended,), name="loader-watch", daemon=True

@@ -1,4 +1,4 @@
-"""The loop: functions of a trainer, one for each span of a run.
+"""The training loop: functions of a trainer, one per phase of a run.
 
 `callbacks/callback.py` shows the same loop as pseudocode, with every hook in its place.
 """
@@ -39,7 +39,7 @@ def configure(trainer: BaseTrainer) -> None:
 
 
 def setup(trainer: BaseTrainer) -> None:
-    """Prepare the models, build everything else, get ready to train."""
+    """Prepare the models, and build optimizers, schedulers, loaders and metrics."""
     with failing_cleanly(trainer):
         trainer.callbacks.pre_setup()
         agree_on_models(trainer)
@@ -54,7 +54,7 @@ def fit(trainer: BaseTrainer) -> None:
     trainer.configure()
     trainer.setup()
     with signals.handled_by(trainer), failing_cleanly(trainer):
-        callbacks, watch = trainer.callbacks, trainer.world.failure_watch()
+        callbacks, monitor = trainer.callbacks, trainer.world.failure_monitor()
         trainer.requests.start()
         _set_train_mode(trainer)
         callbacks.pre_fit()
@@ -71,26 +71,26 @@ def fit(trainer: BaseTrainer) -> None:
         error = callbacks.post_fit()
         if error is not None:
             raise error
-        watch.finish()
-    signals.deliver()
+        monitor.finish()
+    signals.raise_received_signal()
 
 
 @contextmanager
 def failing_cleanly(trainer: BaseTrainer) -> Iterator[None]:
-    """After the first error of any rank, let callbacks clean up, leave the world, and raise it."""
-    watch = trainer.world.failure_watch()
+    """After the first error of any rank, let callbacks clean up, shut down the world, raise it."""
+    monitor = trainer.world.failure_monitor()
     try:
-        with watch.watching(lambda: trainer.global_step):
+        with monitor.watching(lambda: trainer.global_step):
             yield
     except BaseException as error:
         if trainer.exception is not None:
-            raise  # by a span inside, which has cleaned up
-        shown = trainer.exception = watch.report(error, trainer.global_step)
+            raise  # a nested failing_cleanly has cleaned up
+        shown = trainer.exception = monitor.report(error, trainer.global_step)
         with trainer.world.cleaning_up():
             trainer.callbacks.on_exception(shown)
             trainer.callbacks.post_fit()
         trainer.world.abandon()
-        watch.leave()
+        monitor.leave()
         if shown is error:
             raise
         raise shown  # noqa: B904  # it has its cause
@@ -102,11 +102,11 @@ def _train(trainer: BaseTrainer) -> None:
     if _is_done(trainer) and trainer.world.is_global_zero:
         logger.warning(
             "nothing is left to train: %d epochs and %d steps are done; raise n_epochs or "
-            "max_steps to go on",
+            "max_steps to continue",
             counters.current_epoch + (counters.epoch_stage == "end"),
             counters.global_step,
         )
-    validate_if_due(trainer)  # a checkpoint of this step may have been saved before it was
+    validate_if_due(trainer)  # a checkpoint of this step may precede its validation
     while not _is_done(trainer) and not _is_stopped_between_epochs(trainer):
         if counters.epoch_stage == "end":
             counters.current_epoch += 1
@@ -115,12 +115,12 @@ def _train(trainer: BaseTrainer) -> None:
         _run_epoch(trainer)
     ended_inside_epoch = counters.epoch_stage == "train" and counters.epoch_batches > 0
     if ended_inside_epoch and trainer.stop_reason is None and parameters.val_every_n_steps is None:
-        with random_state_kept():  # a run that goes on from here must not notice
+        with random_state_kept():  # a run that continues from here must not be affected
             validate_if_new(trainer)
 
 
 def _is_stopped_between_epochs(trainer: BaseTrainer) -> bool:
-    """Whether to train no further epoch; the ranks meet here anyway. Collective, blocking."""
+    """Whether the run stops before the next epoch. Collective, blocking."""
     trainer.exchange_requests()
     return trainer.stop_reason is not None
 
@@ -134,7 +134,7 @@ def _is_done(trainer: BaseTrainer) -> bool:
 
 
 def _run_epoch(trainer: BaseTrainer) -> None:
-    """Train and validate one epoch, or what is left of it."""
+    """Train and validate one epoch, or the rest of it."""
     callbacks, counters = trainer.callbacks, trainer.counters
     callbacks.pre_epoch()
     if counters.epoch_stage == "train":
@@ -156,7 +156,7 @@ def _train_epoch(trainer: BaseTrainer) -> bool:
     """Train to the end of the epoch.
 
     Returns:
-        False if training ended before.
+        False if training ended earlier.
     """
     counters, batches, optimization = (
         trainer.counters,
@@ -177,8 +177,7 @@ def _train_epoch(trainer: BaseTrainer) -> bool:
     while counters.epoch_batches < num_batches:
         group_size = min(accumulation, num_batches - counters.epoch_batches)
         for index_in_group in range(group_size):
-            if group_size != 1 or optimization.group_size != 1:
-                optimization.begin_batch(index_in_group, group_size)
+            optimization.begin_batch(index_in_group, group_size)
             train_step(trainer, batches.next_batch())
         _finish_step(trainer)
         if trainer.stop_reason is not None:
@@ -195,7 +194,7 @@ def _train_epoch(trainer: BaseTrainer) -> bool:
 
 
 def train_step(trainer: BaseTrainer, batch: Any) -> None:
-    """One batch: move, hooks, the user's step, counters."""
+    """Run one batch: move it, hooks, the user's step, counters."""
     callbacks, counters, optimization = trainer.callbacks, trainer.counters, trainer.optimization
     batch_idx, steps_before = counters.epoch_batches, optimization.num_steps
     if trainer.moves_batches:
@@ -222,7 +221,7 @@ def train_step(trainer: BaseTrainer, batch: Any) -> None:
 
 
 def _finish_step(trainer: BaseTrainer) -> None:
-    """After the batches of an optimizer step: tell the ranks what is asked for, validate if due."""
+    """After the batches of an optimizer step: send requests, validate if due."""
     trainer.send_requests("train")
     if not trainer.first_step_done:
         trainer.first_step_done = True
@@ -232,7 +231,7 @@ def _finish_step(trainer: BaseTrainer) -> None:
 
 
 def _set_train_mode(trainer: BaseTrainer) -> None:
-    """Put models that are trained into train mode, if they were left in eval mode."""
+    """Put the models of all optimizers into train mode."""
     for optimizer in trainer.named_optimizers().values():
         model = trainer.model_of(optimizer)
         if not model.training:

@@ -1,4 +1,4 @@
-"""What steps report: results in one form, and their mean over an epoch and over ranks."""
+"""Results of steps, and their means over an epoch and over ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from dream_trainer.world.world import World
 
 _FOLD_EVERY = 128
-"""Batches whose scalars are kept before they are added up in one operation."""
+"""Batches whose scalars are buffered before they are summed in one operation."""
 
 
 def num_samples(batch: Any) -> int:
@@ -35,16 +35,16 @@ def num_samples(batch: Any) -> int:
 class EpochMeans:
     """Sample-weighted means of the scalars that the batches of one epoch report.
 
-    Adding costs no device operation: scalars are kept for some batches and then stacked and
-    added up at once. Nothing else of a batch is kept, except other values of the last one.
+    Adding a result needs no device operation: scalars are buffered for some batches, then stacked
+    and summed at once. Of values that aren't scalars, the last batch's are kept.
 
     Args:
-        step_name: Of the method whose results these are, for errors.
+        step_name: Name of the method whose results these are, for errors.
     """
 
     def __init__(self, step_name: str) -> None:
         self.step_name = step_name
-        # Pending values by key; of a key whose values aren't scalars, the last one.
+        # Buffered values by key; for values that aren't scalars, the last one.
         self._columns: dict[str, list[Tensor | float] | deque[Any]] = {}
         self._pending_weights: list[int] = []
         self._sums: dict[str, Tensor | float] = {}
@@ -52,7 +52,7 @@ class EpochMeans:
         self._last: dict[str, Any] = {}
 
     def add(self, result: Any, batch: Any) -> dict[str, Any]:
-        """Take in what a step returned for a batch. No host synchronization.
+        """Add the result of a step. No host synchronization.
 
         Returns:
             The result as a dict of detached values.
@@ -76,17 +76,17 @@ class EpochMeans:
         return detached
 
     def reduce(self, world: World) -> dict[str, Any]:
-        """The means over all samples of all ranks; waits for the device. Collective.
+        """The means over all samples of all ranks. Collective; synchronizes with the device.
 
         Args:
-            world: Whose ranks took part. Ranks that read the same data count alike.
+            world: The ranks to reduce over. Ranks that read the same data count equally.
 
         Returns:
-            A float for each scalar, in the order in which keys first came; of other values the
-            last one.
+            A float for each scalar, in the order in which keys first appeared; the last batch's
+            value for others.
 
         Raises:
-            ValueError: On all ranks, if they report different keys.
+            ValueError: On all ranks, if their keys differ.
         """
         self._fold()
         world.agree(sorted(self._sums), f"the scalars that {self.step_name} reports")
@@ -102,18 +102,18 @@ class EpochMeans:
         return {key: means[key] for key in self._sums} | self._last
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been added so far on this rank; waits for the device."""
+        """The sums and weights of this rank so far; synchronizes with the device."""
         self._fold()
         return {key: [float(self._sums[key]), self._weights[key]] for key in self._sums}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on adding from what `state_dict` returned."""
+        """Continue from what `state_dict` returned."""
         self._columns, self._pending_weights, self._last = {}, [], {}
         self._sums = {key: total for key, (total, _) in state_dict.items()}
         self._weights = {key: weight for key, (_, weight) in state_dict.items()}
 
     def _begin_columns(self, result: dict[str, Any]) -> None:
-        """Make room for the keys of a result, which aren't those of the one before it."""
+        """Create buffers for a result whose keys differ from those before."""
         for key in result:
             if type(key) is not str:
                 raise TypeError(
@@ -125,7 +125,7 @@ class EpochMeans:
         }
 
     def _fold(self) -> None:
-        """Add the pending scalars to the sums."""
+        """Add the buffered scalars to the sums."""
         for key, column in self._columns.items():
             if not column:
                 continue
@@ -141,13 +141,13 @@ class EpochMeans:
 
 
 def _as_dict(result: Any, step_name: str) -> dict[str, Any]:
-    """What a step returned, if it isn't a dict itself."""
+    """The result of a step that didn't return a plain dict."""
     if isinstance(result, Tensor):
         return {"loss": result}
     if isinstance(result, Mapping):
         return dict(result)
     raise TypeError(
-        f"{step_name} returned {_described(result)}; return what it should report: a dict "
+        f"{step_name} returned {_described(result)}; return a dict "
         'such as {"loss": loss}, or the loss as a tensor'
     )
 
@@ -159,7 +159,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _stacked(key: str, column: Sequence[Tensor | float]) -> Tensor:
-    """Scalars as one float64 vector, on the device that they are on."""
+    """Scalars as one float64 vector, on their device."""
     try:
         tensors = [value for value in column if isinstance(value, Tensor)]
         if len(tensors) == len(column) and len({tensor.dim() for tensor in tensors}) == 1:
@@ -176,7 +176,7 @@ def _stacked(key: str, column: Sequence[Tensor | float]) -> Tensor:
 
 
 def _as_float(value: int) -> float:
-    """The number, or an infinite one if no float can hold it."""
+    """The number as a float; infinite if it is too large for one."""
     try:
         return float(value)
     except OverflowError:

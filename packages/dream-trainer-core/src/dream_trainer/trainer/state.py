@@ -1,4 +1,4 @@
-"""What a trainer's state is, and how it is taken back. Its layout is a promise to checkpoints.
+"""State of a trainer: saving and loading. Checkpoints depend on its layout.
 
 ::
 
@@ -10,8 +10,8 @@
       "dataloaders": {"train": position},
     }
 
-Tensors of models and optimizers are live ones, sharded where the model is. What differs per rank
-(`random_state`, `epoch_means`, `dataloaders`) is wrapped in RankLocal.
+Tensors of models and optimizers aren't copied; they are sharded where the model is. Values that
+differ per rank (`random_state`, `epoch_means`, `dataloaders`) are wrapped in RankLocal.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def state_dict(trainer: BaseTrainer, *, as_target: bool = False) -> dict[str, An
 
     Args:
         trainer: Set up.
-        as_target: Give optimizers that haven't stepped yet the tensors that they will have, so
-            that a saved state can be loaded into them.
+        as_target: Initialize the state of optimizers that haven't stepped yet, so that a saved
+            state can be loaded into them.
     """
     return {
         "trainer": {
@@ -72,7 +72,7 @@ def load_state_dict(
         trainer: Set up.
         state: What `state_dict` returned, from any layout; RankLocal values may be bare.
         strict: Raise if names of models, optimizers, schedulers or parameters don't match.
-        resume_data: Continue at the next batch; else begin the epoch in hand with new data.
+        resume_data: Continue at the next batch; otherwise restart the current epoch.
 
     Raises:
         KeyError: If `strict` and names don't match; it lists both sides.
@@ -95,7 +95,7 @@ def load_state_dict(
         trainer.epoch_means.load_state_dict(own.get("epoch_means", {}))
     else:
         trainer.counters.epoch_batches = 0
-    # Restored when training goes on: what callbacks draw until then leaves no trace.
+    # Restored when training continues, so random numbers drawn until then have no effect.
     trainer.random_state_to_resume = own.get("random_state")
 
 
@@ -104,7 +104,7 @@ def _optimizer_state(trainer: BaseTrainer, name: str, *, as_target: bool) -> dic
 
     optimizer = trainer.named_optimizers()[name]
     if not optimizer.state and not as_target and trainer.counters.global_step == 0:
-        # torch would take a step with zero gradients to have something to return.
+        # torch would take a step with zero gradients to create the state.
         return {"state": {}, "param_groups": []}
     return get_optimizer_state_dict(_all_in_one(trainer.models_of(optimizer)), optimizer)
 
@@ -120,7 +120,7 @@ def _load_models(trainer: BaseTrainer, states: Mapping[str, Any], *, strict: boo
 def _load_optimizers(trainer: BaseTrainer, states: Mapping[str, Any]) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
-    # A parameter that never had a gradient has no state, and with plain SGD none has.
+    # A parameter without gradients has no state, nor has any with plain SGD.
     options = StateDictOptions(strict=False)
     for name, optimizer in trainer.named_optimizers().items():
         saved = states.get(name)
@@ -130,7 +130,7 @@ def _load_optimizers(trainer: BaseTrainer, states: Mapping[str, Any]) -> None:
 
 
 def _all_in_one(models: Mapping[str, nn.Module]) -> nn.Module:
-    """The model; if an optimizer has several, one module that names them."""
+    """The model; a ModuleDict if an optimizer has several."""
     return next(iter(models.values())) if len(models) == 1 else nn.ModuleDict(dict(models))
 
 
@@ -141,7 +141,7 @@ def _match_names(
         return
     message = (
         f"the state has {kind} {sorted(saved) or 'none'}, and the trainer has "
-        f"{sorted(here) or 'none'}; give them the names that they had"
+        f"{sorted(here) or 'none'}; use the names they were saved under"
     )
     if strict:
         raise KeyError(message)

@@ -1,4 +1,4 @@
-"""A user's step: called inside the contexts that callbacks bring; an error says where it was."""
+"""Calls of the user's steps inside callbacks' contexts, and notes on their errors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 def in_contexts(
     trainer: BaseTrainer, callback_context: Any, step: Any, batch: Any, batch_idx: int
 ) -> Any:
-    """What a step returns, called inside the contexts of callbacks and of the precision.
+    """Call a step inside the contexts of callbacks and of the precision; returns its result.
 
     Raises:
-        RuntimeError: If a callback's context suppressed the step's error; the context says so.
+        RuntimeError: If a callback's context suppressed the step's error.
     """
     with ExitStack() as stack:
         if callback_context is not None:
@@ -26,7 +26,7 @@ def in_contexts(
 
 
 def note_place(error: BaseException, trainer: BaseTrainer, step: str, batch_idx: int) -> None:
-    """Say in an error which step raised it, and when."""
+    """Add a note to an error: the step, rank, global step, epoch and batch."""
     error.add_note(
         f"raised in {step} on rank {trainer.world.rank} at step {trainer.global_step} "
         f"(epoch {trainer.current_epoch}, batch {batch_idx})"

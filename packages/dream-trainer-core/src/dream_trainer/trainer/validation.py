@@ -1,4 +1,4 @@
-"""Validation: when it is time, over the loader, in eval mode, with its hooks."""
+"""Validation: when it is due, and its run over the loader in eval mode."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def sanity_validate(trainer: BaseTrainer) -> None:
-    """Try validation before training, so that a mistake in it shows now."""
+    """Try validation before training, so that a mistake in it is found now."""
     num_batches = trainer.training_parameters.num_sanity_val_steps
     if num_batches and trainer.counters.local_batches == 0 and trainer.validates:
         with random_state_kept():
@@ -27,17 +27,17 @@ def sanity_validate(trainer: BaseTrainer) -> None:
 
 
 def validate_if_due(trainer: BaseTrainer) -> None:
-    """Validate after every so many steps, if that is when to do it."""
+    """Validate if `val_every_n_steps` is set and due."""
     every, global_step = trainer.training_parameters.val_every_n_steps, trainer.counters.global_step
     if every and global_step and global_step % every == 0:
         validate_if_new(trainer)
 
 
 def validate_if_new(trainer: BaseTrainer) -> bool:
-    """Validate, unless that was done since the last step.
+    """Validate, unless it was done since the last step.
 
     Returns:
-        False if the run was stopped before the last batch; `validated_step` tells that it is due.
+        False if the run was stopped before the last batch; by `validated_step` it is still due.
     """
     if trainer.validates and trainer.counters.validated_step != trainer.counters.global_step:
         return _validate(trainer, max_batches=None)
@@ -47,8 +47,8 @@ def validate_if_new(trainer: BaseTrainer) -> bool:
 def _validate(trainer: BaseTrainer, max_batches: int | None) -> bool:
     """Run validation over the loader, or over `max_batches` of it.
 
-    If the run is stopped, leave it after the batch being evaluated, with the random state that it
-    found, so that a resumed run repeats it as if nothing had happened.
+    If the run is stopped, returns after the current batch and restores the random state, so that a
+    resumed run repeats the validation exactly.
 
     Returns:
         Whether it was completed.
@@ -67,7 +67,7 @@ def _validate(trainer: BaseTrainer, max_batches: int | None) -> bool:
     if num_batches == 0:
         raise RuntimeError(
             "the validation loader gave no batch; at least 1 is required: return an iterable "
-            "that can be iterated again, or no validation loader"
+            "that can be iterated repeatedly, or no validation loader"
         )
     result = means.reduce(trainer.world)
     refuse_divergence(trainer, result, "validation_step")
@@ -86,7 +86,7 @@ def _validate(trainer: BaseTrainer, max_batches: int | None) -> bool:
 
 
 def _evaluate(trainer: BaseTrainer, max_batches: int | None, means: EpochMeans) -> int:
-    """Evaluate the batches of the validation loader until its end, a limit or a stop.
+    """Evaluate batches of the validation loader until its end, the limit or a stop.
 
     Returns:
         Number of batches.
@@ -124,11 +124,11 @@ def _validation_step(trainer: BaseTrainer, batch: Any, batch_idx: int, means: Ep
 
 
 def _reshard(trainer: BaseTrainer) -> None:
-    """Free the parameters that FSDP gathered, so that callbacks find what they find in training.
+    """Free the parameters that FSDP gathered, so that callbacks see sharded ones as in training.
 
-    A forward without gradients leaves those of the outermost module gathered: they would be other
-    tensors than the optimizer's, and the next step would run on them, whatever a callback has
-    written to the optimizer's meanwhile.
+    A forward without gradients leaves those of the outermost module gathered: other tensors than
+    the optimizer's. The next step would use them and ignore what callbacks wrote to the sharded
+    ones.
     """
     if trainer.world.shape.uses_fsdp:
         from torch.distributed.fsdp import FSDPModule
@@ -141,7 +141,7 @@ def _reshard(trainer: BaseTrainer) -> None:
 
 @contextmanager
 def _eval_mode(trainer: BaseTrainer) -> Iterator[None]:
-    """Models in eval mode inside; each module in the mode that it had outside."""
+    """Put models in eval mode inside, and restore the mode of each module."""
     models = trainer.named_models().values()
     modes = [(m, m.training) for model in models for m in model.modules()]
     for model in models:

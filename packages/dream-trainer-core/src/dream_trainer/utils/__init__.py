@@ -1,1 +1,1 @@
-"""Names that dream-trainer 1.x had here."""
+"""Import paths of dream-trainer 1.x, kept for compatibility."""

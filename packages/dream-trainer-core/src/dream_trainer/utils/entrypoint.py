@@ -1,3 +1,3 @@
-"""Where dream-trainer 1.x had `entrypoint`."""
+"""Import path of `entrypoint` in dream-trainer 1.x."""
 
 from dream_trainer.entrypoint import entrypoint as entrypoint

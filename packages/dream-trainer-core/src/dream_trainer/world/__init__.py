@@ -1,4 +1,4 @@
-"""torch.distributed as the trainer sees it: ranks, mesh, collectives, requests, failure."""
+"""The layer on torch.distributed: ranks, mesh, collectives, requests, signals, failures."""
 
 from dream_trainer.world.coordination import Coordination, RankFailure
 from dream_trainer.world.faults.failure import Failure, RemoteError

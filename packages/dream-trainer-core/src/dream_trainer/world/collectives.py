@@ -1,4 +1,4 @@
-"""Reductions and gathers of tensors on their device, and of numbers and dicts of them."""
+"""Reductions and gathers of tensors on their device, of numbers, and of dicts of both."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OPS = {
 
 
 _LARGEST_EXACT = 2**53
-"""Of whole numbers, in float64."""
+"""Integers up to this are exact in float64."""
 
 
 def reduced(value: Any, op: ReduceOp, group: ProcessGroup | None) -> Any:
@@ -34,11 +34,11 @@ def reduced(value: Any, op: ReduceOp, group: ProcessGroup | None) -> Any:
     Args:
         value: A tensor, a number, or a dict of them. Not changed.
         op: "mean", "sum", "min" or "max".
-        group: Whom to reduce over.
+        group: The ranks to reduce over.
 
     Returns:
-        The same kind as `value`; a mean of whole numbers or booleans is a float, and so is what
-        is reduced with another rank's float.
+        The same kind as `value`; a mean of integers or booleans is a float, and so is the result if
+        any rank's value is.
 
     Raises:
         ValueError: If `op` is none of the four, or a whole number isn't exact in float64.
@@ -47,7 +47,7 @@ def reduced(value: Any, op: ReduceOp, group: ProcessGroup | None) -> Any:
     if op not in _OPS:
         raise ValueError(f"op={op!r}: one of {', '.join(map(repr, _OPS))} is required")
     if isinstance(value, Mapping):
-        # Each rank may have filled its own in another order.
+        # The order of keys may differ between ranks.
         results = {key: reduced(value[key], op, group) for key in sorted(value, key=str)}
         return {key: results[key] for key in value}
     if isinstance(value, Tensor):
@@ -61,7 +61,7 @@ def reduced(value: Any, op: ReduceOp, group: ProcessGroup | None) -> Any:
 
 
 def kinds(value: Any) -> Any:
-    """What has to be alike on all ranks for a value to be reduced: keys, shapes, dtypes."""
+    """What must be equal on all ranks for a value to be reduced: keys, shapes, dtypes."""
     if isinstance(value, Mapping):
         return {key: kinds(value[key]) for key in sorted(value, key=str)}
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else "a number"
@@ -74,7 +74,7 @@ def _reduced_number(value: float, op: ReduceOp, group: ProcessGroup | None) -> f
             f"{value} can't be reduced exactly: whole numbers up to 2**53 are required; "
             "give a tensor of dtype int64"
         )
-    # A rank that counted nothing may give 0 where the others give 0.5: one dtype for both.
+    # A rank without samples may pass 0 where others pass 0.5: one dtype for both.
     pair = torch.tensor([value, -is_float if op == "min" else is_float], dtype=torch.float64)
     number, any_float = _reduced_tensor(pair, op, group).tolist()
     if op == "mean" or any_float:
@@ -99,7 +99,7 @@ def _reduced_tensor(value: Tensor, op: ReduceOp, group: ProcessGroup | None) -> 
 
 
 def gathered(value: Any, group: ProcessGroup | None, objects_group: ProcessGroup | None) -> Any:
-    """Everyone's values: a tensor `(ranks, *shape)` for a tensor, a list for anything else."""
+    """The values of all ranks: a tensor `(ranks, *shape)` for a tensor, otherwise a list."""
     if isinstance(value, Tensor):
         value = value.detach()
         if group is None:

@@ -1,4 +1,4 @@
-"""Coordination: ranks act together, and an error of one is raised on all."""
+"""Coordination: collective calls in which an error of one rank is raised on all."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _HEARTBEAT_S = 1.0
-"""How long a rank works in a thread before it tells the others that it still does."""
+"""Interval at which ranks exchange whether their threads are done."""
 
 _MAX_ERRORS = 4
-"""How many different errors a message shows."""
+"""Number of different errors that a message shows."""
 
-# First byte of what a rank sends: a result follows, the text of its error, or the text of an error
-# that was raised on all ranks and names them already.
+# First byte of a report. A result follows, the text of an error, or the text of an error that was
+# raised on all ranks and names them.
 _RESULT, _ERROR, _ERROR_OF_ALL = b"\0", b"\1", b"\2"
 
 
 class RankFailure(RuntimeError):
     """A function failed on some ranks; raised on all of them.
 
-    The message names these ranks, if there are several in the world, and has their errors. On a
-    rank that failed, `__cause__` is its own error.
+    The message has the errors and, in a world of several ranks, names the ranks. On a rank that
+    failed, `__cause__` is its own error.
     """
 
 
@@ -50,19 +50,19 @@ def error_text(error: BaseException) -> str:
 
 
 class Coordination:
-    """What the ranks of a run do together, on a CPU group: no device is waited for.
+    """Collective calls on a CPU group, without device sync.
 
-    Every method is collective: each rank must call it. An `Exception` that is raised on one rank is
-    raised on all of them, with the message of that rank; a result that can't be pickled counts as
-    one. In a world of one nothing is sent or pickled, nor in a simulated one, whose other ranks do
-    what this one does.
+    Every method is collective: each rank must call it. An `Exception` on one rank is raised on all
+    of them, with that rank's message; so is the error of a result that can't be pickled. In a world
+    of one nothing is sent or pickled, nor in a simulated one, whose other ranks do what this one
+    does.
 
     Args:
         world: Launched.
-        kind: Name of the group, as in `world.group`. Two threads must not use one at the same time:
-            give each thread its own.
+        kind: Name of the group, as in `world.group`. Two threads must not use one group at the
+            same time: give each thread its own.
         raises: Class of the error that is raised on all ranks.
-        describe: Gives the text for the error of one rank.
+        describe: Returns the text for the error of one rank.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class Coordination:
         return self.rank == 0
 
     def each(self, function: Callable[[], T]) -> T:
-        """Call a function on each rank and return what it returned on this one.
+        """Call a function on each rank and return this rank's result.
 
-        Unless it fails, ranks send each other 8 bytes.
+        Unless it fails, ranks exchange 8 bytes.
 
         Raises:
             RankFailure: On all ranks, if the function raised on one.
@@ -95,9 +95,9 @@ class Coordination:
         return self._result(self._outcome(function))
 
     def each_without_timeout(self, function: Callable[[], T]) -> T:
-        """As `each`, for a function that may take longer than a collective may.
+        """As `each`, for a function that may exceed the timeout of collectives.
 
-        It runs in a thread, while the ranks tell each other once a second that they are alive.
+        It runs in a thread, while the ranks exchange a heartbeat once a second.
 
         Raises:
             RankFailure: On all ranks, if the function raised on one.
@@ -118,7 +118,7 @@ class Coordination:
                 return self._result(future.result())
 
     def gather(self, function: Callable[[], T]) -> list[T]:
-        """Call a function on each rank and return what it returned on all of them, by rank.
+        """Call a function on each rank and return all results, by rank.
 
         Raises:
             RankFailure: On all ranks, if the function raised on one.
@@ -131,7 +131,7 @@ class Coordination:
         return [_unpickled(report) for report in reports]
 
     def on_rank_zero(self, function: Callable[[], T]) -> T:
-        """Call a function on rank 0 and return what it returned, on all ranks.
+        """Call a function on rank 0 and return its result on all ranks.
 
         Raises:
             RankFailure: On all ranks, if the function raised.
@@ -152,12 +152,12 @@ class Coordination:
         return results[0] if self.is_global_zero else _unpickled(report)
 
     def via_rank_zero(self, value: T, function: Callable[[Sequence[T]], Sequence[R]]) -> R:
-        """Gather a value of each rank on rank 0, and give each rank its part of the answer.
+        """Gather values on rank 0, call a function there, and scatter its results.
 
         Args:
-            value: This rank's; must be picklable.
+            value: This rank's value; must be picklable.
             function: Called on rank 0 with the values of all ranks, by rank; returns one answer
-                for each, also by rank.
+                per rank, by rank.
 
         Raises:
             RankFailure: On all ranks, if the function raised.
@@ -169,19 +169,19 @@ class Coordination:
         reports = cpu_collectives.gathered_bytes_on_zero(self._report(sent), self._group)
         answers, error = None, None
         if reports is not None:
-            answers, error = self._shared_out(reports, function)
+            answers, error = self._answer_reports(reports, function)
         answer = cpu_collectives.scattered_bytes(answers, self._group)
         self._raise_errors([answer], sent.error or error)
         return _unpickled(answer)  # type: ignore[no-any-return]  # what the function returned
 
     def agree(self, values: Mapping[Any, Any]) -> None:
-        """Make sure that all ranks have the same values. Sends digests; the values if they differ.
+        """Check that all ranks have the same values. Sends digests; the values if they differ.
 
         Args:
-            values: By the names that they get in the error. Compared by `==`; must be picklable.
+            values: Values by name, for the error. Compared by `==`; must be picklable.
 
         Raises:
-            ValueError: On all ranks, if some differ; it shows which rank has which.
+            ValueError: On all ranks, if some differ; it shows the values by rank.
         """
         mine = dict(values)
         if self._group is None or self._have_one_digest(mine):
@@ -205,10 +205,10 @@ class Coordination:
             for largest, smallest in zip(extremes[:4], extremes[4:], strict=True)
         )
 
-    def _shared_out(
+    def _answer_reports(
         self, reports: Sequence[bytes], function: Callable[[Sequence[T]], Sequence[R]]
     ) -> tuple[list[bytes], Exception | None]:
-        """What rank 0 reports to each rank about the answers, and its own error."""
+        """Rank 0's report to each rank, with the answers or an error, and its own error."""
         message = self._message(reports)
         if message is not None:
             return [_ERROR_OF_ALL + _encoded(message)] * self.world_size, None
@@ -261,7 +261,7 @@ class Coordination:
             raise self._raises(message) from own
 
     def _message(self, reports: Sequence[bytes]) -> str | None:
-        """The errors in the reports of the first ranks; None if there is none."""
+        """The message for all errors in the reports; None if there is none."""
         single: dict[int, str] = {}
         of_all: dict[str, None] = {}
         for rank, report in enumerate(reports):
@@ -278,7 +278,7 @@ class Coordination:
 
 @dataclass(frozen=True)
 class _Outcome(Generic[T]):
-    """What a function returned, or raised."""
+    """The result or the error of a function."""
 
     result: T
     error: Exception | None
@@ -289,5 +289,5 @@ def _encoded(text: str) -> bytes:
 
 
 def _unpickled(report: bytes) -> Any:
-    # It comes from this run's own ranks, which run the same code anyway.
+    # From this run's own ranks, which run the same code.
     return pickle.loads(memoryview(report)[1:])  # noqa: S301

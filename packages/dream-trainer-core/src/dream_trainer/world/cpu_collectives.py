@@ -1,7 +1,7 @@
 """Collectives of flags, counts, bytes and picklable objects on a CPU group.
 
-No device is waited for. Each takes a gloo group, or None for a world of one, where nothing is sent.
-torch's own object collectives need numpy, which nothing here does.
+No device sync. Each takes a gloo group, or None for a world of one, where nothing is sent. Unlike
+torch's own object collectives, they don't need numpy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def maxima(values: Sequence[int], group: ProcessGroup | None) -> list[int]:
-    """For each of some integers (int64), the largest that a rank has."""
+    """The elementwise maximum over ranks of some integers (int64)."""
     if group is None:
         return list(values)
     box = torch.tensor(values, dtype=torch.int64)
@@ -39,7 +39,7 @@ def is_true_on_all(flag: bool, group: ProcessGroup | None) -> bool:
 
 
 def gathered_bytes(data: bytes, group: ProcessGroup | None) -> list[bytes]:
-    """The bytes of all ranks, by rank. If none has any, their lengths alone are exchanged."""
+    """The bytes of all ranks, by rank. If all are empty, only their lengths are exchanged."""
     if group is None:
         return [data]
     lengths = _lengths(data, group)
@@ -66,7 +66,7 @@ def gathered_bytes_on_zero(data: bytes, group: ProcessGroup | None) -> list[byte
 
 
 def scattered_bytes(parts: Sequence[bytes] | None, group: ProcessGroup | None) -> bytes:
-    """What rank 0 has for this rank. `parts` has the bytes for each rank there, by rank."""
+    """This rank's part of rank 0's `parts`, which has bytes for each rank; None on others."""
     if group is None:
         assert parts is not None, "the only rank is rank 0"
         return parts[0]
@@ -80,7 +80,7 @@ def scattered_bytes(parts: Sequence[bytes] | None, group: ProcessGroup | None) -
 
 
 def broadcast_bytes(data: bytes, src: int, group: ProcessGroup | None) -> bytes:
-    """The bytes of rank `src`; what others give doesn't matter."""
+    """The bytes of rank `src`; `data` of other ranks is ignored."""
     if group is None:
         return data
     is_source = dist.get_rank() == src
@@ -95,12 +95,12 @@ def gathered_objects(value: Any, group: ProcessGroup | None) -> list[Any]:
     """The picklable objects of all ranks, by rank."""
     if group is None:
         return [value]
-    # They come from this run's own ranks, which run the same code anyway.
+    # From this run's own ranks, which run the same code.
     return [pickle.loads(data) for data in gathered_bytes(pickle.dumps(value), group)]  # noqa: S301
 
 
 def broadcast_object(value: Any, src: int, group: ProcessGroup | None) -> Any:
-    """The picklable object of rank `src`; what others give doesn't matter."""
+    """The picklable object of rank `src`; `value` of other ranks is ignored."""
     if group is None:
         return value
     is_source = dist.get_rank() == src
@@ -115,7 +115,7 @@ def _lengths(data: bytes, group: ProcessGroup) -> list[int]:
 
 
 def _as_tensor(data: bytes, num_bytes: int) -> Tensor:
-    """A tensor that begins with the data and has so many bytes."""
+    """The data as a tensor of `num_bytes` bytes, padded with zeros."""
     tensor = torch.empty(num_bytes, dtype=torch.uint8)
     ctypes.memmove(tensor.data_ptr(), data, len(data))
     tensor[len(data) :] = 0

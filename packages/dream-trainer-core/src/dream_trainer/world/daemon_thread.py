@@ -1,4 +1,4 @@
-"""Call a function in a daemon thread: the process may exit without it."""
+"""Function calls in daemon threads, which don't delay the exit of the process."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ T = TypeVar("T")
 def call_in_daemon_thread(name: str, function: Callable[..., T], *args: object) -> Future[T]:
     """Call a function in a thread of its own and return a future of its result.
 
-    Unlike the threads of a ThreadPoolExecutor, this one isn't joined when Python exits: a disk that
-    doesn't answer must not keep a run from ending.
+    Unlike the threads of a ThreadPoolExecutor, it isn't joined when Python exits: a disk that hangs
+    must not block the exit.
 
     Args:
         name: Name of the thread.

@@ -1,4 +1,4 @@
-"""Random number generators: seeding, saving, and initial weights that no layout changes."""
+"""Random number generators: seeding, saving, and initial weights independent of the layout."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from dream_trainer.world.torch_private import TorchDispatchMode
 
 
 def seed_all(seed: int) -> None:
-    """Seed Python's, torch's (all devices) and, if it is loaded, numpy's generators."""
+    """Seed the generators of Python, torch (all devices) and, if it is imported, numpy."""
     random.seed(seed)
     torch.manual_seed(seed)
     numpy = sys.modules.get("numpy")
@@ -23,17 +24,17 @@ def seed_all(seed: int) -> None:
 
 
 def use_deterministic_algorithms() -> None:
-    """Let torch take only algorithms that give the same bits each time; raise where there is none.
+    """Make torch use only deterministic algorithms, and raise where there is none.
 
-    For the rest of the process, and before CUDA is used: cuBLAS reads its setting when it starts.
+    For the rest of the process. Call it before CUDA is used: cuBLAS reads its setting at start.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(mode=True)
-    torch.backends.cudnn.benchmark = False  # it may choose another algorithm each time
+    torch.backends.cudnn.benchmark = False  # may choose another algorithm each time
 
 
 def random_state() -> dict[str, Any]:
-    """State of all generators of this process, its CUDA device's included, as plain data."""
+    """State of all generators of this process, including its CUDA device's, as plain data."""
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -45,7 +46,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Continue all generators from what `random_state` returned."""
+    """Restore all generators from the result of `random_state`."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(state["torch"])
@@ -59,7 +60,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Leave the generators as they were, whatever is drawn inside."""
+    """Restore the generators on exit."""
     before = random_state()
     try:
         yield
@@ -68,17 +69,17 @@ def random_state_kept() -> Iterator[None]:
 
 
 class FullTensorRandom(TorchDispatchMode):
-    """Draws for a sharded or meta tensor the random numbers that the whole, real one would get.
+    """Draws for a sharded or meta tensor the random numbers that the full, real one would get.
 
-    Without it, `nn.init` gives each rank of a CPU mesh the same shard, since all of them have
-    the same seed, and weights depend on the layout on any device. Here each rank draws the full
-    tensor, one at a time, and keeps its shard. What is drawn for a meta tensor is thrown away, so
-    that the generators go on as they do after building the same model on the device.
+    Otherwise `nn.init` gives each rank of a CPU mesh the same shard, since all have the same seed,
+    and weights depend on the layout on any device. Here each rank draws the full tensor and keeps
+    its shard. Numbers for a meta tensor are drawn and dropped, so that the generators advance as
+    when the model is built on the device.
 
     Memory: one full tensor at a time.
 
     Args:
-        device: Where to draw: generators of different devices give different numbers.
+        device: Device to draw on; generators of different devices give different numbers.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -97,28 +98,29 @@ class FullTensorRandom(TorchDispatchMode):
                 func(*args, **{**kwargs, "device": self._device})
             return func(*args, **kwargs)
         if filled.is_meta:
-            func(self._whole(filled), *args[1:], **kwargs)
+            func(self._full(filled), *args[1:], **kwargs)
             return func(*args, **kwargs)
         if not _is_sharded(filled):
             return func(*args, **kwargs)
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         assert isinstance(filled, DTensor)
-        drawn = func(self._whole(filled), *args[1:], **kwargs)
+        full = self._full(filled)
+        drawn = func(full, *args[1:], **kwargs)
         mine = distribute_tensor(drawn, filled.device_mesh, filled.placements, src_data_rank=None)
-        if not func._schema.is_mutable:  # noqa: SLF001  # no other way to tell x_() from x_like()
+        if drawn is not full:  # x_like(), not x_()
             return mine
         filled.to_local().copy_(mine.to_local())
         return filled
 
-    def _whole(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _full(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
 
 
 class LocalTensorRandom(TorchDispatchMode):
-    """Draws for a sharded tensor only what this rank holds, and for a meta tensor nothing.
+    """Draws only this rank's shard of a sharded tensor, and nothing for a meta tensor.
 
-    Other numbers than FullTensorRandom's, from the same distributions, without its time and memory.
+    Other numbers than FullTensorRandom, of the same distributions, without its time and memory.
     """
 
     def __torch_dispatch__(
@@ -132,8 +134,9 @@ class LocalTensorRandom(TorchDispatchMode):
         from torch.distributed.tensor import DTensor
 
         assert isinstance(filled, DTensor)
-        drawn = func(filled.to_local(), *args[1:], **kwargs)
-        if func._schema.is_mutable:  # noqa: SLF001  # no other way to tell x_() from x_like()
+        local = filled.to_local()
+        drawn = func(local, *args[1:], **kwargs)
+        if drawn is local:  # x_(), not x_like()
             return filled
         return DTensor.from_local(
             drawn,

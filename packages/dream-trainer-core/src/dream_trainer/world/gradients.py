@@ -1,4 +1,4 @@
-"""The norm of gradients, and clipping to it, in one process and over every shard."""
+"""Gradient norm and clipping, in one process and over shards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter], max_norm: float | None = None) -> Tensor:
-    """L2 norm of all gradients of one process together; clips them to it if asked.
+    """L2 norm of all gradients of one process; clips them if `max_norm` is given.
 
     No host synchronization.
 
@@ -34,12 +34,11 @@ def gradient_norm(parameters: Sequence[nn.Parameter], max_norm: float | None = N
 def sharded_gradient_norm(
     parameters: Sequence[nn.Parameter], max_norm: float | None = None
 ) -> Tensor:
-    """L2 norm of all gradients together, over every shard; clips them to it if asked.
+    """L2 norm of all gradients, over every shard; clips them if `max_norm` is given.
 
     Collective over the meshes of sharded parameters: each rank must call it with its own
-    shards of the same parameters. No host synchronization. Gradients that are replicated count
-    once. Those on different meshes, or on none, are normed apart and then together: torch can't
-    mix them in one operation.
+    shards of the same parameters. No host synchronization. Replicated gradients count once. There
+    is one norm per mesh, then the norm of these: torch can't mix meshes in one operation.
 
     Args:
         parameters: Those without a gradient count as zero.
@@ -52,7 +51,7 @@ def sharded_gradient_norm(
         ValueError: If no parameter has a gradient.
     """
     groups = _grouped(_with_gradient(parameters), _mesh_of).values()
-    norms = [_whole(_norm(group)) for group in groups]
+    norms = [_full_tensor(_norm(group)) for group in groups]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if max_norm is not None:
         for group in groups:
@@ -61,9 +60,9 @@ def sharded_gradient_norm(
 
 
 def _clip(parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:
-    """Scale gradients of one mesh, whose norm together with all others is given."""
+    """Scale the gradients of one mesh by the norm of all gradients."""
     for is_unsummed, group in _grouped(parameters, _is_unsummed).items():
-        # Several at once, torch 2.11 would leave those alone, and say nothing.
+        # With foreach, torch 2.11 silently leaves these unscaled.
         foreach = False if is_unsummed else None
         torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm, foreach=foreach)
 
@@ -97,14 +96,14 @@ def _mesh_of(parameter: nn.Parameter) -> Any:
 
 
 def _is_unsummed(parameter: nn.Parameter) -> bool:
-    """Whether a gradient is still to be summed over a mesh, as sequence parallelism leaves it."""
+    """Whether a gradient is a partial sum over a mesh, as with sequence parallelism."""
     from torch.distributed.tensor import DTensor
 
     gradient = parameter.grad
     return isinstance(gradient, DTensor) and any(p.is_partial() for p in gradient.placements)
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _full_tensor(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

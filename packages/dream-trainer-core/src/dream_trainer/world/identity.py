@@ -1,4 +1,4 @@
-"""RankIdentity: which rank this is, of how many, on which device and place of the mesh."""
+"""RankIdentity: rank, world size, device and mesh coordinates of this process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dream_trainer.world.mesh import coordinates
 
 
 class RankIdentity:
-    """Which rank this is; read from the environment that torchrun sets, and without it rank 0 of 1.
+    """Rank and world size from the environment that torchrun sets; without it rank 0 of 1.
 
     Args:
         parameters: Layout and device.
@@ -19,7 +19,7 @@ class RankIdentity:
     Raises:
         ValueError: If the layout doesn't fit the number of ranks, or the environment is
             incomplete.
-        RuntimeError: If the device isn't there.
+        RuntimeError: If the device doesn't exist.
     """
 
     def __init__(self, parameters: DeviceParameters) -> None:
@@ -53,7 +53,7 @@ class RankIdentity:
 
     @property
     def dp_rank(self) -> int:
-        """Which part of the data this rank reads, of `dp_size`."""
+        """Index of this rank's part of the data, of `dp_size`."""
         return self.place["dp_replicate"] * self.shape.dp_shard + self.place["dp_shard"]
 
     @property
@@ -78,7 +78,7 @@ class RankIdentity:
 
     @property
     def data_part(self) -> int:
-        """Which part of a global batch this rank computes; dropout is alike where it is."""
+        """Index of this rank's part of a global batch, by which dropout is seeded."""
         return self.dp_rank * self.cp_size + self.cp_rank
 
     @property

@@ -1,19 +1,20 @@
-"""From a mesh shape to torch's DeviceMesh, with the views that data and gradients need."""
+"""Device meshes from a mesh shape."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from dream_trainer.configs.device import AXES, MeshShape
+from dream_trainer.world import torch_private
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
 def build_mesh(shape: MeshShape, device_type: str) -> DeviceMesh:
-    """The mesh of all ranks, with every axis, also those of size 1.
+    """The mesh of all ranks with every axis, including those of size 1.
 
-    Collective: each rank must call it. Row-major: the last axis, `tp`, is between neighbours.
+    Collective: each rank must call it. Row-major: ranks of the last axis, `tp`, are adjacent.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -21,23 +22,21 @@ def build_mesh(shape: MeshShape, device_type: str) -> DeviceMesh:
 
 
 def fsdp_mesh(mesh: DeviceMesh, shape: MeshShape) -> DeviceMesh:
-    """The part of the mesh that FSDP works on: copies × shards, or shards alone.
+    """The submesh for FSDP: replicas × shards, or shards alone.
 
-    Ranks that share a sequence are shards too: each has a part of the batch's gradient.
+    Context-parallel ranks are shards too: each has a part of the batch's gradient.
     Collective the first time, with `cp`.
     """
-    from torch.distributed.device_mesh import DeviceMesh
-
     shards = mesh["dp_shard"]
     if shape.cp > 1:
-        shards = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")  # noqa: SLF001  # none is public
+        shards = torch_private.flattened_mesh(mesh["dp_shard", "cp"], "dp_shard_cp")
     if shape.dp_replicate == 1:
         return shards
-    return DeviceMesh._concatenate([mesh["dp_replicate"], shards])  # noqa: SLF001  # none is public
+    return torch_private.concatenated_mesh([mesh["dp_replicate"], shards])
 
 
 def coordinates(rank: int, shape: MeshShape) -> dict[str, int]:
-    """Place of a rank on each axis, as in the mesh; needs no process group."""
+    """Coordinate of a rank on each axis of the mesh; needs no process group."""
     place = {}
     for axis, size in zip(reversed(AXES), reversed(shape.sizes), strict=True):
         rank, place[axis] = divmod(rank, size)

@@ -1,4 +1,4 @@
-"""What ranks that disagree said, by rank, in a text that is short however many they are."""
+"""Messages that show the values of ranks that differ, short for any number of ranks."""
 
 from __future__ import annotations
 
@@ -6,27 +6,30 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def disagreements(said: Sequence[Mapping[str, Any]]) -> str:
-    """Says of each value that differs which ranks said what.
+def disagreements(values_of_ranks: Sequence[Mapping[str, Any]]) -> str:
+    """The message for values that differ between ranks.
 
     Args:
-        said: What each rank said, by rank: values by name.
+        values_of_ranks: Values by name, by rank.
     """
-    names = dict.fromkeys(name for values in said for name in values)
-    first = said[0]
+    names = dict.fromkeys(name for values in values_of_ranks for name in values)
+    first = values_of_ranks[0]
     different = [
         name
         for name in names
-        if any(name not in each or name not in first or each[name] != first[name] for each in said)
+        if any(
+            name not in each or name not in first or each[name] != first[name]
+            for each in values_of_ranks
+        )
     ]
     parts = []
     for name in different[:_MAX_DISAGREEMENTS]:
-        values = [repr(values[name]) if name in values else "nothing" for values in said]
+        values = [repr(values[name]) if name in values else "nothing" for values in values_of_ranks]
         parts.append(f"ranks disagree on {name}:\n  " + grouped(values, "\n  "))
     more = len(different) - len(parts)
     parts.append(
-        f"{f'and on {more} more; ' if more else ''}it must be the same on all of them: look for "
-        "what depends on the rank, the machine or chance"
+        f"{f'and on {more} more; ' if more else ''}it must be the same on all ranks: check "
+        "for rank-, host- or randomness-dependent configuration"
     )
     return "\n".join(parts)
 
@@ -35,15 +38,15 @@ _MAX_DISAGREEMENTS = 4
 
 
 def grouped(values: Sequence[str], separator: str = "; ") -> str:
-    """What each rank said, once for all that said the same: `rank 0–6: 10; rank 7: 11`."""
+    """The values of all ranks, equal ones together: `rank 0–6: 10; rank 7: 11`."""
     return separator.join(by_value(dict(enumerate(values))))
 
 
 def by_value(values: Mapping[int, str]) -> list[str]:
-    """What some ranks said, each value once with the ranks that said it: `rank 0–6: 10`.
+    """Each distinct value with its ranks, such as `rank 0–6: 10`.
 
     Args:
-        values: By rank.
+        values: Values by rank.
     """
     ranks_by_value: dict[str, list[int]] = {}
     for rank, value in values.items():
@@ -52,7 +55,7 @@ def by_value(values: Mapping[int, str]) -> list[str]:
 
 
 def _ranges(ranks: Sequence[int]) -> str:
-    """Ranks in a row as `0–6`: there may be thousands."""
+    """Ranks as a list with ranges such as `0–6`."""
     parts: list[str] = []
     start = 0
     for end in range(1, len(ranks) + 1):

@@ -1,14 +1,13 @@
-"""Requests: what one rank wants takes effect on all ranks at the same step, and no step waits.
+"""Requests: a request of one rank takes effect on all ranks at the same step, without blocking.
 
-A rank that is told to stop, or whose background save failed, can't act alone: the others would
-wait for it in the next collective. Asking all ranks after each step would make each step wait for
-the slowest host. So an exchange is started after one step and read after a later one, when it has
-arrived: an asynchronous all-reduce of a few integers on a CPU group of its own, about once a
-second.
+A rank that receives a signal, or whose background save failed, can't stop alone: the others would
+wait for it in the next collective. A collective after each step would make each step wait for the
+slowest host. So an exchange is started after one step and read after a later one, when it is
+complete: an asynchronous all-reduce of a few integers on a separate CPU group, about once a second.
 
-All ranks must start and read it after the same steps. Each exchange carries rank 0's measurement of
-how long steps take; between two exchanges every rank advances the same virtual clock by it. If
-steps suddenly become longer, the next exchange, and no later one, comes as much later.
+All ranks must start and read it after the same steps. Each exchange includes rank 0's measured step
+duration; between two exchanges every rank advances the same virtual clock by it. If steps suddenly
+take longer, only the next exchange is late.
 """
 
 from __future__ import annotations
@@ -26,24 +25,24 @@ if TYPE_CHECKING:
     from dream_trainer.world.world import World
 
 Tick = Literal["train", "validate"]
-"""What was completed: an optimizer step, or an evaluated batch."""
+"""The unit that was completed: an optimizer step, or a validation batch."""
 
 _TICKS: tuple[Tick, ...] = get_args(Tick)
 _WITHIN_US = 1_000_000
 """A request takes effect within this time, or within two steps if they take longer."""
 _IN_FLIGHT_US = 120_000
-"""How long an exchange is left alone before it is read."""
+"""Time from the start of an exchange until it is read."""
 _NUM_DURATIONS = 32
 _NUM_NAMES = 32
 _UNKNOWN_US = 2**40
 
 
 class Request:
-    """Something that any rank may ask of all ranks. Made by `Requests.register`.
+    """A handle for requests of one name to all ranks. Made by `Requests.register`.
 
     Args:
-        name: What is asked for.
-        requests: Where it is registered.
+        name: Name of the request.
+        requests: The object that made it.
     """
 
     def __init__(self, name: str, requests: Requests) -> None:
@@ -52,11 +51,11 @@ class Request:
         self._num_taken = requests.num_agreed(name)
 
     def ask(self, reason: str = "") -> None:
-        """Ask for it, on this rank. Not collective; safe in any thread and in signal handlers."""
+        """Make the request on this rank. Not collective; safe in threads and handlers."""
         self._requests.ask(self.name, reason)
 
     def take(self) -> bool:
-        """Whether some rank asked since the last call; True on all ranks after the same step.
+        """Whether any rank made the request since the last call; the same on all ranks.
 
         Call it on all ranks in the same hook, such as `post_train_step`. Sends nothing.
         """
@@ -66,22 +65,22 @@ class Request:
         return is_new
 
     def withdraw(self) -> None:
-        """Drop what this rank has asked for and not sent yet. Not collective."""
+        """Drop a request of this rank that hasn't been sent yet. Not collective."""
         self._requests.withdraw(self.name)
 
     def reason(self) -> str:
-        """The reason that was given; of several ranks, the lowest rank's. Collective, blocking."""
+        """The reason of the request; the lowest rank's if several made it. Collective, blocking."""
         return self._requests.reason(self.name)
 
 
 class Requests:
-    """The requests of a run. In a world of one, what is asked for is agreed at once.
+    """The requests of a run. In a world of one a request takes effect at once.
 
     Callbacks call `register`; the loop calls the rest. The names "stop" and "save" are always
     registered: `trainer.stop` asks for the first, SIGUSR1 for the second.
 
     Args:
-        world: The ranks that agree.
+        world: The ranks of the run.
     """
 
     def __init__(self, world: World) -> None:
@@ -90,7 +89,7 @@ class Requests:
         self._num_agreed = {"stop": 0, "save": 0}
         self._num_of_earlier_runs = dict(self._num_agreed)
         self._heard: set[str] = set()
-        self._asked: dict[str, str] = {}  # on this rank, and not sent yet: reasons by name
+        self._asked: dict[str, str] = {}  # reasons by name of requests not sent yet
         self._reasons: dict[str, str] = {}  # the last one given on this rank
         self._work: dist.Work | None = None
         self._values = torch.empty(0, dtype=torch.int64)
@@ -104,10 +103,10 @@ class Requests:
     # For callbacks
 
     def register(self, name: str) -> Request:
-        """A handle to ask for something, and to learn that some rank has.
+        """A handle to make requests, and to receive those of any rank.
 
-        Every rank must register the same names: in `pre_fit` of a Callback, for example, and not
-        in a RankZeroCallback. Several handles of one name all learn of each request.
+        Every rank must register the same names: in `pre_fit` of a Callback, for example, but not
+        in a RankZeroCallback. All handles of one name receive each request.
 
         Raises:
             ValueError: If there are too many names.
@@ -124,7 +123,7 @@ class Requests:
         return Request(name, self)
 
     def ask(self, name: str, reason: str = "") -> None:
-        """Ask for something on this rank. Not collective; safe in threads and signal handlers.
+        """Make a request on this rank. Not collective; safe in threads and signal handlers.
 
         Raises:
             KeyError: If the name isn't registered.
@@ -141,35 +140,35 @@ class Requests:
             self._num_agreed[name] += 1
 
     def withdraw(self, name: str) -> None:
-        """Drop what this rank has asked for and not sent yet. Not collective."""
+        """Drop a request of this rank that hasn't been sent yet. Not collective."""
         self._asked.pop(name, None)
 
     def reason(self, name: str) -> str:
-        """The reason given for a request; of several ranks, the lowest rank's. Collective."""
+        """The reason of a request; the lowest rank's, if several made it. Collective."""
         reasons = self._world.all_gather((self._reasons.pop(name, None),))
         return next((reason for (reason,) in reasons if reason is not None), "")
 
     def is_heard(self, name: str) -> bool:
-        """Whether something on this rank has registered the name."""
+        """Whether `register` was called for the name on this rank."""
         return name in self._heard
 
     def num_agreed(self, name: str) -> int:
-        """How many requests of this name have been agreed on, in all runs."""
+        """Number of agreed requests of this name, in all runs."""
         return self._num_agreed[name]
 
     def num_of_earlier_runs(self, name: str) -> int:
-        """How many of them before this run."""
+        """Number of agreed requests of this name before this run."""
         return self._num_of_earlier_runs[name]
 
     @property
     def is_in_flight(self) -> bool:
-        """Whether an exchange was started and not read yet."""
+        """Whether an exchange was started and hasn't been read."""
         return self._work is not None
 
     # For the loop
 
     def start(self) -> None:
-        """Start a run: forget what was asked for before. Collective the first time."""
+        """Start a run: drop earlier requests. Collective the first time."""
         self._world.group("requests")
         self._asked.clear()
         self._reasons.clear()
@@ -180,7 +179,7 @@ class Requests:
         self._last_tick_s = None
 
     def receive(self) -> bool:
-        """Before the hooks at the end of a step: read the exchange that is due, if one is.
+        """Read the exchange if it is due. Called before the last hooks of a step.
 
         Returns:
             Whether one was read.
@@ -194,7 +193,7 @@ class Requests:
         return True
 
     def send(self, tick: Tick) -> None:
-        """After the hooks at the end of a step: start an exchange if it is time. Doesn't wait.
+        """Start an exchange if it is due, without blocking. Called after the hooks of a step.
 
         Every rank must call it after the same steps and batches.
         """
@@ -215,17 +214,17 @@ class Requests:
     def exchange(self) -> None:
         """Send and read at once. Collective, blocking.
 
-        For moments at which the ranks wait for each other anyway: after an epoch or a validation.
+        For points at which the ranks synchronize anyway: after an epoch or a validation.
         """
         if not self._is_distributed:
             return
         self.finish()
         self._start_exchange()
         self._read()
-        self._last_tick_s = None  # what lies between is no step
+        self._last_tick_s = None  # the time until the next step isn't a step's
 
     def finish(self) -> None:
-        """Read what is in flight. Collective, blocking."""
+        """Read the exchange in flight, if any. Collective, blocking."""
         if self._work is not None:
             self._read()
 
@@ -237,7 +236,7 @@ class Requests:
         tick_us = [self._measured_us(tick) if self._world.rank == 0 else 0 for tick in _TICKS]
         digest = zlib.crc32("\n".join(names).encode())
         unused = [0] * (_NUM_NAMES - len(names))
-        # Equal digests have a maximum that is minus the maximum of their negatives.
+        # The digests are equal if their maximum is minus the maximum of their negatives.
         self._values = torch.tensor([digest, -digest, *tick_us, *asked, *unused])
         group = self._world.group("requests")
         self._work = dist.all_reduce(self._values, dist.ReduceOp.MAX, group=group, async_op=True)
@@ -249,13 +248,13 @@ class Requests:
         work.wait()
         digest, minus_digest, *values = self._values.tolist()
         if digest != -minus_digest:
-            self._world.agree(sorted(self._num_agreed), "the requests that are registered")
+            self._world.agree(sorted(self._num_agreed), "the registered requests")
         self._tick_us = dict(zip(_TICKS, values, strict=False))
         for name, is_asked in zip(self._sent_names, values[len(_TICKS) :], strict=False):
             self._num_agreed[name] += is_asked
 
     def _measured_us(self, tick: Tick) -> int:
-        """Median of the last durations: now and then a save or a validation lies between two."""
+        """Median of the last durations, since some include a save or a validation."""
         durations_s = self._durations_s[tick]
         if not durations_s:
             return _UNKNOWN_US

@@ -1,17 +1,17 @@
-"""The signals of a run: the only module that handles SIGTERM, SIGINT and SIGUSR1.
+"""Signal handling of a run: the only module that handles SIGTERM, SIGINT and SIGUSR1.
 
-While a run trains, SIGTERM and SIGINT ask it to stop and SIGUSR1 asks it to save; handlers only set
-flags. When the run has stopped and every callback has cleaned up, the signal takes the effect that
-it would have had (`deliver`): by default SIGTERM ends the process and SIGINT raises
-KeyboardInterrupt. A second SIGINT takes effect at once. Signals that were ignored stay ignored.
+During training, SIGTERM and SIGINT stop the run and SIGUSR1 requests a save; handlers only set
+flags. After the run has stopped and every callback has cleaned up, the signal is raised again with
+its former handler: by default SIGTERM ends the process and SIGINT raises KeyboardInterrupt. A
+second SIGINT takes effect at once. Signals that were ignored stay ignored.
 
-Before and after that, SIGTERM is what a launcher sends to a rank when another one has failed. By
-default it would end this process before that has said why. So the thread of a watch decides what
-it means; Python writes the signal's number to it (`signal.set_wakeup_fd`) even if the main thread
-is stuck in C++ code.
+Outside of training, a launcher sends SIGTERM to a rank when another rank has failed. By default it
+would end this process before the failure is reported. So the thread of a FailureMonitor decides;
+Python writes the signal number to its file descriptor (`signal.set_wakeup_fd`) even if the main
+thread is in C++ code.
 
-SIGURG interrupts the main thread, and a system call that it waits for. Nobody else uses that
-signal, and one that comes too late is ignored by default.
+SIGURG interrupts the main thread and its system calls. Other code rarely uses it, and by default it
+is ignored, so one that arrives late does no harm.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from dream_trainer.world.worker_signals import hold_workers, release_workers
+from dream_trainer.world.worker_signals import begin_ignoring_in_workers, end_ignoring_in_workers
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -35,25 +35,25 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RUN_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
-"""Signals that ask a run to stop or to save; the reason for it is the name then."""
+"""Signals that stop or save a run; the signal's name is the reason given."""
 
-_DECIDES_S = 5.0
-"""How long the main thread leaves it to a watch what SIGTERM means."""
+_DECISION_TIMEOUT_S = 5.0
+"""How long the main thread waits for a monitor to decide about SIGTERM."""
 
 
-class Watch(Protocol):
-    """What is asked of a watch, in the main thread."""
+class Monitor(Protocol):
+    """The part of FailureMonitor that the main thread calls."""
 
     @property
     def has_failed(self) -> bool:
-        """Whether a failure is known, so that this process cleans up and ends."""
+        """Whether a failure is known, so that this process cleans up and exits."""
 
     def interrupt(self) -> None:
-        """Raise the failure, if that may be."""
+        """Raise the failure, unless the main thread is cleaning up."""
 
 
 class Run(Protocol):
-    """What signals ask of a run, in a signal handler."""
+    """The part of a trainer that signal handlers call."""
 
     def stop(self, reason: str) -> None:
         """Stop after a step."""
@@ -63,27 +63,27 @@ class Run(Protocol):
 
 
 _runs: list[Run] = []
-"""Those that train now; there are several if a callback trains another trainer."""
+"""Runs that are training; several if a callback trains another trainer."""
 _received: signal.Signals | None = None
-"""What asked them to stop, and hasn't taken effect."""
+"""The signal that stopped them, until it is raised again."""
 _num_interrupts = 0
 _handlers_before: dict[signal.Signals, Any] = {}
-_watches: list[Watch] = []
+_monitors: list[Monitor] = []
 _wakeup = -1
-"""File descriptor that the numbers of signals are written to; of the first watch."""
+"""File descriptor that signal numbers are written to; the first monitor's."""
 
 
-# Of runs
+# For the loop
 
 
 @contextlib.contextmanager
 def handled_by(run: Run) -> Iterator[None]:
-    """Inside, signals ask a run to stop or to save.
+    """Inside, signals stop or save a run.
 
-    Without effect outside of the main thread, where Python can't handle signals.
+    Has no effect outside the main thread, where Python can't handle signals.
 
     Args:
-        run: Asked in the signal handler.
+        run: Called in the signal handler.
     """
     if threading.current_thread() is not threading.main_thread():
         logger.info("fit() isn't called in the main thread, so signals don't stop or save the run")
@@ -96,10 +96,10 @@ def handled_by(run: Run) -> Iterator[None]:
         _end_run(run)
 
 
-def deliver() -> None:
-    """Let the signal that stopped the run take effect. After `handled_by`.
+def raise_received_signal() -> None:
+    """Raise again the signal that stopped the run, with its former handler. After `handled_by`.
 
-    Does nothing if there was none, or while another run goes on, which is left to do it.
+    Does nothing if there was none, or while another run is training, which does it later.
     """
     global _received  # signals belong to the process
     if _received is None or _runs:
@@ -117,8 +117,8 @@ def _begin_run(run: Run) -> None:
         _received, _num_interrupts = None, 0
         for number in map(_number, RUN_SIGNALS):
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                _take(number)
-        hold_workers()
+                _install_handler(number)
+        begin_ignoring_in_workers()
     _runs.append(run)
 
 
@@ -126,26 +126,26 @@ def _end_run(run: Run) -> None:
     if run in _runs:
         _runs.remove(run)
         if not _runs:
-            _give_back_what_runs_took()
+            _restore_run_handlers()
 
 
-def _give_back_what_runs_took() -> None:
-    release_workers()
+def _restore_run_handlers() -> None:
+    end_ignoring_in_workers()
     for number in map(_number, RUN_SIGNALS):
         if number != signal.SIGTERM or _wakeup == -1:
-            _give_back(number)
+            _restore_handler(number)
 
 
 def _number(name: str) -> signal.Signals:
     return signal.Signals[name]
 
 
-def _take(number: signal.Signals) -> None:
+def _install_handler(number: signal.Signals) -> None:
     if signal.getsignal(number) is not _on_signal:
         _handlers_before[number] = signal.signal(number, _on_signal)
 
 
-def _give_back(number: signal.Signals) -> None:
+def _restore_handler(number: signal.Signals) -> None:
     before = _handlers_before.pop(number, None)
     if before is not None and signal.getsignal(number) is _on_signal:
         signal.signal(number, before)
@@ -153,7 +153,7 @@ def _give_back(number: signal.Signals) -> None:
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
     if not _runs:
-        _decide_on_termination()
+        _wait_for_sigterm_decision()
     elif number == signal.SIGUSR1:
         for run in tuple(_runs):
             run.request_save(signal.Signals(number).name)
@@ -167,7 +167,7 @@ def _stop_runs(number: signal.Signals) -> None:
     if _num_interrupts > 1:
         _received = None
         _runs.clear()
-        _give_back_what_runs_took()
+        _restore_run_handlers()
         signal.raise_signal(signal.SIGINT)
     elif _received is None:
         _received = number
@@ -175,66 +175,66 @@ def _stop_runs(number: signal.Signals) -> None:
             run.stop(number.name)
 
 
-# Of watches
+# For FailureMonitor
 
 
-def begin(watch: Watch, wakeup: int) -> bool:
-    """Let a watch interrupt the main thread, and decide what SIGTERM means if that is free.
+def attach_monitor(monitor: Monitor, wakeup: int) -> bool:
+    """Let a monitor interrupt the main thread, and decide about SIGTERM if it has no handler yet.
 
     Args:
-        watch: Until `end`.
-        wakeup: A file descriptor that doesn't block, to write the numbers of signals to.
+        monitor: Attached until `detach_monitor`.
+        wakeup: A non-blocking file descriptor, to write signal numbers to.
 
     Returns:
-        False outside of the main thread, or if somebody else uses SIGURG.
+        False outside the main thread, or if other code handles SIGURG.
     """
     handler: Any = signal.getsignal(signal.SIGURG)
-    is_free = handler in (signal.SIG_DFL, signal.SIG_IGN, _on_urgent)
+    is_free = handler in (signal.SIG_DFL, signal.SIG_IGN, _on_sigurg)
     if threading.current_thread() is not threading.main_thread() or not is_free:
         return False
-    if not _watches:
-        _take_termination(wakeup)
-    _watches.append(watch)
-    signal.signal(signal.SIGURG, _on_urgent)
+    if not _monitors:
+        _take_over_sigterm(wakeup)
+    _monitors.append(monitor)
+    signal.signal(signal.SIGURG, _on_sigurg)
     return True
 
 
-def end(watch: Watch, wakeup: int) -> None:
-    """Take back what `begin` did. A second call does nothing."""
-    if watch in _watches:
-        _watches.remove(watch)
+def detach_monitor(monitor: Monitor, wakeup: int) -> None:
+    """Undo `attach_monitor`. A second call does nothing."""
+    if monitor in _monitors:
+        _monitors.remove(monitor)
         if wakeup == _wakeup:
-            _give_termination_back()
+            _restore_sigterm()
 
 
 def interrupt_main_thread() -> None:
-    """Call `interrupt` of the watches there, as soon as it runs Python code again."""
+    """Call `interrupt` of the monitors there, as soon as it runs Python code."""
     ident = threading.main_thread().ident
     assert ident is not None, "it runs"
     signal.pthread_kill(ident, signal.SIGURG)
 
 
-def is_termination(numbers: bytes) -> bool:
-    """Whether a SIGTERM that a watch has to decide about is among the numbers of signals."""
+def has_undecided_sigterm(numbers: bytes) -> bool:
+    """Whether signal numbers include a SIGTERM that a monitor must decide about."""
     is_ours = signal.getsignal(signal.SIGTERM) is _on_signal
     return signal.SIGTERM in numbers and is_ours and not _runs
 
 
 def ignore(number: signal.Signals) -> None:
-    """Do nothing about a signal from here on, in any thread; in the main one, to the very end."""
+    """Ignore a signal from now on. In any thread; if called in the main one, until the exit."""
     # A child that has ended must still be waited for, as by default.
     action = signal.SIG_DFL if number == signal.SIGCHLD else signal.SIG_IGN
     if threading.current_thread() is threading.main_thread():
-        signal.signal(number, action)  # Python gives signals back at its end if it has a handler
+        signal.signal(number, action)  # Python restores signals at its exit if it has a handler
     else:
         _set_action(number, action)
 
 
 def end_process_by(number: signal.Signals) -> NoReturn:
-    """End this process as a signal does by default. In any thread."""
+    """End this process by a signal's default action. In any thread."""
     _set_action(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
-    while True:  # another thread may be the one that the kernel ends first
+    while True:  # the signal may arrive after kill() returns
         time.sleep(1)
 
 
@@ -242,7 +242,7 @@ def _set_action(number: signal.Signals, action: signal.Handlers) -> None:
     ctypes.CDLL(None).signal(int(number), ctypes.c_void_p(int(action)))
 
 
-def _take_termination(wakeup: int) -> None:
+def _take_over_sigterm(wakeup: int) -> None:
     global _wakeup  # noqa: PLW0603
     handler: Any = signal.getsignal(signal.SIGTERM)
     if handler not in (signal.SIG_DFL, _on_signal):
@@ -252,10 +252,10 @@ def _take_termination(wakeup: int) -> None:
         signal.set_wakeup_fd(others)
         return
     _wakeup = wakeup
-    _take(signal.SIGTERM)
+    _install_handler(signal.SIGTERM)
 
 
-def _give_termination_back() -> None:
+def _restore_sigterm() -> None:
     global _wakeup  # noqa: PLW0603
     if threading.current_thread() is not threading.main_thread():
         return
@@ -264,33 +264,33 @@ def _give_termination_back() -> None:
         signal.set_wakeup_fd(others)
     _wakeup = -1
     if not _runs:
-        _give_back(signal.SIGTERM)
+        _restore_handler(signal.SIGTERM)
 
 
-def _on_urgent(number: int, frame: FrameType | None) -> None:
-    for watch in tuple(_watches):
-        watch.interrupt()
+def _on_sigurg(number: int, frame: FrameType | None) -> None:
+    for monitor in tuple(_monitors):
+        monitor.interrupt()
 
 
-def _decide_on_termination() -> None:
-    give_up_s = time.monotonic() + _DECIDES_S
+def _wait_for_sigterm_decision() -> None:
+    give_up_s = time.monotonic() + _DECISION_TIMEOUT_S
     while _wakeup != -1 and time.monotonic() < give_up_s:
-        for watch in tuple(_watches):
-            watch.interrupt()
-            if watch.has_failed:
+        for monitor in tuple(_monitors):
+            monitor.interrupt()
+            if monitor.has_failed:
                 return
         time.sleep(0.01)
     end_process_by(signal.SIGTERM)
 
 
 def _after_fork() -> None:
-    # What a child gets is not for its parent's runs and watches.
+    # A child's signals don't concern its parent's runs and monitors.
     _runs.clear()
-    _watches.clear()
+    _monitors.clear()
     if _wakeup != -1:
-        _give_termination_back()
+        _restore_sigterm()
     for number in tuple(_handlers_before):
-        _give_back(number)
+        _restore_handler(number)
 
 
 os.register_at_fork(after_in_child=_after_fork)

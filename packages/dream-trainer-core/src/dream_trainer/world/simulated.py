@@ -1,9 +1,8 @@
-"""SimulatedWorld: one rank of many, in one process; the other ranks are imagined."""
+"""SimulatedWorld: one rank of a large world in a single process, without the others."""
 
 from __future__ import annotations
 
 import pickle
-import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -13,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dream_trainer.configs.device import DeviceParameters
-from dream_trainer.world import collectives
+from dream_trainer.world import collectives, torch_private
 from dream_trainer.world.collectives import ReduceOp
 from dream_trainer.world.determinism import LocalTensorRandom
-from dream_trainer.world.faults.failure_monitor import Alone
+from dream_trainer.world.faults.failure_monitor import NoFailureMonitor
 from dream_trainer.world.world import World
 
 if TYPE_CHECKING:
@@ -24,48 +23,46 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_BACKEND = "fake"
-
 
 class SimulatedWorld(World):
-    """One rank of a world whose other ranks are imagined, to try a layout without its machines.
+    """One rank of a world whose other ranks don't exist, to try a layout without its machines.
 
     `MyTrainer(config, world=SimulatedWorld(rank=3, world_size=1024))` runs `configure()` and
     `setup()` in this process, on the CPU whatever `device_parameters.device` says: models are
-    divided and hold this rank's part, with optimizers, loaders, metrics and the callbacks' hooks
-    up to `post_setup`. There is no socket, no store, no thread and no signal handler, and nothing
-    waits. `fit()` raises RuntimeError: imagined ranks have neither data nor gradients.
+    sharded and hold this rank's part, with optimizers, loaders, metrics and the callbacks' hooks
+    up to `post_setup`. There are no sockets, stores, threads or signal handlers, and nothing
+    blocks. `fit()` raises RuntimeError: simulated ranks have neither data nor gradients.
 
-    What the simulation assumes: **the other ranks do and hold exactly what this one does.**
+    The simulation assumes that **the other ranks do and hold exactly what this one does.**
 
     - `all_reduce`: "mean", "min" and "max" give the value, "sum" the value times `world_size`.
     - `all_gather`: this rank's value, `world_size` times. A tensor is a view of one copy that
       can't be written to, a list has one copy of an object many times.
-    - `broadcast`, `broadcast_object`: the value given here, whoever is the source.
+    - `broadcast`, `broadcast_object`: this rank's value, for any source.
     - `agree` agrees; `any_rank` and `all_ranks` give the condition; `barrier` returns.
-    - `group(kind)` is None, as in a world of one: nobody else listens. To torch.distributed None
-      is the default group, of `world_size` ranks.
-    - Collectives of torch.distributed go to its fake process group and are done at once. They
-      move no data: buffers stay as they are, or take this rank's values. Don't rely on results.
+    - `group(kind)` is None, as in a world of one. To torch.distributed None is the default group,
+      of `world_size` ranks.
+    - Collectives of torch.distributed go to its fake process group and return at once. They move
+      no data: buffers are unchanged, or get this rank's values. Don't rely on results.
     - `init_weights` gives random weights of the right distributions, drawn for this rank's part
-      alone, so they aren't those of a run. Without it, what tensor parallelism divides has no
-      defined values: torch lets rank 0 send the parts. Other random numbers may differ too.
-    - A state has this rank's part alone: `trainer.state_dict()` returns it without waiting.
+      only, so they differ from a run's. Without it, tensor-parallel parameters have undefined
+      values, since torch scatters them from rank 0. Other random numbers may differ too.
+    - `trainer.state_dict()` has only this rank's part, and returns without blocking.
 
-    One at a time: connecting it shuts down the SimulatedWorld before. `shutdown()`, and leaving
-    `with SimulatedWorld(…) as world:`, destroy the fake process group. What a rank holds can be
-    looked at afterwards (`tensor.to_local()`), but operations on its DTensors belong inside: torch
-    takes the meshes of two ranks for the same one.
+    One at a time: connecting one shuts down the previous one. `shutdown()`, and leaving
+    `with SimulatedWorld(…) as world:`, destroy the fake process group. Local tensors can be read
+    afterwards (`tensor.to_local()`), but operations on DTensors must be inside: torch doesn't
+    distinguish the meshes of two ranks.
 
     Args:
         parameters: Layout. Default: `device_parameters` of the config of the trainer that this
             world is given to; until then it has no layout, mesh or device.
-        rank: Which rank to be.
+        rank: The simulated rank.
         world_size: Number of ranks.
         ranks_per_node: For `local_rank`, which is `rank % ranks_per_node`.
 
     Raises:
-        ValueError: If there is no such rank, or the layout doesn't fit `world_size`.
+        ValueError: If `rank` is out of range, or the layout doesn't fit `world_size`.
     """
 
     def __init__(
@@ -94,7 +91,7 @@ class SimulatedWorld(World):
         return f"SimulatedWorld(rank={self.rank}, world_size={self.world_size})"
 
     def __getattr__(self, name: str) -> Any:
-        # Only asked for what isn't there.
+        # Called only for missing attributes.
         if "parameters" in vars(self) or name.startswith("__"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         raise AttributeError(
@@ -112,13 +109,13 @@ class SimulatedWorld(World):
     # Which rank this is
 
     def _identify(self) -> None:
-        pass  # as given; the environment is that of no rank
+        pass  # as given, not from the environment
 
     def _choose_device(self) -> torch.device:
         return torch.device("cpu")
 
     def lay_out(self, parameters: DeviceParameters) -> None:
-        """Take the layout of a trainer's config; if there is one already, check that it is equal.
+        """Use the layout of a trainer's config; if there is one already, check that it is equal.
 
         Raises:
             ValueError: If the layout doesn't fit the number of ranks, or isn't equal.
@@ -131,7 +128,7 @@ class SimulatedWorld(World):
     # Life
 
     def connect(self) -> None:
-        """Create the fake process group, in place of the last SimulatedWorld's.
+        """Create the fake process group, replacing that of the previous SimulatedWorld.
 
         Raises:
             RuntimeError: If this process has a process group of another kind.
@@ -142,8 +139,8 @@ class SimulatedWorld(World):
 
     def _init_process_group(self) -> None:
         global _connected  # noqa: PLW0603  # torch has one default group for the process
-        _forget_shardings()
-        _init_fake_process_group(self.rank, self.world_size)
+        torch_private.clear_sharding_caches()
+        torch_private.init_fake_process_group(self.rank, self.world_size)
         _connected = self
 
     def shutdown(self) -> None:
@@ -152,31 +149,31 @@ class SimulatedWorld(World):
         super().shutdown()
         if _connected is self:
             _connected = None
-            _forget_shardings()
+            torch_private.clear_sharding_caches()
 
     def abandon(self) -> None:
-        """Shut down; nothing has to be waited for."""
+        """Shut down; never blocks."""
         self.shutdown()
 
-    def failure_watch(self) -> Alone:
-        """Nobody to tell of an error. Not public."""
-        assert isinstance(self._watch, Alone)
-        return self._watch
+    def failure_monitor(self) -> NoFailureMonitor:
+        """A monitor that does nothing. Not public."""
+        assert isinstance(self._failure_monitor, NoFailureMonitor)
+        return self._failure_monitor
 
     def require_all_ranks(self, action: str) -> None:
-        """Raise, since the other ranks are imagined.
+        """Raise, since the other ranks are simulated.
 
         Raises:
             RuntimeError: Always.
         """
         raise RuntimeError(
-            f"{action} in {self}: the other ranks are imagined, with neither data nor gradients, "
-            "so what it computed would be wrong; configure() and setup() work here. To train, "
+            f"{action} in {self}: the other ranks are simulated, with neither data nor gradients, "
+            "so its results would be wrong; configure() and setup() work here. To train, "
             f"leave out world=… and start {self.world_size} ranks with torchrun"
         )
 
     def sharded_random(self) -> AbstractContextManager[Any]:
-        """Where sharded tensors get random numbers for this rank's part alone."""
+        """A context in which sharded tensors get random numbers for this rank's part only."""
         return LocalTensorRandom()  # type: ignore[no-untyped-call]  # torch's
 
     def _set_timeouts(self, timeout_s: float) -> None:
@@ -185,66 +182,41 @@ class SimulatedWorld(World):
     # Together
 
     def group(self, kind: str = "control") -> ProcessGroup | None:
-        """None, as in a world of one: nobody else listens."""
+        """None, as in a world of one."""
         return None
 
     def all_reduce(self, value: Any, op: ReduceOp = "mean") -> Any:
-        """The value reduced with as many equal ones as there are ranks; as `World.all_reduce`."""
+        """The value reduced as if all ranks had it; as `World.all_reduce`."""
         self._refuse_if_guarded("all_reduce")
         result = collectives.reduced(value, op, None)
         return _multiplied(result, self.world_size) if op == "sum" else result
 
     def all_gather(self, value: Any) -> Any:
-        """The value as often as there are ranks, of which there is one copy."""
+        """The value once per rank, sharing one copy."""
         self._refuse_if_guarded("all_gather")
         if isinstance(value, Tensor):
             return value.detach().clone().expand(self.world_size, *value.shape)
         return [_as_sent(value)] * self.world_size
 
     def broadcast_object(self, value: T, src: int = 0) -> T:
-        """The value, whoever `src` is; it must be picklable."""
+        """The value, for any `src`; it must be picklable."""
         self._refuse_if_guarded("broadcast_object")
         _as_sent(value)
         return value
 
 
 _connected: SimulatedWorld | None = None
-"""Whose process group torch's default one is."""
+"""The world that made torch's default process group."""
 
 
 def _shut_down_connected(newcomer: SimulatedWorld) -> None:
-    if _connected is None or dist.get_backend() != _BACKEND:
+    if _connected is None or dist.get_backend() != torch_private.FAKE_BACKEND:
         raise RuntimeError(
-            f"{newcomer} can't be connected: this process has a process group already, of "
+            f"{newcomer} can't be connected: this process already has a process group of "
             f"{dist.get_world_size()} ranks with backend {dist.get_backend()!r}; call "
-            "torch.distributed.destroy_process_group() first, or simulate in a process of its own"
+            "torch.distributed.destroy_process_group() first, or simulate in a separate process"
         )
     _connected.shutdown()
-
-
-def _init_fake_process_group(rank: int, world_size: int) -> None:
-    """Let torch pretend to be one of many ranks.
-
-    The backend is torch's own, for its tests, and not public: this is the only place that knows
-    of it.
-    """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group(_BACKEND, rank=rank, world_size=world_size, store=FakeStore())
-
-
-def _forget_shardings() -> None:
-    """Empty torch's caches of how DTensors are divided, which don't know ranks apart.
-
-    Their keys are meshes, and those of two ranks are equal: a DTensor of the second rank would get
-    the place of the first.
-    """
-    if "torch.distributed.tensor" in sys.modules:
-        from torch.distributed.tensor import _redistribute
-        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-
-        _clear_sharding_prop_cache()
-        _redistribute._gen_transform_infos.cache_clear()  # noqa: SLF001  # nothing public does
 
 
 def _multiplied(value: Any, factor: int) -> Any:
@@ -254,6 +226,6 @@ def _multiplied(value: Any, factor: int) -> Any:
 
 
 def _as_sent(value: T) -> T:
-    """A copy, as another rank would get it: what can't be pickled is an error here too."""
+    """A pickled copy, as another rank would get it; raises if it can't be pickled."""
     copy: T = pickle.loads(pickle.dumps(value))  # noqa: S301  # our own
     return copy

@@ -1,4 +1,4 @@
-"""What started the ranks, torchrun for example: its store, its error file, and its death."""
+"""The launcher, torchrun for example: its store, its error file, and its exit."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _num_stores = 0
 
 
 def open_store(rank: int, world_size: int, timeout_s: float) -> Store:
-    """Connect to the key-value store that the ranks find each other by. Collective.
+    """Connect to the rendezvous store. Collective.
 
-    torchrun keeps it, and goes on with it when it starts the ranks again; without torchrun rank 0
-    does. What an earlier attempt wrote, or an earlier world of this process, isn't seen.
+    torchrun hosts it and keeps it over restarts; without torchrun rank 0 hosts it. Keys have a
+    prefix, so those of an earlier attempt, or an earlier world of this process, aren't seen.
 
     Raises:
-        ValueError: If the environment doesn't say where it is.
+        ValueError: If the environment has no address of the store.
     """
     global _num_stores  # noqa: PLW0603  # each rank opens its stores in the same order
     _num_stores += 1
@@ -41,28 +41,28 @@ def open_store(rank: int, world_size: int, timeout_s: float) -> Store:
 
 
 def restart_count() -> int:
-    """How often torchrun has started the ranks again after a failure."""
+    """Number of restarts of the ranks by torchrun after a failure."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
 
 
 def keeps_store() -> bool:
-    """Whether the store outlives the ranks, since torchrun keeps it."""
+    """Whether torchrun hosts the store, so that it outlives the ranks."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def end_with_launcher() -> None:
-    """Get SIGTERM when torchrun dies, even by SIGKILL: nobody would end this rank otherwise."""
+    """Get SIGTERM when torchrun exits, even by SIGKILL; this rank would live on otherwise."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def record_error(error: BaseException, summary: str, time_s: float) -> None:
-    """Tell torchrun of this process's first error, for the table that it prints at the end.
+    """Write this process's first error to torchrun's error file, for its report.
 
     Args:
-        error: Its traceback is shown.
-        summary: In one line.
-        time_s: Unix time. torchrun shows the error of the earliest as the root cause.
+        error: Its traceback is reported.
+        summary: One line.
+        time_s: Unix time in seconds. torchrun reports the earliest error as the root cause.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None or Path(path).exists():

@@ -1,8 +1,7 @@
-"""Digest of a value that is the same in every process that has an equal one, as a rule.
+"""Digest of a value, to compare values between processes without sending them.
 
-Ranks compare digests before they send each other whole values. Equal digests mean equal values.
-Equal values may have different digests: `1` and `1.0`, or objects whose pickles depend on the order
-of a set. Whoever finds two different digests has to compare the values.
+Equal digests mean equal values. Equal values may have different digests: `1` and `1.0`, or objects
+whose pickles depend on the order of a set. If digests differ, the values must be compared.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ _SCALARS = (bool, int, float, complex, str, bytes, type(None))
 
 
 def value_digest(value: Any) -> bytes:
-    """SHA-256 of a value: of plain data by its content, of anything else by its pickle.
+    """SHA-256 of a value: of the content of plain data, of the pickle of anything else.
 
-    Dicts and sets may have been filled in any order.
+    Independent of the insertion order of dicts and sets.
 
     Raises:
-        Exception: Whatever pickling raises, if a part of the value can't be pickled.
+        Exception: The error of pickle, if a part of the value can't be pickled.
     """
     return hashlib.sha256(_canonical(value)).digest()
 
 
 def _canonical(value: Any) -> bytes:
     kind = type(value)
-    # Not isinstance: a subclass may compare otherwise, as OrderedDict does.
+    # Not isinstance: a subclass may compare differently, as OrderedDict does.
     if kind in _SCALARS:
         return f"{kind.__name__}:{value!r}".encode(errors="surrogatepass")
     if kind in (list, tuple):
@@ -43,5 +42,5 @@ def _canonical(value: Any) -> bytes:
 
 
 def _joined(kind: str, parts: Iterable[bytes]) -> bytes:
-    # Each with its length, so that different parts never give the same bytes.
+    # Length-prefixed, so that different parts never give the same bytes.
     return kind.encode() + b"".join(b":%d:%b" % (len(part), part) for part in parts)

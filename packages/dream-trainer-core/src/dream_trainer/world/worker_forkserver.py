@@ -1,7 +1,7 @@
 """Imported by the forkserver of a protected loader, which starts with signals blocked.
 
-The server itself keeps them blocked: its workers take it for their main process, and end with it.
-Processes that it forks get them unblocked, whoever asked for them.
+The server keeps them blocked: its workers exit when it does. All processes that it forks get them
+unblocked.
 """
 
 from __future__ import annotations

@@ -1,18 +1,17 @@
-"""Signals in the worker processes of data loaders: the main process decides when a run ends.
+"""Signals in loader workers: only the main process decides when a run ends.
 
 torchrun's agent, a scheduler, `docker stop` and a shell's Ctrl-C signal the whole process group. A
-worker that dies of it takes the main process with it ("DataLoader worker is killed by signal"),
-before that has saved anything. So during a run, workers ignore the signals that core handles.
+worker that dies makes the main process raise ("DataLoader worker is killed by signal") before it
+has saved. So during a run, workers ignore the signals that core handles.
 
-Workers are started with these signals blocked, which a forked and a spawned process inherits, and
-unblock them once their handlers are set, in the `worker_init_fn`. They use handlers instead of
-ignoring or blocking the signals for good: programs that a worker starts, a video decoder for
-example, must not inherit that.
+Workers are started with these signals blocked, which forked and spawned processes inherit, and
+unblock them after setting handlers in the `worker_init_fn`. Ignoring or blocking the signals for
+good would be inherited by programs that a worker starts, such as a video decoder.
 
-A worker still ends when its main process has gone, by any signal: torch's worker loop looks for its
-parent every 5 s. The parent of a worker from the forkserver is that server, which lives as long as
-one of its children; there a thread looks for the main process. After the run a worker ends on
-SIGTERM, which is how multiprocessing ends daemons.
+A worker still exits when its main process is gone: torch's worker loop checks its parent every 5 s.
+The parent of a worker from the forkserver is the server, which lives as long as any of its
+children; there a thread checks the main process. After the run a worker exits on SIGTERM, by which
+multiprocessing ends daemons.
 """
 
 from __future__ import annotations
@@ -30,27 +29,27 @@ from types import FrameType
 from typing import Any
 
 _SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
-_LOOK_EVERY_S = 5.0  # as torch's worker loop
+_CHECK_EVERY_S = 5.0  # as torch's worker loop
 _IN_FORKSERVER = "dream_trainer.world.worker_forkserver"
 
-_is_held = False
+_ignores_signals = False
 _main_decides: Any = None
-"""`_is_held` in memory that workers share with this process; made when there are workers."""
+"""`_ignores_signals` in memory shared with workers; made when there are workers."""
 
 
-def hold_workers() -> None:
+def begin_ignoring_in_workers() -> None:
     """From now on, workers that `protected_workers` starts ignore the signals."""
-    _set_held(True)
+    _set_ignoring(True)
 
 
-def release_workers() -> None:
-    """From now on, they end on SIGTERM."""
-    _set_held(False)
+def end_ignoring_in_workers() -> None:
+    """From now on, workers exit on SIGTERM."""
+    _set_ignoring(False)
 
 
-def _set_held(value: bool) -> None:
-    global _is_held  # noqa: PLW0603  # signals belong to the process
-    _is_held = value
+def _set_ignoring(value: bool) -> None:
+    global _ignores_signals  # noqa: PLW0603  # signals belong to the process
+    _ignores_signals = value
     if _main_decides is not None:
         _main_decides.value = value
 
@@ -58,24 +57,24 @@ def _set_held(value: bool) -> None:
 def _shared_flag() -> Any:
     global _main_decides  # noqa: PLW0603
     if _main_decides is None:
-        _main_decides = sharedctypes.RawValue(ctypes.c_bool, _is_held)
+        _main_decides = sharedctypes.RawValue(ctypes.c_bool, _ignores_signals)
     return _main_decides
 
 
 @contextlib.contextmanager
 def protected_workers(loader: Any) -> Iterator[None]:
-    """Inside, `iter(loader)` starts workers that leave it to this process what signals mean.
+    """Inside, `iter(loader)` starts workers that ignore signals during a run.
 
-    Nothing changes for a loader without worker processes, and where no run handles the signals.
+    Has no effect on a loader without workers, or if no run handles the signals.
 
     Args:
-        loader: Workers are those of a `torch.utils.data.DataLoader`.
+        loader: Has workers if it is a `torch.utils.data.DataLoader` with `num_workers` above 0.
     """
-    if not (_is_held and _has_workers(loader)):
+    if not (_ignores_signals and _has_workers(loader)):
         yield
         return
     with _starting_with(loader, _WorkerInit(loader.worker_init_fn, _shared_flag())):
-        # Otherwise the tracker is started inside, and unblocks signals (Python < 3.12).
+        # Otherwise the tracker would be started inside, and unblock signals (Python < 3.12).
         resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
@@ -92,7 +91,7 @@ def _has_workers(loader: Any) -> bool:
 
 @contextlib.contextmanager
 def _starting_with(loader: Any, init: _WorkerInit) -> Iterator[None]:
-    """Inside, the loader has another `worker_init_fn`."""
+    """Replace the loader's `worker_init_fn` inside."""
     context = loader.multiprocessing_context or multiprocessing
     if context.get_start_method() == "forkserver":
         _preload_into_forkserver(_IN_FORKSERVER)
@@ -105,8 +104,8 @@ def _starting_with(loader: Any, init: _WorkerInit) -> Iterator[None]:
 
 
 def _preload_into_forkserver(module: str) -> None:
-    """Let the forkserver import a module when it starts; without effect if it runs already."""
-    # There is no public way to add to the modules that a user has chosen.
+    """Make the forkserver import a module when it starts; no effect if it is running."""
+    # There is no public way to add to the modules that the user has set.
     server: Any = forkserver._forkserver  # noqa: SLF001
     modules: list[str] = server._preload_modules  # noqa: SLF001
     if module not in modules:
@@ -117,8 +116,8 @@ class _WorkerInit:
     """The `worker_init_fn` of protected workers: sets handlers, then calls the user's.
 
     Args:
-        user_init: The loader's own, if it has one.
-        main_decides: Shared with the main process.
+        user_init: The loader's own `worker_init_fn`, if any.
+        main_decides: Flag shared with the main process.
     """
 
     def __init__(self, user_init: Callable[[int], object] | None, main_decides: Any) -> None:
@@ -141,7 +140,7 @@ class _WorkerInit:
                 os.kill(self._main_pid, 0)
             except ProcessLookupError:
                 os._exit(1)
-            time.sleep(_LOOK_EVERY_S)
+            time.sleep(_CHECK_EVERY_S)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGTERM and not self._main_decides.value:

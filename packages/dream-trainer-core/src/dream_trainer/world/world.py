@@ -1,4 +1,4 @@
-"""World: the ranks of a run, their groups and mesh, and what they do together."""
+"""World: the ranks of a run, their process groups, mesh and collectives."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dream_trainer.configs.device import AXES, DeviceParameters
-from dream_trainer.world import collectives, cpu_collectives, torchrun
+from dream_trainer.world import collectives, cpu_collectives, torch_private, torchrun
 from dream_trainer.world.collectives import ReduceOp
 from dream_trainer.world.coordination import Coordination
 from dream_trainer.world.determinism import (
@@ -25,7 +25,7 @@ from dream_trainer.world.determinism import (
     use_deterministic_algorithms,
 )
 from dream_trainer.world.faults import collective_guard
-from dream_trainer.world.faults.failure_monitor import Alone, FailureWatch
+from dream_trainer.world.faults.failure_monitor import FailureMonitor, NoFailureMonitor
 from dream_trainer.world.faults.fork_safety import let_threads_settle_before_forks
 from dream_trainer.world.identity import RankIdentity
 from dream_trainer.world.mesh import build_mesh, fsdp_mesh
@@ -40,10 +40,10 @@ _ABANDON_S = 1.0
 
 
 class World(RankIdentity):
-    """The ranks of a run: connected, laid out on a mesh, and asked to do things together.
+    """The ranks of a run: process groups, device mesh and collectives.
 
-    One process that torchrun didn't start is a world of one: no process group, no port, and
-    every method works. Which rank this is and how many there are is known before `launch`.
+    A process that torchrun didn't start is a world of one: no process group, no port, and every
+    method works. Rank and world size are known before `launch`.
 
     Args:
         parameters: Layout, device and timeouts.
@@ -51,7 +51,7 @@ class World(RankIdentity):
     Raises:
         ValueError: If the layout doesn't fit the number of ranks, or the environment is
             incomplete.
-        RuntimeError: If the device isn't there.
+        RuntimeError: If the device doesn't exist.
     """
 
     def __init__(self, parameters: DeviceParameters) -> None:
@@ -63,12 +63,12 @@ class World(RankIdentity):
         self._timeout_s = parameters.init_timeout_s
         self._refusal: tuple[str, str] | None = None
         self._store: Store | None = None
-        self._watch: Alone | FailureWatch = Alone()
+        self._failure_monitor: NoFailureMonitor | FailureMonitor = NoFailureMonitor()
 
     # Life
 
     def lay_out(self, parameters: DeviceParameters) -> None:
-        """Check that this world has the layout of a trainer's config. Not collective.
+        """Check that this world has the parameters of a trainer's config. Not collective.
 
         Raises:
             ValueError: If it was made with other parameters; it shows both.
@@ -86,30 +86,31 @@ class World(RankIdentity):
             )
 
     def require_all_ranks(self, action: str) -> None:
-        """Raise if `action` can't be done since this isn't a world of real ranks. Not collective.
+        """Raise if `action` is impossible because the ranks are simulated. Not collective.
 
         Args:
             action: Named in the error.
         """
 
-    def failure_watch(self) -> Alone | FailureWatch:
-        """What tells the other ranks of an error here, and this one of theirs. Not public.
+    def failure_monitor(self) -> NoFailureMonitor | FailureMonitor:
+        """The monitor that reports errors between ranks. Not public.
 
-        Connects to the ranks' store the first time, which waits until it is there.
+        The first call connects to the store, and blocks until it exists.
         """
         if self._store is None and self.is_distributed:
             torchrun.end_with_launcher()
             timeout_s = self.parameters.init_timeout_s
             self._store = torchrun.open_store(self.rank, self.world_size, timeout_s)
             cleanup_timeout_s = self.parameters.cleanup_timeout_s
-            self._watch = FailureWatch(self._store, self.rank, self.world_size, cleanup_timeout_s)
-        return self._watch
+            self._failure_monitor = FailureMonitor(
+                self._store, self.rank, self.world_size, cleanup_timeout_s
+            )
+        return self._failure_monitor
 
     def connect(self) -> None:
         """Create the process group. Collective; a second call does nothing.
 
-        From here on ranks can compare what the mesh is made of: those that don't agree on it would
-        wait for each other in `launch`.
+        Afterwards ranks can compare their layouts: different ones would deadlock in `launch`.
         """
         if self.parameters.deterministic:
             use_deterministic_algorithms()
@@ -123,8 +124,8 @@ class World(RankIdentity):
 
     def _init_process_group(self) -> None:
         let_threads_settle_before_forks()
-        self.failure_watch()
-        assert self._store is not None, "the watch has opened it"
+        self.failure_monitor()
+        assert self._store is not None, "failure_monitor() opened it"
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
             store=self._store,
@@ -148,11 +149,11 @@ class World(RankIdentity):
         if self._owns_process_group and dist.is_initialized():
             dist.destroy_process_group()
         self._owns_process_group = False
-        self._watch.close()
+        self._failure_monitor.close()
         atexit.unregister(self.shutdown)
 
     def abandon(self) -> None:
-        """Shut down after an error, without waiting for collectives that will never end."""
+        """Shut down after an error, without waiting for stuck collectives."""
         if not self.is_distributed:
             self.shutdown()
             return
@@ -161,10 +162,10 @@ class World(RankIdentity):
         thread.join(_ABANDON_S)
 
     def seed(self, seed: int | None) -> int:
-        """Seed all generators alike on all ranks. Collective if `seed` is None.
+        """Seed all generators, with the same seed on all ranks. Collective if `seed` is None.
 
         Returns:
-            The seed; drawn by rank 0 if None was given.
+            The seed; drawn by rank 0 if `seed` is None.
         """
         if seed is None:
             seed = self.broadcast_object(random.SystemRandom().randrange(2**31))
@@ -172,32 +173,29 @@ class World(RankIdentity):
         return seed
 
     def seed_parts(self, seed: int) -> None:
-        """Seed all generators by this rank's part of the data: alike where layers are shared."""
+        """Seed all generators by this rank's part of the data; tensor-parallel ranks alike."""
         seed_all(seed + self.data_part)
         if self.tp_size > 1 and self.device.type == "cuda":
-            from torch.distributed.tensor._random import manual_seed
-
-            # Else the first random operation on a DTensor gives all ranks rank 0's state.
-            manual_seed(seed + self.data_part, self.get_mesh("tp"))
+            torch_private.seed_sharded_random(seed + self.data_part, self.get_mesh("tp"))
 
     def sharded_random(self) -> contextlib.AbstractContextManager[Any]:
-        """Where sharded and meta tensors get the random numbers that whole, real ones would get."""
+        """A context in which sharded and meta tensors get random numbers as full ones do."""
         return FullTensorRandom(self.device)
 
     def tighten_timeouts(self) -> None:
-        """Let collectives take `train_timeout_s` from now on instead of `init_timeout_s`."""
+        """Change the timeout of collectives from `init_timeout_s` to `train_timeout_s`."""
         if self.is_distributed:
             self._set_timeouts(self.parameters.train_timeout_s)
 
     def _set_timeouts(self, timeout_s: float) -> None:
-        """Let collectives of every group take so long: those of a mesh are made with torch's."""
-        from torch.distributed.distributed_c10d import _set_pg_timeout  # there is no public one
-
+        """Set the timeout of every group; those of the mesh are made with torch's default."""
         self._timeout_s = timeout_s
         meshes = [mesh for mesh in (self._mesh, self._fsdp_mesh) if mesh is not None]
         mesh_groups = [group for mesh in meshes for group in mesh.get_all_groups()]
-        for group in {dist.group.WORLD, *mesh_groups, *self._groups.values()}:
-            _set_pg_timeout(timedelta(seconds=timeout_s), group)
+        default_group = dist.group.WORLD
+        assert default_group is not None, "connect() made it"
+        for group in {default_group, *mesh_groups, *self._groups.values()}:
+            group.set_timeout(timedelta(seconds=timeout_s))
 
     # Mesh and groups
 
@@ -210,14 +208,14 @@ class World(RankIdentity):
         """
         if self._mesh is None:
             raise RuntimeError(
-                "a world of one process has no mesh; ask world.is_distributed first"
+                "a world of one process has no mesh; check world.is_distributed first"
                 if not self.is_distributed
-                else "the mesh is there after world.launch(), which trainer.configure() calls"
+                else "there is no mesh before world.launch(), which trainer.configure() calls"
             )
         return self._mesh
 
     def get_mesh(self, *axes: str) -> DeviceMesh:
-        """The part of the mesh along some axes, in the mesh's order.
+        """The submesh of some axes, in the mesh's order.
 
         Raises:
             ValueError: If there is no such axis.
@@ -233,7 +231,7 @@ class World(RankIdentity):
 
     @property
     def fsdp_mesh(self) -> DeviceMesh:
-        """The part of the mesh to give to `fully_shard`. Collective the first time.
+        """The submesh for `fully_shard`. Collective the first time.
 
         Raises:
             RuntimeError: As `mesh`.
@@ -246,8 +244,8 @@ class World(RankIdentity):
     def group(self, kind: str = "control") -> ProcessGroup | None:
         """A CPU group of all ranks that callbacks may share; None in a world of one.
 
-        Collective the first time that a kind is asked for: each rank must do so, and in the same
-        order. Collectives of two threads must not share a group: give each thread a kind.
+        Collective the first time for each kind: all ranks must call it, in the same order.
+        Two threads must not use one group at the same time: give each thread its own kind.
         """
         if not self.is_distributed:
             return None
@@ -257,7 +255,7 @@ class World(RankIdentity):
             self._groups[kind] = group
         return self._groups[kind]
 
-    # Together
+    # Collectives
 
     def all_reduce(self, value: Any, op: ReduceOp = "mean") -> Any:
         """The value reduced over all ranks. Collective; doesn't change `value`.
@@ -271,7 +269,7 @@ class World(RankIdentity):
             The same kind as `value`, equal on all ranks; a mean of whole numbers is a float.
 
         Raises:
-            ValueError: On all ranks, if they give dicts of other keys or kinds.
+            ValueError: On all ranks, if keys or kinds of their dicts differ.
         """
         self._refuse_if_guarded("all_reduce")
         if isinstance(value, Mapping):
@@ -279,17 +277,17 @@ class World(RankIdentity):
         return collectives.reduced(value, op, self._default_group)
 
     def all_gather(self, value: Any) -> Any:
-        """The values of all ranks, in the order of ranks. Collective.
+        """The values of all ranks, by rank. Collective.
 
         Returns:
-            For a tensor, which must have the same shape everywhere, `(world_size, *shape)`;
+            For a tensor, which must have the same shape on all ranks, `(world_size, *shape)`;
             for anything else, which must be picklable, a list.
         """
         self._refuse_if_guarded("all_gather")
         return collectives.gathered(value, self._default_group, self.group())
 
     def broadcast(self, value: Tensor, src: int = 0) -> Tensor:
-        """The tensor of rank `src`; others give one of the same shape and dtype. Collective."""
+        """The tensor of rank `src`; other ranks pass one of its shape and dtype. Collective."""
         self._refuse_if_guarded("broadcast")
         result = value.detach().clone()
         if self.is_distributed:
@@ -309,7 +307,7 @@ class World(RankIdentity):
             dist.barrier(group=self.group())
 
     def agree(self, value: T, what: str | None = None) -> T:
-        """Make sure that all ranks have the same value. Collective.
+        """Check that all ranks have the same value. Collective.
 
         Ranks compare digests, in one exchange of 72 bytes, and the values only if these differ.
 
@@ -322,7 +320,7 @@ class World(RankIdentity):
             The value.
 
         Raises:
-            ValueError: On all ranks, if they differ; it shows which rank has which.
+            ValueError: On all ranks, if they differ; it shows the values by rank.
         """
         self._refuse_if_guarded("agree")
         if self.is_distributed:
@@ -336,12 +334,12 @@ class World(RankIdentity):
     def each(self, function: Callable[[], T]) -> T:
         """Call a function on each rank and return what it returned on this one. Collective.
 
-        An error of one rank is raised on all, so that none waits for a rank that has left. More of
-        this kind, also for threads, is in `dream_trainer.world.Coordination`.
+        An error of one rank is raised on all, so none waits for a rank that failed.
+        `dream_trainer.world.Coordination` has more such methods, also for threads.
 
         Raises:
-            RankFailure: On all ranks, if the function raised on one; the message says on which. In
-                a world of one, its own error is raised.
+            RankFailure: On all ranks, if the function raised on any; the message names these
+                ranks. In a world of one, the error itself is raised.
         """
         self._refuse_if_guarded("each")
         return Coordination(self).each(function) if self.is_distributed else function()
@@ -353,8 +351,8 @@ class World(RankIdentity):
             function: Its result must be picklable.
 
         Raises:
-            RankFailure: On all ranks, if the function raised; in a world of one, its own error is
-                raised.
+            RankFailure: On all ranks, if the function raised; in a world of one, the error itself
+                is raised.
         """
         self._refuse_if_guarded("on_rank_zero")
         return Coordination(self).on_rank_zero(function) if self.is_distributed else function()
@@ -363,8 +361,8 @@ class World(RankIdentity):
         """Whether a condition holds on all ranks. Collective.
 
         Args:
-            condition: A bool is reduced on the CPU: no device is waited for. A tensor, of which all
-                elements must be true, is reduced on its device, and the host waits for that.
+            condition: A bool is reduced on the CPU, without device sync. A tensor, true if all its
+                elements are, is reduced on its device, with a device sync.
         """
         self._refuse_if_guarded("all_ranks")
         if isinstance(condition, Tensor):
@@ -386,21 +384,21 @@ class World(RankIdentity):
     def no_collectives(
         self, where: str, advice: str = collective_guard.RANK_ZERO
     ) -> Iterator[None]:
-        """Make collectives an error inside, also those that call torch.distributed directly.
+        """Make collectives an error inside, including direct calls of torch.distributed.
 
         Args:
             where: Named in the error.
-            advice: Why, and what to do instead; the end of the error.
+            advice: The reason, and what to do instead; the end of the error.
         """
         before, self._refusal = self._refusal, (where, advice)
         try:
-            with collective_guard.RefuseCollectives(where, advice):
+            with collective_guard.CollectiveGuard(where, advice):
                 yield
         finally:
             self._refusal = before
 
     def cleaning_up(self) -> contextlib.AbstractContextManager[None]:
-        """Where clean-up after an error runs: with several ranks, collectives are errors."""
+        """The context of clean-up after an error: with several ranks, collectives are errors."""
         if not self.is_distributed:
             return contextlib.nullcontext()
         return self.no_collectives("the clean-up after an error", collective_guard.AFTER_ERROR)

@@ -1,4 +1,4 @@
-"""Parts that a trainer is put together from; callbacks name them as what they require."""
+"""Mixins of trainers; callbacks declare them as requirements."""
 
 from __future__ import annotations
 

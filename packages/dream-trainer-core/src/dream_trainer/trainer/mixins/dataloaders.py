@@ -1,4 +1,4 @@
-"""Loaders: what the user gives, how many batches an epoch has, and that ranks agree on it."""
+"""Loaders: building them, the length of an epoch, and checks that ranks agree on it."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class DataLoaderSetupMixin(AbstractTrainer):
     def configure_dataloaders(self) -> Any:
         """Make the loaders of this rank.
 
-        Each data-parallel rank must read its own part: give `self.world.dp_rank` and
+        Each data-parallel rank must read its own part: pass `self.world.dp_rank` and
         `self.world.dp_size` to a DistributedSampler, for example.
 
         Returns:
-            The training loader, or it and the validation loader; any iterables.
+            The training loader, or (training loader, validation loader); any iterables.
         """
         raise NotImplementedError(
             f"{type(self).__name__} has no configure_dataloaders; write one that returns the "
@@ -67,19 +67,19 @@ class DataLoaderSetupMixin(AbstractTrainer):
     # Building
 
     def build_dataloaders(self) -> None:
-        """Call `configure_dataloaders` and find out how long an epoch is. Collective.
+        """Call `configure_dataloaders` and determine the length of an epoch. Collective.
 
         Raises:
             ValueError: On all ranks, if a loader is empty, ranks have different numbers of
-                batches, the length of an epoch can't be known, a loader isn't iterable, or there
-                is a list of loaders in its place.
+                batches, the length of an epoch is unknown, a loader isn't iterable, or is a list
+                of loaders.
         """
         returned = self.configure_dataloaders()
         train, val = (
             returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
         )
         try:
-            self.world.each(lambda: self._refuse_unusable(train, val))
+            self.world.each(lambda: self._check_loaders(train, val))
         except RankFailure as error:
             raise ValueError(str(error)) from error.__cause__
         self.world.agree(
@@ -96,10 +96,10 @@ class DataLoaderSetupMixin(AbstractTrainer):
         self.train_batches = BatchStream(train, "training", self.loader_watch)
         self._warn_of_repeated_data(train)
 
-    def _refuse_unusable(self, train: Any, val: Any) -> None:
-        problem = _problem(train, "training", type(self).__name__)
+    def _check_loaders(self, train: Any, val: Any) -> None:
+        problem = _error_in(train, "training", type(self).__name__)
         if problem is None and val is not None:
-            problem = _problem(val, "validation", type(self).__name__)
+            problem = _error_in(val, "validation", type(self).__name__)
         if problem is not None:
             raise ValueError(problem)
 
@@ -146,8 +146,8 @@ class DataLoaderSetupMixin(AbstractTrainer):
             )
 
 
-def _problem(loader: Any, kind: str, trainer_name: str) -> str | None:
-    """What is wrong with a loader, if anything."""
+def _error_in(loader: Any, kind: str, trainer_name: str) -> str | None:
+    """The message of the error in a loader, if any."""
     from torch.utils.data import DataLoader
 
     if loader is None:

@@ -1,4 +1,4 @@
-"""EvalMetricMixin: metrics that are reset, moved and computed around each validation."""
+"""EvalMetricMixin: metrics that are reset and computed around each validation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dream_trainer.trainer.mixins.tracking import assigned_attributes
 
 @runtime_checkable
 class Metric(Protocol):
-    """Anything that gathers a value over batches, such as a torchmetrics Metric."""
+    """An object that accumulates a value over batches, such as a torchmetrics Metric."""
 
     def update(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -25,9 +25,9 @@ class Metric(Protocol):
 class EvalMetricMixin(AbstractTrainer):
     """Metrics assigned in `configure_metrics`; `validation_step` calls their `update`.
 
-    They are reset before a validation run and computed after it. What `compute` returns is part
-    of the run's result: under the metric's name, or under its own keys if it is a dict. It is
-    taken as it is: torchmetrics reduces over ranks itself; a metric of your own must do so.
+    They are reset before a validation run and computed after it. The value of `compute` is added to
+    the run's result: under the metric's name, or under its own keys if it is a dict. It isn't
+    reduced over ranks: torchmetrics does so itself, and so must a metric of your own.
     """
 
     _metric_names: tuple[str, ...] = ()
@@ -36,7 +36,7 @@ class EvalMetricMixin(AbstractTrainer):
         """Assign metrics to attributes: `self.accuracy = …`. Optional."""
 
     def named_metrics(self) -> Mapping[str, Metric]:
-        """Metrics by the attribute that they were assigned to."""
+        """Metrics by attribute name."""
         return {name: getattr(self, name) for name in self._metric_names}
 
     def build_metrics(self) -> None:
@@ -57,12 +57,12 @@ class EvalMetricMixin(AbstractTrainer):
         """Values of all metrics, by name. Collective if there is a metric.
 
         Raises:
-            ValueError: On all ranks, if metrics give other keys on some.
+            ValueError: On all ranks, if the keys differ between ranks.
         """
         values: dict[str, Any] = {}
         for name, metric in self.named_metrics().items():
             value = metric.compute()
             values.update(value if isinstance(value, Mapping) else {name: value})
         if self._metric_names:
-            self.world.agree(sorted(values), "the keys that metrics give")
+            self.world.agree(sorted(values), "the keys of metrics")
         return values

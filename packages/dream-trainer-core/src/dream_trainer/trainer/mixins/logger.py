@@ -1,4 +1,4 @@
-"""LoggerMixin: what a trainer logs goes to every sink that has been added."""
+"""LoggerMixin: `trainer.log_*`, which send values to all sinks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dream_trainer.interface.trainer import AbstractTrainer
 
 
 class Sink(Protocol):
-    """Where logged values go: a file, TensorBoard, an experiment tracker.
+    """Destination of logged values: a file, TensorBoard, an experiment tracker.
 
-    A sink must not raise for a value that it can't hold; it leaves it out.
+    A sink skips values that it doesn't support; it must not raise.
     """
 
     def log_scalars(self, values: Mapping[str, float], step: int) -> None: ...
@@ -33,9 +33,9 @@ class Sink(Protocol):
 
 
 class LoggerMixin(AbstractTrainer):
-    """Fans logged values out to its sinks; has none until a callback adds some.
+    """Sends logged values to its sinks; has none until a callback adds some.
 
-    Sinks are added on global rank 0 alone, so logging does nothing on the other ranks.
+    Sinks are added on global rank 0 only, so logging does nothing on the other ranks.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -47,25 +47,25 @@ class LoggerMixin(AbstractTrainer):
         return tuple(self._sinks)
 
     def add_sink(self, sink: Sink) -> None:
-        """Send what is logged from now on to `sink` too."""
+        """Send values logged from now on to `sink` too."""
         self._sinks.append(sink)
 
     def remove_sink(self, sink: Sink) -> None:
-        """Send nothing to `sink` any more; the caller closes it."""
+        """Stop sending values to `sink`; the caller closes it."""
         self._sinks.remove(sink)
 
     def log_scalar(self, name: str, value: float | Tensor, step: int | None = None) -> None:
-        """Log a number; waits for the device if it is a tensor.
+        """Log a number; a device sync if it is a tensor.
 
         Args:
-            name: Slashes group: "val/loss".
+            name: Slashes make groups: "val/loss".
             value: A number, or a tensor with one element.
             step: Default: `global_step`.
         """
         self.log_dict({name: value}, step)
 
     def log_dict(self, values: Mapping[str, float | Tensor], step: int | None = None) -> None:
-        """Log several numbers at once; waits for the device if there are tensors."""
+        """Log several numbers at once; a device sync if there are tensors."""
         if self._sinks:
             numbers = {name: float(value) for name, value in values.items()}
             for sink in self._sinks:
@@ -89,7 +89,7 @@ class LoggerMixin(AbstractTrainer):
             sink.log_plot(name, figure, self._step(step))
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        """Log what the run was started with."""
+        """Log the config of the run."""
         for sink in self._sinks:
             sink.log_config(config)
 

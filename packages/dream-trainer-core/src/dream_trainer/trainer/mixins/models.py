@@ -1,7 +1,7 @@
-"""Models: from the user's structure to sharded, compiled, initialized weights on the device.
+"""Models: building, parallelizing, compiling, sharding and initializing them.
 
 The order is: tensor and context parallelism, activation checkpointing, compile, FSDP or DDP,
-materialize, initialize. Each comes after what would otherwise undo it or be traced through it.
+materialize, initialize. In another order, one step would undo or trace another.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from dream_trainer.interface.trainer import AbstractTrainer
 from dream_trainer.trainer.mixins.tracking import assigned_attributes
+from dream_trainer.world import torch_private
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
 class ModelSetupMixin(AbstractTrainer):
-    """Builds the models and puts them on their ranks.
+    """Builds, parallelizes and initializes the models.
 
     The user writes `configure_models`; every other method has a default that works.
     """
@@ -42,16 +43,16 @@ class ModelSetupMixin(AbstractTrainer):
         )
 
     def init_weights(self) -> None:
-        """Give all parameters and buffers their first values, or load pretrained ones.
+        """Initialize all parameters and buffers, or load pretrained ones. Optional.
 
-        Optional. Runs after sharding: parameters may be DTensors. `nn.init` gives the same
-        weights in every layout.
+        Runs after sharding: parameters may be DTensors. `nn.init` gives the same weights in every
+        layout.
         """
 
     def apply_tensor_parallel(self, mesh: DeviceMesh) -> None:
         """Parallelize the models' layers over `mesh`, with `parallelize_module`.
 
-        Has no default: which layers to split, and how, is known to the model's author.
+        Has no default: it depends on the model which layers to split, and how.
         """
         raise NotImplementedError(
             f"tensor_parallel={self.world.tp_size}, and {type(self).__name__} has no "
@@ -60,11 +61,11 @@ class ModelSetupMixin(AbstractTrainer):
         )
 
     def apply_context_parallel(self, mesh: DeviceMesh) -> None:
-        """Make the models' attention see whole sequences, of which each rank of `mesh` has a part.
+        """Make the models' attention span the sequences that are split over `mesh`.
 
-        Has no default: which modules attend, and how, is known to the model's author, as is the
-        dimension along which `training_step` takes this rank's part, `world.cp_rank` of
-        `world.cp_size`, of a batch. Gradients of the parts are averaged.
+        Has no default: it depends on the model. `training_step` takes this rank's part
+        (`world.cp_rank` of `world.cp_size`) of each sequence in a batch. Gradients of the parts
+        are averaged.
         """
         raise NotImplementedError(
             f"context_parallel={self.world.cp_size}, and {type(self).__name__} has no "
@@ -74,11 +75,9 @@ class ModelSetupMixin(AbstractTrainer):
 
     def apply_activation_checkpointing(self) -> None:
         """Recompute activations in backward: each block of a ModuleList."""
-        from torch.distributed._composable.checkpoint_activation import checkpoint
-
         for model in self.named_models().values():
             for block in _blocks(model):
-                checkpoint(block)  # unlike a wrapper, it keeps the parameters' names
+                torch_private.checkpoint_activations(block)
 
     def apply_compile(self) -> None:
         """Compile the models in place."""
@@ -100,19 +99,17 @@ class ModelSetupMixin(AbstractTrainer):
                 fully_shard(model, **config)
 
     def apply_replicate(self, mesh: DeviceMesh) -> None:
-        """Keep the models' copies equal with DDP, without wrapping them.
+        """Apply DDP to the models, without wrapping them.
 
-        Copies of models that are divided in another way too go to `apply_fully_shard`, as shards
-        of one: DDP loses parameters that are DTensors.
+        Not called for replicas with tensor or context parallelism, which `apply_fully_shard` gets
+        as shards of size 1: DDP loses parameters that are DTensors.
 
         Args:
-            mesh: The axis of copies.
+            mesh: The axis of replicas.
         """
-        from torch.distributed._composable.replicate import replicate
-
         for model in self.named_models().values():
             if any(parameter.requires_grad for parameter in model.parameters()):
-                replicate(model, device_mesh=mesh)
+                torch_private.replicate(model, mesh)
 
     def model_state_dict(self) -> dict[str, Any]:
         """Tensors to save, by model and parameter name; sharded where the model is."""
@@ -128,7 +125,7 @@ class ModelSetupMixin(AbstractTrainer):
     # Building
 
     def build_models(self) -> None:
-        """Call `configure_models` on the right device and remember what it assigned."""
+        """Call `configure_models` on its device and track the models it assigns."""
         if self.world.pp_size > 1:
             raise NotImplementedError(
                 f"pipeline_parallel={self.world.pp_size}: torch's pipeline schedules run forward "
@@ -213,14 +210,14 @@ class ModelSetupMixin(AbstractTrainer):
         still_empty = [
             f"{name}.{key}"
             for name, model in self.named_models().items()
-            for key, tensor in _tensors(model)  # as they are now: it may have assigned new ones
+            for key, tensor in _tensors(model)  # read again: init_weights may assign new ones
             if f"{name}.{key}" in empty and _is_marked_empty(tensor)
         ]
         if still_empty:
             raise RuntimeError(
                 f"{', '.join(still_empty[:5])}{' …' if len(still_empty) > 5 else ''}: built on the "
-                "meta device, so what the constructor put there is gone, and init_weights gave no "
-                "values; set every parameter and buffer in init_weights"
+                "meta device, so values of the constructor are lost, and init_weights set none; "
+                "every parameter and buffer in init_weights"
             )
 
 
@@ -229,7 +226,7 @@ def _is_model(value: Any) -> bool:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules in ModuleLists that have parameters, inner ones first."""
+    """The modules in ModuleLists that have parameters, innermost first."""
     blocks = [
         block
         for module in model.modules()
@@ -246,7 +243,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
+    """This rank's part of a tensor."""
     from torch.distributed.tensor import DTensor
 
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
@@ -261,7 +258,7 @@ def _mark_empty(tensor: Tensor) -> None:
 
 
 def _is_marked_empty(tensor: Tensor) -> bool:
-    """Whether nothing was written since `_mark_empty`; can't be told of booleans."""
+    """Whether nothing was written since `_mark_empty`; always False for booleans."""
     local = _local(tensor)
     if local.numel() == 0 or local.dtype is torch.bool:
         return False

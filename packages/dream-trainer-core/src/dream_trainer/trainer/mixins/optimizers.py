@@ -1,4 +1,4 @@
-"""Optimizers and learning rate schedulers, and which models they belong to."""
+"""Optimizers and learning rate schedulers, and the models that they update."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class OptimizerSetupMixin(AbstractTrainer):
     def configure_schedulers(self) -> Any:
         """Assign learning rate schedulers to attributes, or return them. Optional.
 
-        They are stepped once per optimizer step, after their optimizer; but for ReduceLROnPlateau,
-        which needs a result: step it in a callback's `post_validation_epoch`. The loaders are
-        there: an epoch has `num_train_batches` batches.
+        They are stepped once per optimizer step, after their optimizer; except ReduceLROnPlateau,
+        which needs a metric: step it in a callback's `post_validation_epoch`. The loaders exist
+        already: an epoch has `num_train_batches` batches.
 
         Returns:
             Nothing, a scheduler, several, or a dict from optimizer to scheduler.
@@ -52,7 +52,7 @@ class OptimizerSetupMixin(AbstractTrainer):
         return dict(self._schedulers)
 
     def models_of(self, optimizer: Optimizer) -> dict[str, nn.Module]:
-        """The models whose parameters an optimizer changes, by name."""
+        """The models whose parameters an optimizer updates, by name."""
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return {
             name: model
@@ -66,12 +66,12 @@ class OptimizerSetupMixin(AbstractTrainer):
     # Building
 
     def build_optimizers(self) -> None:
-        """Call `configure_optimizers` and `configure_schedulers` and remember what they made.
+        """Call `configure_optimizers` and `configure_schedulers`, and keep what they made.
 
         Collective.
 
         Raises:
-            ValueError: On all ranks, if theirs differ.
+            ValueError: On all ranks, if they differ between ranks.
             RuntimeError: If there is no optimizer, or one has parameters of no model.
         """
         with assigned_attributes(self, lambda value: isinstance(value, Optimizer)) as names:

@@ -1,4 +1,4 @@
-"""SetupMixin: models, then loaders, then optimizers."""
+"""SetupMixin: sets up models, then loaders, then optimizers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dream_trainer.trainer.mixins.optimizers import OptimizerSetupMixin
 
 
 class SetupMixin(ModelSetupMixin, OptimizerSetupMixin, DataLoaderSetupMixin):
-    """Everything between a config and the first step."""
+    """Models, loaders, optimizers and schedulers."""
 
     def build_training(self) -> None:
         """Prepare the models; build loaders, optimizers and schedulers. Collective."""

@@ -1,4 +1,4 @@
-"""Which attributes a trainer gains while one of its methods runs: how parts get their names."""
+"""Tracking of attributes that a method assigns: models, optimizers and metrics get their names."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ def assigned_attributes(owner: object, is_part: Callable[[Any], bool]) -> Iterat
     """Names of the attributes assigned inside whose values are parts, in order of assignment.
 
     Args:
-        owner: The object that is assigned to.
-        is_part: Tells which values count.
+        owner: The object with the attributes.
+        is_part: Whether a value is tracked.
 
     Yields:
-        A list that is filled on the way out.
+        A list that is filled on exit.
     """
     before = dict(vars(owner))
     names: list[str] = []

@@ -1,1 +1,1 @@
-"""Failing ranks: the first failure is known to all, and every process ends."""
+"""Failure handling: all ranks learn of the first failure, and every process exits."""

@@ -1,4 +1,4 @@
-"""Failure: what is said of the first error of a run, on every rank."""
+"""Failure: the first error of a run, as every rank reports it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Failure:
     """The first error of a run.
 
     Args:
-        rank: Which rank failed.
-        pid: Of its process.
-        host: Where that ran.
-        what: What happened to it, and where, in one line.
-        time_s: When; seconds of Unix time.
+        rank: The rank that failed.
+        pid: Process id.
+        host: Host name.
+        what: The error and where it was raised, in one line.
+        time_s: Unix time in seconds.
     """
 
     rank: int
@@ -44,10 +44,10 @@ class Failure:
 
 
 class RemoteError(RuntimeError):
-    """Another rank failed first, so this one ends too.
+    """Raised on a rank because another rank failed first.
 
     Attributes:
-        failure: What happened there.
+        failure: The failure of the other rank.
     """
 
     def __init__(self, failure: Failure) -> None:
@@ -73,8 +73,9 @@ class Interruption(BaseException):
         """The RemoteError to raise instead of the first error that left the loop after this.
 
         Args:
-            error: This, or what other code made of it. One that wraps this isn't shown: its
-                message reads as if the fault were here. Any other is the RemoteError's cause.
+            error: This, or an error that other code raised from it. One that wraps this isn't
+                shown, since its message reads as if this rank were at fault. Any other is the
+                cause of the RemoteError.
         """
         remote = RemoteError(self.failure)
         if self in error_chain(error):
@@ -98,22 +99,22 @@ def error_chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether an error may be what follows from the death of another rank."""
+    """Whether an error may be a consequence of another rank's death."""
     return any(
         isinstance(each, dist.DistError)
-        # An OSError is from a loader's worker; collectives raise RuntimeErrors.
+        # Collectives raise RuntimeError; an OSError comes from a loader's worker.
         or (not isinstance(each, OSError) and _LOST_CONNECTION.search(str(each)) is not None)
         for each in error_chain(error)
     )
 
 
 def is_timeout(error: BaseException) -> bool:
-    """Whether a collective has waited in vain for another rank."""
+    """Whether a collective timed out waiting for another rank."""
     return isinstance(error, RuntimeError) and "Timed out waiting" in str(error)
 
 
 def described(error: BaseException, step: int) -> str:
-    """Where an error was raised, and what it is, in one line."""
+    """Where an error was raised, its type and its message, in one line."""
     text = " ".join(str(error).split())[:300]
     what = f"{type(error).__name__}: {text}" if text else type(error).__name__
     notes = [note for note in getattr(error, "__notes__", ()) if note.startswith("raised in ")]
@@ -130,7 +131,7 @@ _PYTHONS = sysconfig.get_paths()["stdlib"]
 
 
 def _place(stack: traceback.StackSummary) -> str:
-    """The innermost place in a stack that is the user's."""
+    """The innermost frame of the user's code."""
     users = [each for each in stack if not each.filename.startswith((_OURS, _TORCHS, "<"))]
     if not stack:
         return "unknown code"
@@ -139,7 +140,7 @@ def _place(stack: traceback.StackSummary) -> str:
 
 
 def place_of_main_thread() -> str:
-    """Where the main thread is: the innermost function that isn't torch's or Python's, and it."""
+    """The main thread's innermost frame, and the innermost outside of torch and Python."""
     ident = threading.main_thread().ident
     frame = sys._current_frames().get(ident or 0)  # noqa: SLF001  # documented, despite its name
     if frame is None:
@@ -159,7 +160,7 @@ def place_of_main_thread() -> str:
 
 
 def was_shown(failure: Failure) -> bool:
-    """Whether the traceback that ended this process ends with a failure."""
+    """Whether the traceback that ended this process shows the failure in its last line."""
     error = getattr(sys, "last_value", None)
     if error is None:
         return False

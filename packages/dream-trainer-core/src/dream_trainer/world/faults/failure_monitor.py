@@ -1,12 +1,12 @@
-"""FailureWatch: the first error of any rank is soon known to all, and all of them end.
+"""FailureMonitor: reports the first error of any rank to all ranks, and ends all of them.
 
-Ranks that still run may be stuck in a collective that the failed one never joins, so nothing here
-is a collective. The first error is written into the store that the ranks found each other by, once.
-A thread of each rank looks for it, on a connection of its own; it also sees when the process of a
-rank on the same machine dies. Then it gets the main thread out of wherever it is, for clean-up. A
-main thread that can't be got out, as it is in C++ code, is ended with its process.
+Other ranks may be stuck in a collective that the failed one never joins, so nothing here is a
+collective. The first error is written to the rendezvous store. A thread of each rank polls for it
+on its own connection; it also detects when the process of a rank on the same machine exits. It
+then interrupts the main thread for clean-up. A main thread that can't be interrupted, because it is
+in C++ code, is ended with its process.
 
-Nothing of this costs the main thread anything until there is an error.
+The main thread has no overhead until there is an error.
 """
 
 from __future__ import annotations
@@ -38,26 +38,24 @@ from dream_trainer.world.faults.failure import (
     place_of_main_thread,
     was_shown,
 )
-from dream_trainer.world.faults.failure_store import ASKS_PER_S, FailureRecord
-from dream_trainer.world.faults.local_processes import Neighbours
+from dream_trainer.world.faults.failure_store import MAX_REQUESTS_PER_S, FailureStore
+from dream_trainer.world.faults.local_processes import LocalProcesses
 from dream_trainer.world.rank_mismatch import grouped
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-_LOOK_EVERY_S = 0.2
-_PATIENCE_S = 2.0
-"""How long a rank that lost a connection waits to hear why."""
-_GRACE_S = 25.0
-"""How long after SIGTERM it is time to say where this process is: torchrun kills it after 30 s."""
-_EXIT_S = 1.0
-"""How long handlers of `atexit` may take after an error."""
+_POLL_EVERY_S = 0.2
+_WAIT_S = 2.0
+"""Wait for the failure that caused a lost connection, and at exit for threads and ranks."""
+_SIGTERM_REPORT_S = 25.0
+"""Seconds after SIGTERM until the main thread's place is reported; torchrun kills after 30."""
+_ATEXIT_S = 1.0
+"""Seconds that `atexit` handlers may take after an error."""
 
 
-class Alone:
-    """A world of one: an error is nobody else's business."""
-
-    # As FailureWatch, whose docstrings say what these do.
+class NoFailureMonitor:
+    """For a world of one rank: does nothing. Methods as in FailureMonitor."""
 
     def watching(self, step: Callable[[], int]) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -75,18 +73,18 @@ class Alone:
         pass
 
 
-class FailureWatch:
-    """One of several ranks: tells the others of an error here, and hears of theirs.
+class FailureMonitor:
+    """Reports an error on this rank to the others, and theirs to this one.
 
     Args:
-        store: Of all ranks. A connection of its own is made to it.
-        rank: This one.
+        store: The store of all ranks; cloned to get a separate connection.
+        rank: This rank.
         world_size: Number of ranks.
-        cleanup_timeout_s: How long this process may go on after an error on some rank.
+        cleanup_timeout_s: Seconds that this process may run after an error on any rank.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int, cleanup_timeout_s: float) -> None:
-        self._record = FailureRecord(store, world_size)
+        self._store = FailureStore(store, world_size)
         self._rank = rank
         self._world_size = world_size
         self._cleanup_timeout_s = cleanup_timeout_s
@@ -96,13 +94,13 @@ class FailureWatch:
         self._deadline_s = math.inf
         self._step: Callable[[], int] = int
         self._depth = 0
-        self._span = 0  # number of watches that have ended with success
+        self._span = 0  # number of calls of finish() that succeeded
         self._has_said_goodbye = False  # in this span
-        self._is_out = False
-        self._place: str | None = None  # where the main thread was; by default where it is
+        self._has_left_loop = False
+        self._place: str | None = None  # reported instead of the main thread's current place
         self._has_told_place = False
         self._thread: threading.Thread | None = None
-        self._neighbours: Neighbours | None = None
+        self._local_processes: LocalProcesses | None = None
         self._interrupts = False
         self._interruption: Interruption | None = None  # the last one raised in the main thread
 
@@ -110,14 +108,14 @@ class FailureWatch:
 
     @contextlib.contextmanager
     def watching(self, step: Callable[[], int]) -> Iterator[None]:
-        """Watch the other ranks inside; may be nested.
+        """Monitor the other ranks inside; may be nested.
 
         Args:
-            step: Number of optimizer steps that this rank has completed.
+            step: Returns the number of optimizer steps that this rank has completed.
 
         Raises:
             RemoteError: If another rank has failed already.
-            Interruption: If another rank fails. It may come at any place inside.
+            Interruption: If another rank fails; at any place inside.
         """
         self._step = step
         if self._thread is None:
@@ -128,30 +126,30 @@ class FailureWatch:
         try:
             yield
         except BaseException:
-            self._depth = 0  # from here on nobody is interrupted: it is time to clean up
+            self._depth = 0  # clean-up isn't interrupted
             raise
         self._depth -= 1
 
     def report(self, error: BaseException, step: int) -> BaseException:
-        """Make an error known to all ranks, unless another rank was the first.
+        """Report an error to all ranks, unless another rank failed first.
 
-        Starts the time that clean-up may take. Not collective.
+        Starts the clean-up timeout. Not collective.
 
         Args:
-            error: What left the loop on this rank.
+            error: The error that left the loop on this rank.
             step: Optimizer steps completed.
 
         Returns:
-            What to raise: the error itself, with a note that names the first one; a RemoteError
-            if it is only what follows from another rank's, as anything after an interruption is.
+            The error to raise: `error`, with a note that names the first failure; or a RemoteError
+            if `error` is a consequence of another rank's, as any error after an interruption is.
         """
         self._depth = 0
-        signals.ignore(signal.SIGCHLD)  # torch's handler raises when a loader's worker has died
+        signals.ignore(signal.SIGCHLD)  # torch's handler would raise when a loader worker dies
         if isinstance(error, KeyboardInterrupt) and self._has_said_goodbye:
-            return error  # it waited for the others to finish: nobody has failed
+            return error  # while waiting for the others to finish: no rank has failed
         if isinstance(error, RemoteError):
             first = error.failure
-            error.__notes__ = []  # where it came upon this rank; it isn't the cause
+            error.__notes__ = []  # they say where this rank was, which isn't the cause
         elif self._interruption is not None and not isinstance(error, KeyboardInterrupt):
             first = self._interruption.failure
             error = self._interruption.remote_error(error)
@@ -162,28 +160,28 @@ class FailureWatch:
                 error = Interruption(first).remote_error(error)
             else:
                 error.add_note(str(first))
-        self._see(first)
+        self._set_first(first)
         is_mine = first.rank == self._rank
         with contextlib.suppress(OSError):
             torchrun.record_error(error, str(first), first.time_s + (not is_mine))
         return error
 
     def finish(self) -> None:
-        """End the watch after success, once all ranks have come here, for as long as that takes.
+        """Stop monitoring after success, once all ranks have called this. Blocks without timeout.
 
-        From here on this process may end without being missed.
+        Afterwards the exit of this process isn't a failure.
 
         Raises:
-            RemoteError: If another rank failed before all had come here.
+            RemoteError: If another rank failed before all had called this.
         """
         self._raise_if_failed()
         self._say_goodbye()
-        self._record.count(f"finished/{self._span}")
-        self._record.wait_for_all(f"finished/{self._span}", look=self._raise_if_failed)
-        self._record.count(f"known/{self._span}")
+        self._store.count(f"finished/{self._span}")
+        self._store.wait_for_all(f"finished/{self._span}", look=self._raise_if_failed)
+        self._store.count(f"known/{self._span}")
         if self._rank == 0 and not torchrun.keeps_store():
             # The store ends with this process, when the others have read that all are here.
-            self._record.wait_for_all(f"known/{self._span}", limit_s=_PATIENCE_S)
+            self._store.wait_for_all(f"known/{self._span}", limit_s=_WAIT_S)
         self._stop()
         self._span += 1
         self._has_said_goodbye = False
@@ -191,17 +189,17 @@ class FailureWatch:
     def leave(self) -> None:
         """The main thread has cleaned up after an error: it is on its own from here on."""
         signals.ignore(signal.SIGTERM)
-        self._is_out = True
+        self._has_left_loop = True
 
     def close(self) -> None:
-        """Say goodbye, and watch no longer."""
+        """Say goodbye, and stop the thread."""
         if self._first is None:
             self._say_goodbye()
             self._stop()
             atexit.unregister(self._at_exit)
 
     def _say_goodbye(self) -> None:
-        self._record.say_goodbye(self._rank, self._span)
+        self._store.say_goodbye(self._rank, self._span)
         self._has_said_goodbye = True
 
     # What happened
@@ -211,138 +209,141 @@ class FailureWatch:
             raise RemoteError(self._first)
 
     def _first_failure(self, error: BaseException, step: int, *, lost: bool) -> Failure:
-        """The failure that was first: another rank's, or this error."""
+        """The first failure: another rank's, or this error."""
         timed_out = is_timeout(error)
-        wait_s = _PATIENCE_S if lost and not timed_out else 0.0
-        first = self._first or self._record.first(wait_s=wait_s)
+        wait_s = _WAIT_S if lost and not timed_out else 0.0
+        first = self._first or self._store.first(wait_s=wait_s)
         if first is not None:
             return first
         what = f"failed in {described(error, step)}"
         if lost or timed_out:
             self._place = "waiting"
-            self._record.tell_place(self._rank, self._place)
-            what += f"; where each rank was: {grouped(self._record.where_ranks_are())}"
-        return self._record.publish(_failure(self._rank, self._pid, what))
+            self._store.tell_place(self._rank, self._place)
+            what += f"; where each rank was: {grouped(self._store.where_ranks_are())}"
+        return self._store.publish(_failure(self._rank, self._pid, what))
 
-    def _see(self, first: Failure) -> None:
-        """From now on this process is about to end."""
+    def _set_first(self, first: Failure) -> None:
+        """Keep the first failure and start the clean-up timeout, after which this process ends."""
         with self._lock:
             if self._first is not None:
                 return
             signals.ignore(signal.SIGTERM)
             self._deadline_s = time.monotonic() + self._cleanup_timeout_s
             self._first = first
-        self._record.count("seen")
-        if self._neighbours is not None:
-            self._neighbours.wake()
+        self._store.count("seen")
+        if self._local_processes is not None:
+            self._local_processes.wake()
 
     # The thread
 
     def _start(self) -> None:
         atexit.register(self._at_exit)
-        self._neighbours = Neighbours(self._record.store, self._rank, self._world_size)
+        self._local_processes = LocalProcesses(self._store.client, self._rank, self._world_size)
         self._thread = threading.Thread(
-            target=self._watch, args=(self._neighbours,), name="failure-watch", daemon=True
+            target=self._run, args=(self._local_processes,), name="failure-monitor", daemon=True
         )
         self._thread.start()
-        self._interrupts = signals.begin(self, self._neighbours.waker)
+        self._interrupts = signals.attach_monitor(self, self._local_processes.waker)
 
     def _stop(self) -> None:
         thread, self._thread = self._thread, None
-        neighbours, self._neighbours = self._neighbours, None
-        if thread is not None and neighbours is not None:
-            signals.end(self, neighbours.waker)
-            neighbours.wake()
-            thread.join(_PATIENCE_S)
+        local_processes, self._local_processes = self._local_processes, None
+        if thread is not None and local_processes is not None:
+            signals.detach_monitor(self, local_processes.waker)
+            local_processes.wake()
+            thread.join(_WAIT_S)
             if not thread.is_alive():
-                neighbours.close()
+                local_processes.close()
 
-    def _watch(self, neighbours: Neighbours) -> None:
-        interval_s = max(_LOOK_EVERY_S, self._world_size / ASKS_PER_S)
-        grace_ends_at_s = math.inf
+    def _run(self, local_processes: LocalProcesses) -> None:
+        interval_s = max(_POLL_EVERY_S, self._world_size / MAX_REQUESTS_PER_S)
+        report_place_at_s = math.inf
         while self._first is None:
-            ended, written = neighbours.wait(interval_s)
+            ended, written = local_processes.wait(interval_s)
             if self._thread is not threading.current_thread():
                 return
-            is_to_end = signals.is_termination(written)
-            if self._record.is_lost:
+            must_end = signals.has_undecided_sigterm(written)
+            if self._store.is_lost:
                 self._on_lost_store()
             else:
-                with self._record.may_be_lost():
-                    self._look((*ended, *neighbours.look_for_new()), is_to_end)
-            if is_to_end and self._first is None:
+                with self._store.may_be_lost():
+                    self._check((*ended, *local_processes.find_new()), must_end)
+            if must_end and self._first is None:
                 signals.end_process_by(signal.SIGTERM)
-            if signal.SIGTERM in written:  # somebody else handles it
-                grace_ends_at_s = time.monotonic() + _GRACE_S
-            if time.monotonic() > grace_ends_at_s:
-                grace_ends_at_s = math.inf
+            if signal.SIGTERM in written:  # other code handles it
+                report_place_at_s = time.monotonic() + _SIGTERM_REPORT_S
+            if time.monotonic() > report_place_at_s:
+                report_place_at_s = math.inf
                 self._write(
-                    f"rank {self._rank} got SIGTERM {_GRACE_S:g} s ago and is still in "
+                    f"rank {self._rank} got SIGTERM {_SIGTERM_REPORT_S:g} s ago and is still in "
                     f"{place_of_main_thread()}"
                 )
-        self._see_out()
+        self._interrupt_or_end()
 
-    def _look(self, ended: tuple[tuple[int, int], ...], is_to_end: bool) -> None:
-        """Look at what the other ranks say, and at those on this machine that have ended."""
+    def _check(self, ended: tuple[tuple[int, int], ...], must_end: bool) -> None:
+        """Check for a failure in the store, and for local processes that have exited."""
         for rank, pid in ended:
-            self._on_end_of(rank, pid, is_to_end)
-        if not self._has_told_place and self._record.is_asked_where():
+            self._on_process_exit(rank, pid, must_end)
+        if not self._has_told_place and self._store.is_asked_where():
             self._has_told_place = True
-            self._record.tell_place(self._rank, self._place or place_of_main_thread())
-        first = self._record.first()
+            self._store.tell_place(self._rank, self._place or place_of_main_thread())
+        first = self._store.first()
         if first is not None:
-            self._see(first)
-        elif is_to_end:
-            self._record.tell_termination(self._rank)
+            self._set_first(first)
+        elif must_end:
+            self._store.tell_termination(self._rank)
 
-    def _on_end_of(self, rank: int, pid: int, is_to_end: bool) -> None:
-        """A process on this machine has ended; that is fine after a goodbye."""
-        if self._first is not None or self._record.has_said_goodbye(rank, self._span):
+    def _on_process_exit(self, rank: int, pid: int, must_end: bool) -> None:
+        """A process on this machine has exited, which is a failure unless it said goodbye."""
+        if self._first is not None or self._store.has_said_goodbye(rank, self._span):
             return
-        what = "ended without a word: killed (SIGKILL, out of memory?), crashed, or os._exit"
-        if self._record.was_terminated(rank):
-            if is_to_end:  # so are all
+        what = (
+            "exited without reporting an error: killed (SIGKILL, out of memory?), crashed, or "
+            "os._exit"
+        )
+        if self._store.was_terminated(rank):
+            if must_end:  # all ranks got SIGTERM
                 return
             what = "was ended by SIGTERM"
         what += f"; rank {self._rank} was at step {self._step()}"
         mine = _failure(rank, pid, what)
-        first = self._record.publish(mine)
+        first = self._store.publish(mine)
         if first == mine:
-            self._record.count("seen")  # in its place
-        self._see(first)
+            self._store.count("seen")  # on behalf of that process
+        self._set_first(first)
 
     def _on_lost_store(self) -> None:
         if not torchrun.keeps_store() and self._rank != 0 and self._depth:
             host = os.environ.get("MASTER_ADDR", "")
-            what = "is gone, and with it the store that the ranks meet in"
-            self._see(Failure(0, 0, host, what, time.time()))
+            what = "is gone, and with it the store of all ranks"
+            self._set_first(Failure(0, 0, host, what, time.time()))
 
-    def _see_out(self) -> None:
-        """Get the main thread out, or end the process."""
+    def _interrupt_or_end(self) -> None:
+        """Interrupt the main thread, or end the process at the deadline."""
         signalled_at_s = -math.inf
-        while not self._is_out and time.monotonic() < self._deadline_s:
+        while not self._has_left_loop and time.monotonic() < self._deadline_s:
             if self._depth and self._interrupts and time.monotonic() - signalled_at_s > 1.0:
                 signalled_at_s = time.monotonic()
                 signals.interrupt_main_thread()
             time.sleep(0.02)
-        if not self._is_out:
+        if not self._has_left_loop:
             self._end_process()
         while threading.main_thread().is_alive():
             time.sleep(0.05)
-        # Python waits for threads of callbacks now; one of them may be stuck in a collective.
-        left_s = self._deadline_s + _PATIENCE_S - time.monotonic()
+        # Python now joins the threads of callbacks; one may be stuck in a collective.
+        left_s = self._deadline_s + _WAIT_S - time.monotonic()
         time.sleep(max(left_s, self._cleanup_timeout_s))
         self._end_process()
 
     def _end_process(self) -> NoReturn:
         place = place_of_main_thread()
         _flush()
-        self._write(f"rank {self._rank} could not get out of {place} and ends here")
+        self._write(f"rank {self._rank} did not leave {place} in time; exiting")
         self._write(str(self._first))
         os._exit(1)
 
     def _write(self, line: str) -> None:
-        # Marked as torch marks tracebacks. Not through sys.stderr, whose lock may be held.
+        # Prefixed as torch prefixes tracebacks. Not through sys.stderr, whose lock may be held.
         with contextlib.suppress(OSError):
             os.write(2, f"[rank{self._rank}]: {line}\n".encode())
 
@@ -350,14 +351,14 @@ class FailureWatch:
 
     @property
     def has_failed(self) -> bool:
-        """Whether a rank has failed, so that this process is about to end."""
+        """Whether a rank has failed, so that this process will exit."""
         return self._first is not None
 
     def interrupt(self) -> None:
-        """Raise in the main thread, which runs this as a signal's handler, if it may be.
+        """Raise an Interruption in the main thread, which calls this in a signal handler.
 
-        Called again while the main thread is in the loop: an interruption that was swallowed is
-        raised again, one that is being handled, in a `finally` for example, is left alone.
+        Called repeatedly while the main thread is in the loop: an interruption that was swallowed
+        is raised again, except while one is being handled, in a `finally` for example.
         """
         if not self._depth or self._first is None:
             return
@@ -366,7 +367,7 @@ class FailureWatch:
             raise self._interruption
 
     def _at_exit(self) -> None:
-        """After an error, make sure that the others know, and that this process ends."""
+        """After an error, make sure that the others know, and that this process exits."""
         if os.getpid() != self._pid:
             return
         if self._first is None:
@@ -374,11 +375,11 @@ class FailureWatch:
             return
         if not was_shown(self._first):
             self._write(str(self._first))
-        self._record.wait_for_all("seen", limit_s=_PATIENCE_S)
-        # Others may be stuck until the sockets of this process are closed. What is left to do can
-        # take seconds or hang, and no thread of Python's runs meanwhile; this one is in C.
+        self._store.wait_for_all("seen", limit_s=_WAIT_S)
+        # Others may be stuck until the sockets of this process are closed. The rest of the shutdown
+        # can take seconds or hang, while no Python thread runs; this thread is in C.
         nowhere = open(os.devnull, "w")  # noqa: SIM115  # until the end
-        faulthandler.dump_traceback_later(_EXIT_S, exit=True, file=nowhere)
+        faulthandler.dump_traceback_later(_ATEXIT_S, exit=True, file=nowhere)
 
 
 def _failure(rank: int, pid: int, what: str) -> Failure:
@@ -386,7 +387,7 @@ def _failure(rank: int, pid: int, what: str) -> Failure:
 
 
 def _flush() -> None:
-    """Flush what is buffered, as far as that is possible soon."""
+    """Flush log handlers and standard streams, for at most half a second."""
 
     def flush() -> None:
         logging.shutdown()

@@ -1,4 +1,4 @@
-"""FailureRecord: what the ranks write into their store about failing and ending."""
+"""FailureStore: the keys in the ranks' store that report failures and exits."""
 
 from __future__ import annotations
 
@@ -18,45 +18,45 @@ from dream_trainer.world.faults.failure import Failure
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-ASKS_PER_S = 5000
-"""How often all ranks together may ask the store."""
+MAX_REQUESTS_PER_S = 5000
+"""Store requests per second that all ranks together may send."""
 _ANSWER_S = 3.0
 _PLACES_S = 1.0
 _STARTED_AT_S = time.time()
 _OLDER_S = 2.0
 
 
-class FailureRecord:
-    """The first failure, and who knows of it, in the store of all ranks.
+class FailureStore:
+    """The first failure of a run, and which ranks know it, in the store of all ranks.
 
-    Nothing raises if the store is gone: `is_lost` tells.
+    If the store is gone, methods set `is_lost` instead of raising.
 
     Args:
-        store: A connection of its own is made to it: a client waits for its answer before it asks
-            again, and the process group's may wait for long.
+        store: Cloned to get a connection of its own: a client handles one request at a time, and
+            the process group's may block for long.
         world_size: Number of ranks.
     """
 
     def __init__(self, store: Store, world_size: int) -> None:
-        self.store: Store = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
-        self.store.set_timeout(timedelta(seconds=_ANSWER_S))
+        self.client: Store = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
+        self.client.set_timeout(timedelta(seconds=_ANSWER_S))
         self.is_lost = False
         self._world_size = world_size
-        # torchrun keeps the keys of ranks that it started before, for another number of nodes.
+        # torchrun keeps the keys of an earlier attempt with another number of nodes.
         self._stale = b""
         with self.may_be_lost():
-            if self.store.check(["first"]):
-                found = self.store.get("first")
+            if self.client.check(["first"]):
+                found = self.client.get("first")
                 if _failure(found).time_s < _STARTED_AT_S - _OLDER_S:
                     self._stale = found
 
     def first(self, *, wait_s: float = 0.0) -> Failure | None:
-        """The first failure, if there is one; waits for it if asked to."""
+        """The first failure, if there is one; polls for it up to `wait_s`."""
         give_up_s = time.monotonic() + wait_s
         while True:
             with self.may_be_lost():
-                if self.store.check(["first"]):
-                    found = self.store.get("first")
+                if self.client.check(["first"]):
+                    found = self.client.get("first")
                     if found != self._stale:
                         return _failure(found)
             if self.is_lost or time.monotonic() >= give_up_s:
@@ -64,58 +64,58 @@ class FailureRecord:
             time.sleep(0.05)
 
     def publish(self, failure: Failure) -> Failure:
-        """Write a failure down, if none is there; returns the one that is."""
+        """Write a failure unless there is one already; returns the one in the store."""
         text = json.dumps(asdict(failure))
         record = text.encode()
         with self.may_be_lost():
-            record = self.store.compare_set("first", self._stale.decode(), text)
+            record = self.client.compare_set("first", self._stale.decode(), text)
         return _failure(record)
 
     def where_ranks_are(self) -> list[str]:
-        """Ask all ranks where their main threads are; "no answer" of those that give none soon."""
+        """Ask all ranks where their main threads are; "no answer" for those that don't reply."""
         places = ["no answer"] * self._world_size
         keys = [f"place/{rank}" for rank in range(self._world_size)]
         with self.may_be_lost():
-            self.store.set("where", "")
+            self.client.set("where", "")
             give_up_s = time.monotonic() + _PLACES_S
-            while not self.store.check(keys) and time.monotonic() < give_up_s:
+            while not self.client.check(keys) and time.monotonic() < give_up_s:
                 time.sleep(0.05)
             for rank, key in enumerate(keys):
-                if self.store.check([key]):
-                    places[rank] = self.store.get(key).decode()
+                if self.client.check([key]):
+                    places[rank] = self.client.get(key).decode()
         return places
 
     def is_asked_where(self) -> bool:
-        """Whether a rank wants to know where the others are."""
-        return self.store.check(["where"])
+        """Whether a rank has asked where the others are."""
+        return self.client.check(["where"])
 
     def tell_place(self, rank: int, place: str) -> None:
         """Answer `where_ranks_are`."""
         with self.may_be_lost():
-            self.store.set(f"place/{rank}", place)
+            self.client.set(f"place/{rank}", place)
 
     def say_goodbye(self, rank: int, span: int) -> None:
-        """Note that a rank may end from here on, in a span of the run, without being missed."""
+        """Report that the exit of a rank in this span of the run is no failure from now on."""
         with self.may_be_lost():
-            self.store.set(f"goodbye/{span}/{rank}", "")
+            self.client.set(f"goodbye/{span}/{rank}", "")
 
     def has_said_goodbye(self, rank: int, span: int) -> bool:
-        """Whether a rank may have ended by itself."""
-        return self.store.check([f"goodbye/{span}/{rank}"])
+        """Whether a rank has reported that it may exit."""
+        return self.client.check([f"goodbye/{span}/{rank}"])
 
     def tell_termination(self, rank: int) -> None:
-        """Note that SIGTERM is about to end a rank."""
+        """Report that SIGTERM is about to end a rank."""
         with self.may_be_lost():
-            self.store.set(f"terminated/{rank}", "")
+            self.client.set(f"terminated/{rank}", "")
 
     def was_terminated(self, rank: int) -> bool:
-        """Whether SIGTERM ended a rank."""
-        return self.store.check([f"terminated/{rank}"])
+        """Whether a rank has reported SIGTERM."""
+        return self.client.check([f"terminated/{rank}"])
 
     def count(self, key: str) -> None:
-        """Add one."""
+        """Add one to the counter of a key."""
         with self.may_be_lost():
-            self.store.add(key, 1)
+            self.client.add(key, 1)
 
     def wait_for_all(
         self, key: str, *, look: Callable[[], None] | None = None, limit_s: float = math.inf
@@ -124,21 +124,21 @@ class FailureRecord:
 
         Args:
             key: As for `count`.
-            look: Called again and again; may raise.
-            limit_s: Seconds to wait at most.
+            look: Called on every poll; may raise.
+            limit_s: Longest time to wait, in seconds.
         """
         give_up_s = time.monotonic() + limit_s
         while not self.is_lost and time.monotonic() < give_up_s:
             with self.may_be_lost():
-                if self.store.add(key, 0) >= self._world_size:
+                if self.client.add(key, 0) >= self._world_size:
                     return
             if look is not None:
                 look()
-            time.sleep(max(0.02, self._world_size / ASKS_PER_S))
+            time.sleep(max(0.02, self._world_size / MAX_REQUESTS_PER_S))
 
     @contextlib.contextmanager
     def may_be_lost(self) -> Iterator[None]:
-        """Where the store is asked: if it is gone, that is noted and nothing else."""
+        """Around requests to the store: sets `is_lost` if it is gone."""
         try:
             yield
         except dist.DistError:

@@ -1,9 +1,8 @@
-"""Forks beside the threads of a process group, where Python can let the child hang.
+"""A wait before forks, where CPython can deadlock the child of a process with gloo threads.
 
 Before CPython 3.11.8 a child never gets the lock over the list of thread states if another thread
-had it during the fork (github.com/python/cpython/issues/112275). Threads of gloo take it for a
-moment after a collective, when they give tensors back. A loader whose worker hangs so waits for
-ever.
+held it during the fork (github.com/python/cpython/issues/112275). gloo threads hold it briefly
+after a collective, when they release tensors. A loader whose worker deadlocks waits forever.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _is_registered = False
 
 
 def let_threads_settle_before_forks() -> None:
-    """Let each fork of this process wait a moment for other threads, where Python needs that."""
+    """Wait a moment for other threads before each fork, on the affected versions of Python."""
     global _is_registered  # noqa: PLW0603  # what is registered at fork stays
     if _IS_AFFECTED and not _is_registered:
         os.register_at_fork(before=_settle)
@@ -27,4 +26,4 @@ def let_threads_settle_before_forks() -> None:
 
 def _settle() -> None:
     time.sleep(_SETTLE_S)
-    sys._current_frames()  # noqa: SLF001  # takes that lock, so it waits for who has it
+    sys._current_frames()  # noqa: SLF001  # takes that lock, so it waits until it is free

@@ -1,7 +1,7 @@
-"""Neighbours: the other ranks on this machine, and whether their processes live.
+"""LocalProcesses: detects the exit of the other ranks' processes on this machine.
 
-The kernel tells of a process's death at once, whatever it died of and whatever its main thread, or
-ours, was waiting for. Sockets don't: data loader workers inherit them and keep them open.
+A pidfd reports any exit at once, whatever the main threads are waiting for. Sockets don't: data
+loader workers inherit them and keep them open.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 
-class Neighbours:
-    """Watches the processes of the ranks on this machine; of none where the system can't.
+class LocalProcesses:
+    """The processes of the other ranks on this machine; none where the system has no pidfds.
 
     Args:
-        store: Where ranks say what their process is.
-        rank: This one.
+        store: Ranks exchange their process ids through it.
+        rank: This rank.
         world_size: Number of ranks.
 
     Attributes:
-        waker: File descriptor; what is written to it ends a `wait`, which returns it.
+        waker: File descriptor. Bytes written to it end a `wait`, which returns them.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
@@ -45,10 +45,10 @@ class Neighbours:
             store.append(self._key, f"{rank} {os.getpid()}\n")  # type: ignore[attr-defined]
 
     def wait(self, timeout_s: float) -> tuple[list[tuple[int, int]], bytes]:
-        """Wait until a neighbour ends, something is written to `waker`, or time has passed.
+        """Wait until a local process exits, bytes are written to `waker`, or the timeout.
 
         Returns:
-            Ranks and process ids of neighbours that have ended since the last call, and what was
+            Ranks and process ids of processes that exited since the last call, and the bytes
             written to `waker`.
         """
         ended, written = [], b""
@@ -61,8 +61,8 @@ class Neighbours:
                 os.close(descriptor)
         return ended, written
 
-    def look_for_new(self) -> list[tuple[int, int]]:
-        """Find the neighbours that have come since the last call; returns those that have ended."""
+    def find_new(self) -> list[tuple[int, int]]:
+        """Find processes that started since the last call; returns those that have exited."""
         ended: list[tuple[int, int]] = []
         if len(self._known) >= self._num_expected or not self._store.check([self._key]):
             return ended
@@ -85,18 +85,18 @@ class Neighbours:
         return ended
 
     def wake(self) -> None:
-        """Let `wait` return now."""
+        """Make `wait` return now."""
         with contextlib.suppress(BlockingIOError):
             os.write(self.waker, b"\0")
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Close all file descriptors."""
         for descriptor in (*self._ranks, self._wake_up, self.waker):
             os.close(descriptor)
 
 
 def machine_id() -> str:
-    """What processes must share to see each other's ids."""
+    """Id of the boot and PID namespace: equal for processes that can see each other's ids."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"  # noqa: PTH115  # not a path

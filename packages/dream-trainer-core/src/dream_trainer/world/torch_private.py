@@ -1,0 +1,122 @@
+"""All private names of torch that this package uses, each behind a function that says what for.
+
+None has a public counterpart in torch 2.11 to 2.13. `tests/test_torch_private.py` tests each, so a
+torch that renames or changes one fails there first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
+
+FAKE_BACKEND = "fake"
+
+MODULE_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+)
+"""Attributes in which a module keeps its hooks."""
+
+# Meshes and layouts
+
+
+def flattened_mesh(mesh: DeviceMesh, axis: str) -> DeviceMesh:
+    """The mesh with all its axes flattened into one. Collective: it makes a process group."""
+    return mesh._flatten(axis)  # noqa: SLF001
+
+
+def concatenated_mesh(meshes: Sequence[DeviceMesh]) -> DeviceMesh:
+    """A mesh with the axes of several submeshes of one mesh."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh._concatenate(list(meshes))  # noqa: SLF001
+
+
+def replicate(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Apply DDP to a module in place. Collective."""
+    from torch.distributed._composable.replicate import replicate
+
+    replicate(module, device_mesh=mesh)
+
+
+def checkpoint_activations(module: nn.Module) -> None:
+    """Recompute a module's activations in backward. Unlike a wrapper, keeps parameter names."""
+    from torch.distributed._composable.checkpoint_activation import checkpoint
+
+    checkpoint(module)
+
+
+def seed_sharded_random(seed: int, mesh: DeviceMesh) -> None:
+    """Seed random operations on CUDA DTensors; the first one would broadcast rank 0's state."""
+    from torch.distributed.tensor._random import manual_seed
+
+    manual_seed(seed, mesh)
+
+
+# Simulated ranks
+
+
+def init_fake_process_group(rank: int, world_size: int) -> None:
+    """Make torch's fake process group, a part of its tests, the default one."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group(FAKE_BACKEND, rank=rank, world_size=world_size, store=FakeStore())
+
+
+def clear_sharding_caches() -> None:
+    """Empty torch's caches of DTensor shardings, which don't tell ranks apart.
+
+    Their keys are meshes, and the meshes of two ranks are equal: a DTensor of the second rank would
+    get the shard of the first.
+    """
+    if "torch.distributed.tensor" in sys.modules:
+        from torch.distributed.tensor import _redistribute
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
+        _redistribute._gen_transform_infos.cache_clear()  # noqa: SLF001
+
+
+# Loaders and groups
+
+
+def has_running_workers(loader: Any) -> bool:
+    """Whether a DataLoader with `persistent_workers` has started them."""
+    return getattr(loader, "_iterator", None) is not None
+
+
+@contextlib.contextmanager
+def before_group_creation(call: Callable[[], None]) -> Iterator[None]:
+    """Inside, `call` is called when this thread makes a process group, and may raise.
+
+    The only place that replaces a function of torch: the one that names groups, which `new_group`,
+    `split_group` and `init_device_mesh` all call before they wait for other ranks. They wait in
+    C++, where no dispatch mode sees it.
+    """
+    name_group, thread = distributed_c10d._process_group_name, threading.get_ident()  # noqa: SLF001
+
+    def call_and_name(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread:
+            call()
+        return name_group(*args, **kwargs)
+
+    distributed_c10d._process_group_name = call_and_name  # noqa: SLF001
+    try:
+        yield
+    finally:
+        distributed_c10d._process_group_name = name_group  # noqa: SLF001

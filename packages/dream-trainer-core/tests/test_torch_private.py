@@ -1,0 +1,209 @@
+"""Each private name of torch that core uses does what core needs, in the installed torch."""
+
+from __future__ import annotations
+
+import ast
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import dream_trainer
+from dream_trainer.configs import DeviceParameters
+from dream_trainer.testing import run_on_ranks
+from dream_trainer.world import World, torch_private
+
+
+def private_names_of_torch(source: str) -> list[str]:
+    """Names with an underscore that a module imports from torch, or reads from a torch module."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            name = ast.unparse(node)
+            names = [name] if name.split(".")[0] in ("torch", "dist", "DeviceMesh") else []
+        else:
+            continue
+        found += [name for name in names if re.fullmatch(r"[\w.]+\._[^_]\w*", name)]
+    return found
+
+
+def test_no_other_module_uses_a_private_name_of_torch() -> None:
+    root = Path(dream_trainer.__file__).parent
+    found = {
+        path.name: names
+        for path in root.rglob("*.py")
+        if (names := private_names_of_torch(path.read_text()))
+    }
+
+    assert list(found) == ["torch_private.py"]
+
+
+def connect() -> World:
+    world = World(DeviceParameters(device="cpu"))
+    world.launch()
+    return world
+
+
+def meshes() -> tuple[Any, Any]:
+    connect()
+    mesh = init_device_mesh("cpu", (1, 2, 1), mesh_dim_names=("a", "b", "c"))
+    flat = torch_private.flattened_mesh(mesh["b", "c"], "bc")
+    both = torch_private.concatenated_mesh([mesh["a"], flat])
+    return (flat.shape, flat.mesh_dim_names), (both.shape, both.mesh_dim_names)
+
+
+def test_meshes_are_flattened_and_concatenated() -> None:
+    expected = ((2,), ("bc",)), ((1, 2), ("a", "bc"))
+
+    assert run_on_ranks(meshes, 2) == [expected] * 2
+
+
+def gradient_of_replicated_module() -> float:
+    connect()
+    model = nn.Linear(1, 1, bias=False)
+    torch_private.replicate(model, init_device_mesh("cpu", (2,)))
+    model(torch.tensor([[float(dist.get_rank())]])).sum().backward()
+    assert model.weight.grad is not None
+    return model.weight.grad.item()
+
+
+def test_replicate_averages_gradients() -> None:
+    assert run_on_ranks(gradient_of_replicated_module, 2) == [0.5, 0.5]
+
+
+def test_checkpoint_activations_runs_forward_again_and_keeps_names() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    names = [name for name, _ in model.named_parameters()]
+    num_forwards = 0
+
+    def count(*args: Any) -> None:
+        nonlocal num_forwards
+        num_forwards += 1
+
+    model[0].register_forward_hook(count)
+    torch_private.checkpoint_activations(model)
+    model(torch.ones(1, 2)).sum().backward()
+
+    assert num_forwards == 2
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+def seed_on_cpu_mesh() -> None:
+    connect()
+    with pytest.warns(UserWarning, match=r"manual_seed\(\) may not have complete support on cpu"):
+        torch_private.seed_sharded_random(1, init_device_mesh("cpu", (2,)))
+
+
+def test_sharded_random_is_seeded_on_cuda_alone() -> None:
+    run_on_ranks(seed_on_cpu_mesh, 2)
+
+
+def shard_of_simulated_rank(rank: int) -> tuple[int, float]:
+    torch_private.init_fake_process_group(rank, 4)
+    try:
+        mesh = init_device_mesh("cpu", (4,))
+        local = torch.arange(8.0)
+        sharded = distribute_tensor(local, mesh, [Shard(0)], src_data_rank=None)
+        whole = DTensor.from_local(local, mesh, [Replicate()], run_check=False)
+        again = whole.redistribute(mesh, [Shard(0)]).to_local()
+        assert again.equal(sharded.to_local())
+        return dist.get_world_size(), again[0].item()
+    finally:
+        dist.destroy_process_group()
+        torch_private.clear_sharding_caches()
+
+
+def shards_of_simulated_ranks() -> list[tuple[int, float]]:
+    return [shard_of_simulated_rank(rank) for rank in range(4)]
+
+
+def test_simulated_ranks_in_turn_each_get_their_own_shard() -> None:
+    (shards,) = run_on_ranks(shards_of_simulated_ranks, 1)
+
+    assert shards == [(4, 0.0), (4, 2.0), (4, 4.0), (4, 6.0)]
+
+
+def test_persistent_workers_are_seen_to_run() -> None:
+    loader = torch.utils.data.DataLoader([1, 2], num_workers=1, persistent_workers=True)
+    assert not torch_private.has_running_workers(loader)
+    list(loader)
+
+    assert torch_private.has_running_workers(loader)
+    assert not torch_private.has_running_workers([1, 2])
+
+
+WAYS_TO_MAKE_A_GROUP = {
+    "new_group": lambda: dist.new_group([0, 1], backend="gloo"),
+    "new_group, hashed": lambda: dist.new_group([0, 1], use_local_synchronization=True),
+    "init_device_mesh": lambda: init_device_mesh("cpu", (2, 1)),
+}
+
+
+def test_a_module_keeps_its_hooks_in_these_attributes() -> None:
+    module = nn.Linear(1, 1)
+    module.register_forward_hook(lambda *args: None)
+    module.register_forward_pre_hook(lambda *args: None)
+    module.register_full_backward_hook(lambda *args: None)
+    module.register_full_backward_pre_hook(lambda *args: None)
+    module.register_state_dict_post_hook(lambda *args: None)
+    module.register_load_state_dict_pre_hook(lambda *args: None)
+
+    num_hooks = [len(vars(module)[name]) for name in torch_private.MODULE_HOOKS]
+    assert num_hooks == [1] * len(num_hooks)
+
+
+class Seen(Exception):
+    """Raised before a group is made."""
+
+
+def see() -> None:
+    raise Seen
+
+
+def groups_seen_before_they_are_made() -> tuple[list[str], int]:
+    connect()
+    seen = []
+    for name, make in WAYS_TO_MAKE_A_GROUP.items():
+        with torch_private.before_group_creation(see):
+            try:
+                make()
+            except Seen:
+                seen.append(name)
+    with torch_private.before_group_creation(see):
+        other = threading.Thread(target=dist.new_group)
+        other.start()
+        other.join()
+    group = dist.new_group()
+    assert group is not None
+    return seen, group.size()
+
+
+def test_making_a_group_is_seen_in_this_thread_and_only_inside() -> None:
+    expected = list(WAYS_TO_MAKE_A_GROUP), 2
+
+    assert run_on_ranks(groups_seen_before_they_are_made, 2) == [expected] * 2
+
+
+def test_a_dispatch_mode_sees_operations() -> None:
+    names = []
+
+    class Sees(torch_private.TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Sees():  # type: ignore[no-untyped-call]  # torch's
+        torch.ones(1).uniform_()
+
+    assert names == ["aten::ones", "aten::uniform_"]
