@@ -82,8 +82,8 @@ def test_the_architecture_page_names_every_thread_key_and_group() -> None:
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ("| `loader-watch` |", "trainer/loader_watch.py starts a thread"),
-        ("| `failure-watch` |", "has the thread 'failure-watch'"),
+        ("| `loader-watch`", "trainer/loader_watch.py starts a thread"),
+        ("| `failure-watch`", "has the thread 'failure-watch'"),
         ("| `terminated/<rank>` |", "has the key 'terminated/'"),
         ("| `processes/<machine>` |", "has the key 'processes/'"),
         ("| `checkpoint-background` |", "has the process group 'checkpoint-background'"),
