@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -47,7 +48,7 @@ def is_documented(name: str, shown: set[str], exports: dict[str, set[str]]) -> b
 
 def names_of_core(source: str) -> Iterator[str]:
     """What a module imports from core, for type checkers too; `a.b.c` for `from a.b import c`."""
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(_tree(source)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dream_trainer"):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
@@ -109,7 +110,7 @@ def wrong_files(page: str) -> Iterator[str]:
 def starts_threads(source: str) -> bool:
     """Whether a module starts a thread."""
     names = {
-        ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)
+        ast.unparse(node.func) for node in ast.walk(_tree(source)) if isinstance(node, ast.Call)
     }
     return bool(names & {"threading.Thread", "Thread", "Timer", "call_in_daemon_thread"})
 
@@ -117,7 +118,7 @@ def starts_threads(source: str) -> bool:
 def thread_names(source: str) -> set[str]:
     """The names of the threads that a module starts, as far as they are literals."""
     names = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(_tree(source)):
         if isinstance(node, ast.Call):
             function = ast.unparse(node.func)
             if function in ("threading.Thread", "Thread"):
@@ -130,7 +131,7 @@ def thread_names(source: str) -> set[str]:
 def store_keys(source: str) -> set[str]:
     """The keys that a module uses in the ranks' store, each up to its first variable part."""
     keys = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(_tree(source)):
         is_key = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).endswith("_key")
         if is_key and isinstance(node, ast.Assign):
             keys.add(_literal(node.value))
@@ -198,6 +199,11 @@ def _literal(node: ast.expr) -> str:
     if isinstance(node, ast.JoinedStr) and node.values:
         return _literal(node.values[0])
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+@functools.cache
+def _tree(source: str) -> ast.Module:
+    return ast.parse(source)
 
 
 def _text(path: Path) -> str:
