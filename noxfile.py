@@ -137,6 +137,7 @@ def lint(session: nox.Session) -> None:
     run(session, environment, "-m", "ruff", "check", "--output-format=concise", ".")
     run(session, environment, "-m", "ruff", "format", "--check", "--quiet", ".")
     run(session, environment, "tools/check_layout.py")
+    run(session, environment, "tools/check_docs.py")
     run(session, environment, "tools/check_bounds.py")
     run(session, environment, "tools/lifecycle.py", "--check")
     run(session, environment, "tools/matrix.py", "--check")
