@@ -35,7 +35,7 @@ from dream_callbacks.checkpoint.__main__ import main
 from dream_callbacks.checkpoint.catalog import Checkpoint, read_catalog
 from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
 from dream_callbacks.checkpoint.restore import SavedState
-from dream_callbacks.checkpoint.testing.resume_equivalence import prove
+from dream_callbacks.checkpoint.testing import prove
 from dream_trainer.callbacks import Callback, Every
 from dream_trainer.testing import TinyTrainer, run_on_ranks
 

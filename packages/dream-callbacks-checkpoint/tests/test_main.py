@@ -21,7 +21,7 @@ from dream_callbacks.checkpoint.catalog import read_catalog
 from dream_callbacks.checkpoint.formatting import spelled_bytes, table
 from dream_callbacks.checkpoint.io.directory_lock import DirectoryLock
 from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
-from dream_callbacks.checkpoint.resume import candidates
+from dream_callbacks.checkpoint.retention import candidates
 from dream_trainer.callbacks import Every
 
 

@@ -14,7 +14,7 @@ from tiny_runs import Average, tiny
 from torch import nn
 from training import different, directory, weights
 
-from dream_callbacks.checkpoint import CheckpointError, LoadPartialCheckpointCallback, choosing
+from dream_callbacks.checkpoint import CheckpointError, LoadPartialCheckpointCallback, manager
 from dream_callbacks.checkpoint.catalog import Checkpoint, damage_of
 from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
 from dream_callbacks.checkpoint.restore import SavedState
@@ -250,7 +250,7 @@ def test_none_is_deleted_between_being_verified_and_being_read(
         seen.append(disk.is_being_read(checkpoint.name))
         return damage_of(disk, checkpoint, *args, **options)
 
-    monkeypatch.setattr(choosing, "damage_of", noted)
+    monkeypatch.setattr(manager, "damage_of", noted)
     tiny(tmp_path / "new", LoadPartialCheckpointCallback(source[0])).setup()
 
     assert seen == [True]

@@ -9,7 +9,7 @@ from test_retention import checkpoint, steps
 
 from dream_callbacks.checkpoint import CheckpointError
 from dream_callbacks.checkpoint.catalog import Catalog, Checkpoint
-from dream_callbacks.checkpoint.resume import ResumeMode, candidates
+from dream_callbacks.checkpoint.retention import ResumeMode, candidates
 
 
 def order(

@@ -15,8 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dream_callbacks.checkpoint.catalog import Catalog, Checkpoint, damage_of, read_catalog
-from dream_callbacks.checkpoint.choosing import directory_at
+from dream_callbacks.checkpoint.catalog import (
+    Catalog,
+    Checkpoint,
+    damage_of,
+    directory_at,
+    read_catalog,
+)
 from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from dream_callbacks.checkpoint.format import file_names, json_codec
 from dream_callbacks.checkpoint.formatting import json_value, spelled_bytes, table

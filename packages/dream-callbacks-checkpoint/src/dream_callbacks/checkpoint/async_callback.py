@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from dream_callbacks.checkpoint.callback import CheckpointCallback, Session
 from dream_callbacks.checkpoint.config import CheckpointParameters
-from dream_callbacks.checkpoint.coordination import coordination
 from dream_callbacks.checkpoint.errors import CheckpointError
-from dream_callbacks.checkpoint.manager import Facts, Save, Store
+from dream_callbacks.checkpoint.manager import Facts, Save, Store, coordination
 from dream_trainer.world import Coordination
 
 if TYPE_CHECKING:

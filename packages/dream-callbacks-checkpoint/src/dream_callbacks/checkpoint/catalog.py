@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from dream_callbacks.checkpoint.errors import DamagedCheckpointError
+from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from dream_callbacks.checkpoint.format import file_names, json_codec
 from dream_callbacks.checkpoint.format.manifest import FileSum, Manifest, sealed, unsealed
-from dream_callbacks.checkpoint.io.filesystem import Directory
+from dream_callbacks.checkpoint.io.filesystem import Directory, directory_of, is_url
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,53 @@ class Catalog:
 
     def of_step(self, step: int) -> Checkpoint | None:
         return next((c for c in self.checkpoints if c.step == step), None)
+
+
+def directory_at(path: str | Path) -> tuple[str | Path, int | None]:
+    """The checkpoint directory that a user means, and the step if it is one checkpoint.
+
+    Args:
+        path: A checkpoint directory, the run directory that it is in, or a checkpoint in it; or
+            a URL of one of them.
+
+    Raises:
+        CheckpointError: If it is none of them; it says what is there.
+    """
+    if is_url(path):
+        return _directory_at_url(str(path).rstrip("/"))
+    path = Path(path).expanduser()
+    step = file_names.step_of(path.name)
+    if step is not None and path.is_dir():
+        return path.parent, step
+    for directory in (path, path / "checkpoints"):
+        if directory.is_dir() and (
+            (directory / file_names.LOCK).exists()
+            or any(file_names.step_of(entry.name) is not None for entry in directory.iterdir())
+        ):
+            return directory, None
+    if not path.is_dir():
+        raise CheckpointError(f"{path} isn't a directory; give one that checkpoints are in")
+    below = sorted(lock.parent for lock in path.glob(f"*/*/*/checkpoints/{file_names.LOCK}"))
+    hint = f"; there are checkpoints in {', '.join(map(str, below[:5]))}" if below else ""
+    raise CheckpointError(
+        f"there are no checkpoints in {path}{hint}; give a run directory, or the folder "
+        f"checkpoints in it"
+    )
+
+
+def _directory_at_url(url: str) -> tuple[str, int | None]:
+    above, _, name = url.rpartition("/")
+    step = file_names.step_of(name)
+    if step is not None:
+        return above, step
+    for place in (url, f"{url}/checkpoints"):
+        names = directory_of(place).entries()
+        if file_names.LOCK in names or any(file_names.step_of(each) is not None for each in names):
+            return place, None
+    raise CheckpointError(
+        f"there are no checkpoints in {url}; give the URL of a run directory, or of the folder "
+        "checkpoints in it"
+    )
 
 
 def read_catalog(disk: Directory) -> Catalog:

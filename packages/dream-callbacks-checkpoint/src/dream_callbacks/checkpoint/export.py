@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from dream_callbacks.checkpoint.catalog import Checkpoint
-from dream_callbacks.checkpoint.coordination import coordination
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.io.filesystem import Directory, is_url
 from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
+from dream_callbacks.checkpoint.manager import coordination
 from dream_trainer.callbacks import Callback
 from dream_trainer.trainer.mixins import ModelSetupMixin
 

@@ -23,18 +23,14 @@ from dream_callbacks.checkpoint.catalog import (
     late_metrics_document,
     read_catalog,
 )
-from dream_callbacks.checkpoint.choosing import choose
-from dream_callbacks.checkpoint.coordination import coordination
-from dream_callbacks.checkpoint.errors import CheckpointError, error_text
+from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError, error_text
 from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import FileSum, Manifest
 from dream_callbacks.checkpoint.format.state_codec import Split, split
-from dream_callbacks.checkpoint.formatting import spelled_bytes
 from dream_callbacks.checkpoint.io import atomic_commit
-from dream_callbacks.checkpoint.io.filesystem import directory_of
-from dream_callbacks.checkpoint.resume import ResumeMode
-from dream_callbacks.checkpoint.retention import KeepRules, to_delete
-from dream_trainer.world import Coordination, World
+from dream_callbacks.checkpoint.io.filesystem import Directory, directory_of
+from dream_callbacks.checkpoint.retention import KeepRules, ResumeMode, candidates, to_delete
+from dream_trainer.world import Coordination, RankFailure, World
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,12 +40,6 @@ if TYPE_CHECKING:
     from dream_callbacks.checkpoint.dcp import TensorsToWrite
 
 logger = logging.getLogger(__name__)
-
-_SPARE_BYTES = 1 << 20
-"""Room for what isn't a tensor."""
-
-_VISIBLE_WITHIN_S = 60.0
-"""How long a shared file system may take to show a folder on another machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,26 +132,8 @@ class Store:
         """Move the checkpoints that are there aside, if there are any."""
 
         def move_aside() -> None:
-            present = [n for n in self.disk.entries() if file_names.step_of(n) is not None]
-            if not present:
-                return
-            taken = self.disk.entries()
-            aside = next(
-                f"before-{n}" for n in range(1, len(taken) + 2) if f"before-{n}" not in taken
-            )
-            self.disk.make(aside)
-            for name in self.disk.entries():
-                if (
-                    file_names.step_of(name) is not None
-                    or file_names.step_of_metrics(name) is not None
-                ):
-                    self.disk.rename(name, f"{aside}/{name}")
-            self._catalog = read_catalog(self.disk)
-            logger.warning(
-                "resume_mode=None: the run begins from scratch; %d checkpoints that were in %s "
-                "are in %s now",
-                len(present), self.disk, aside,
-            )  # fmt: skip
+            if atomic_commit.move_aside(self.disk):
+                self._catalog = read_catalog(self.disk)
 
         self.ranks.on_rank_zero(move_aside)
 
@@ -190,7 +162,9 @@ class Store:
 
         parts = self.ranks.each(lambda: split(take_state(), self.ranks.rank))
         tensors = TensorsToWrite.planned(parts.tensors, parts.paths, self.ranks)
-        folder = self.ranks.on_rank_zero(lambda: self._begin(facts.step, tensors.total_bytes))
+        folder = self.ranks.on_rank_zero(
+            lambda: atomic_commit.begin(self.disk, facts.step, self.run, tensors.total_bytes)
+        )
         return Save(facts, parts, tensors, folder)
 
     def stage(self, save: Save, buffers: dict[MetadataIndex, Tensor]) -> None:
@@ -296,15 +270,6 @@ class Store:
 
     # Inside
 
-    def _begin(self, step: int, num_bytes: int) -> str:
-        free = self.disk.free_bytes()
-        if free < num_bytes + _SPARE_BYTES:
-            raise OSError(
-                f"no space left for it: it needs {spelled_bytes(num_bytes + _SPARE_BYTES)}, and "
-                f"{spelled_bytes(free)} are free"
-            )
-        return atomic_commit.begin(self.disk, step, self.run)
-
     @contextlib.contextmanager
     def _abandoning(self, save: Save, ranks: Coordination) -> Iterator[None]:
         """After an error, delete what was written."""
@@ -316,7 +281,7 @@ class Store:
             raise
 
     def _write_own_part(self, save: Save) -> _Part:
-        self._wait_until_visible(save.folder)
+        atomic_commit.wait_until_visible(self.disk, save.folder)
         results, sums = save.tensors.write(self.disk, save.folder)
         name = file_names.rank_name(self.ranks.rank)
         sums[name] = self.disk.write(save.folder, name, _json(save.parts.local))
@@ -354,16 +319,6 @@ class Store:
         with self._changing:
             self._take_in(Checkpoint(name, manifest))
 
-    def _wait_until_visible(self, folder: str) -> None:
-        deadline = time.monotonic() + _VISIBLE_WITHIN_S
-        while not self.disk.is_folder(folder):
-            if time.monotonic() > deadline:
-                raise FileNotFoundError(
-                    f"rank 0 made {self.disk}/{folder}, and this rank can't see it; all ranks must "
-                    "share the file system that root_dir is on"
-                )
-            time.sleep(0.05)
-
     def _take_in(self, checkpoint: Checkpoint) -> None:
         others = (c for c in self._catalog.checkpoints if c.name != checkpoint.name)
         ordered = sorted([*others, checkpoint], key=lambda c: (c.manifest.seq, c.step))
@@ -378,6 +333,98 @@ class Store:
                 return False
             self._known_whole.add(key)
         return True
+
+
+class RankCheckpointError(CheckpointError, RankFailure):
+    """A checkpoint couldn't be saved or loaded on some ranks; the message says on which."""
+
+
+def coordination(world: World, kind: str = "checkpoint") -> Coordination:
+    """The ranks of a run on the group `kind`. Collective the first time.
+
+    Args:
+        world: Launched.
+        kind: Name of the group; each thread needs its own.
+    """
+    return Coordination(world, kind, raises=RankCheckpointError, describe=error_text)
+
+
+def choose(
+    disk: Directory,
+    catalog: Catalog,
+    ranks: Coordination,
+    resume_mode: ResumeMode,
+    monitor: str,
+    mode: Literal["min", "max"],
+    *,
+    verify: bool,
+    held: contextlib.ExitStack | None = None,
+) -> Checkpoint | None:
+    """The first candidate whose files are what was written. Collective.
+
+    Args:
+        disk: Where.
+        catalog: What is there; rank 0's counts.
+        ranks: Who decides and verifies.
+        resume_mode: Which to prefer.
+        monitor: The metric of "best", "min" and "max".
+        mode: What "best" means.
+        verify: Compare checksums; else sizes alone.
+        held: Until it is closed, no other run deletes the checkpoint. Not needed by who has the
+            directory's lock.
+
+    Returns:
+        The checkpoint; None if there is none at all.
+
+    Raises:
+        CheckpointError: If there are some, and none is whole.
+    """
+    chosen = ranks.on_rank_zero(lambda: candidates(catalog, resume_mode, monitor, mode))
+    if ranks.is_global_zero:
+        for text in chosen.passed_over:
+            logger.warning("%s/%s; not resumed from", disk, text)
+    problems: list[str] = []
+    for checkpoint in chosen.checkpoints:
+        damage = _held(disk, checkpoint, ranks, held) if held is not None else []
+        damage = damage or damage_seen(disk, checkpoint, ranks, checksums=verify)
+        if not damage:
+            return checkpoint
+        problems.append("; ".join(damage[:3]))
+        if ranks.is_global_zero:
+            logger.warning(
+                "%s is damaged: %s; trying the one before it", checkpoint.name, problems[-1]
+            )
+    if not chosen.checkpoints:
+        return None
+    raise CheckpointError(
+        f"none of the checkpoints in {disk} that resume_mode={resume_mode!r} allows is whole "
+        f"({'; '.join(problems[:3])}); restore one from a copy, choose another step, or move them "
+        "away to begin from scratch"
+    )
+
+
+def damage_seen(
+    disk: Directory, checkpoint: Checkpoint, ranks: Coordination, *, checksums: bool
+) -> list[str]:
+    """What is wrong with a checkpoint's files; each rank looks at some of them. Collective."""
+    share = (ranks.rank, ranks.world_size)
+    found = ranks.gather(lambda: damage_of(disk, checkpoint, checksums=checksums, share=share))
+    return [problem for part in found for problem in part]
+
+
+def _held(
+    disk: Directory, checkpoint: Checkpoint, ranks: Coordination, held: contextlib.ExitStack
+) -> list[str]:
+    """Keep a checkpoint from being deleted; what kept this from it. Collective."""
+
+    def hold() -> str | None:
+        try:
+            held.enter_context(disk.reading(checkpoint.name))
+        except DamagedCheckpointError as error:
+            return str(error)
+        return None
+
+    return [problem for problem in ranks.gather(hold) if problem is not None][:1]
 
 
 class _Part(NamedTuple):

@@ -10,14 +10,13 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from dream_callbacks.checkpoint.catalog import read_catalog
-from dream_callbacks.checkpoint.choosing import choose, directory_at
-from dream_callbacks.checkpoint.coordination import coordination
+from dream_callbacks.checkpoint.catalog import directory_at, read_catalog
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.format.state_codec import split
 from dream_callbacks.checkpoint.io.filesystem import below, directory_of
+from dream_callbacks.checkpoint.manager import choose, coordination
 from dream_callbacks.checkpoint.restore import SavedState
-from dream_callbacks.checkpoint.resume import ResumeMode
+from dream_callbacks.checkpoint.retention import ResumeMode
 from dream_trainer.callbacks import Callback
 from dream_trainer.trainer.mixins import ModelSetupMixin
 from dream_trainer.world import Coordination

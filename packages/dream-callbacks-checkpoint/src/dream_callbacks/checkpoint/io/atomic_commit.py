@@ -4,22 +4,63 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 import uuid
 from collections.abc import Collection
 
 from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import Manifest
+from dream_callbacks.checkpoint.formatting import spelled_bytes
 from dream_callbacks.checkpoint.io.filesystem import Directory, Lock
 
 logger = logging.getLogger(__name__)
 
 
-def begin(disk: Directory, step: int, run: str) -> str:
-    """Make the folder in which a checkpoint is written, and return its name."""
+_SPARE_BYTES = 1 << 20
+"""Room for what isn't a tensor."""
+
+_VISIBLE_WITHIN_S = 60.0
+"""How long a shared file system may take to show a folder on another machine."""
+
+
+def begin(disk: Directory, step: int, run: str, num_bytes: int) -> str:
+    """Make the folder in which a checkpoint is written, and return its name.
+
+    Args:
+        disk: Where.
+        step: Of the checkpoint.
+        run: Which start of the training script writes it.
+        num_bytes: Size of its tensors.
+
+    Raises:
+        OSError: If there is no room for it.
+    """
+    free = disk.free_bytes()
+    if free < num_bytes + _SPARE_BYTES:
+        raise OSError(
+            f"no space left for it: it needs {spelled_bytes(num_bytes + _SPARE_BYTES)}, and "
+            f"{spelled_bytes(free)} are free"
+        )
     name = file_names.temporary_name(step, run)
     disk.delete(name)  # of an attempt that failed
     disk.make(name)
     return name
+
+
+def wait_until_visible(disk: Directory, temporary: str) -> None:
+    """Wait until a rank sees the folder that rank 0 made.
+
+    Raises:
+        FileNotFoundError: If it doesn't within a minute.
+    """
+    deadline = time.monotonic() + _VISIBLE_WITHIN_S
+    while not disk.is_folder(temporary):
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(
+                f"rank 0 made {disk}/{temporary}, and this rank can't see it; all ranks must "
+                "share the file system that root_dir is on"
+            )
+        time.sleep(0.05)
 
 
 def publish(
@@ -77,6 +118,24 @@ def abandon(disk: Directory, temporary: str) -> None:
     """Delete what a failed save has written; what can't be deleted now is left for `recover`."""
     with contextlib.suppress(OSError):
         disk.delete(temporary)
+
+
+def move_aside(disk: Directory) -> bool:
+    """Move all checkpoints into a folder of their own, if there are any; whether there were."""
+    names = disk.entries()
+    num_checkpoints = sum(file_names.step_of(name) is not None for name in names)
+    if not num_checkpoints:
+        return False
+    aside = next(f"before-{n}" for n in range(1, len(names) + 2) if f"before-{n}" not in names)
+    disk.make(aside)
+    for name in names:
+        if file_names.step_of(name) is not None or file_names.step_of_metrics(name) is not None:
+            disk.rename(name, f"{aside}/{name}")
+    logger.warning(
+        "resume_mode=None: the run begins from scratch; %d checkpoints that were in %s are in %s "
+        "now", num_checkpoints, disk, aside,
+    )  # fmt: skip
+    return True
 
 
 def recover(disk: Directory) -> None:

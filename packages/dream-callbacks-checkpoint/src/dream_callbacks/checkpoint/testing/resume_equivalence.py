@@ -16,7 +16,13 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from dream_callbacks.checkpoint.callback import CheckpointCallback
 from dream_callbacks.checkpoint.errors import CheckpointError
-from dream_callbacks.checkpoint.testing.recording import KINDS, LOADED, Killer, KillIn, Recorder
+from dream_callbacks.checkpoint.testing.injected_callbacks import (
+    KINDS,
+    LOADED,
+    Killer,
+    KillIn,
+    Recorder,
+)
 from dream_trainer.callbacks import Every
 
 MakeTrainer: TypeAlias = Callable[[], Any]

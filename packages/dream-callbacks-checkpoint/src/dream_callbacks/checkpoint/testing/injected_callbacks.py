@@ -1,4 +1,4 @@
-"""Recorder and Killer: what `prove` adds to the callbacks of a run."""
+"""Callbacks that `prove` adds to a run: Recorder and Killer."""
 
 from __future__ import annotations
 
