@@ -21,7 +21,7 @@ from training import different, directory, make, weights
 from dream_callbacks.checkpoint import CheckpointError, DamagedCheckpointError
 from dream_callbacks.checkpoint.catalog import damage_of, read_catalog
 from dream_callbacks.checkpoint.format.manifest import sealed, unsealed
-from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
+from dream_callbacks.checkpoint.io.local_filesystem import LocalFilesystem
 from dream_trainer.callbacks import Every
 from dream_trainer.testing import TinyTrainer, run_on_ranks
 
@@ -56,12 +56,12 @@ def tiny(root: Path, *, n_epochs: int = 2, **checkpoint: Any) -> TinyTrainer:
 
 def problems(folder: Path) -> list[str]:
     """What is found to be wrong with a checkpoint."""
-    disk = LocalDisk(folder.parent)
-    catalog = read_catalog(disk)
+    filesystem = LocalFilesystem(folder.parent)
+    catalog = read_catalog(filesystem)
     if folder.name in catalog.damaged:
         return [catalog.damaged[folder.name]]
     (checkpoint,) = [c for c in catalog.checkpoints if c.name == folder.name]
-    return damage_of(disk, checkpoint, checksums=True)
+    return damage_of(filesystem, checkpoint, checksums=True)
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -1,16 +1,22 @@
-"""What is in a checkpoint directory: one look, no file but the manifests is read."""
+"""Checkpoints of a directory: find the directory, list them, check their files, choose one."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from dream_callbacks.checkpoint.format import file_names, json_codec
 from dream_callbacks.checkpoint.format.manifest import FileSum, Manifest, sealed, unsealed
-from dream_callbacks.checkpoint.io.filesystem import Directory, directory_of, is_url
+from dream_callbacks.checkpoint.io.filesystem import Filesystem, filesystem_at, is_url
+from dream_callbacks.checkpoint.retention import ResumeMode, candidates
+
+if TYPE_CHECKING:
+    from dream_trainer.world import Coordination
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +110,7 @@ def _directory_at_url(url: str) -> tuple[str, int | None]:
     if step is not None:
         return above, step
     for place in (url, f"{url}/checkpoints"):
-        names = directory_of(place).entries()
+        names = filesystem_at(place).entries()
         if file_names.LOCK in names or any(file_names.step_of(each) is not None for each in names):
             return place, None
     raise CheckpointError(
@@ -113,9 +119,9 @@ def _directory_at_url(url: str) -> tuple[str, int | None]:
     )
 
 
-def read_catalog(disk: Directory) -> Catalog:
+def read_catalog(filesystem: Filesystem) -> Catalog:
     """Look into a directory; an empty catalog if it isn't there."""
-    names = disk.entries()
+    names = filesystem.entries()
     with_metrics = {file_names.step_of_metrics(name) for name in names}
     checkpoints, damaged = [], {}
     for name in names:
@@ -123,25 +129,25 @@ def read_catalog(disk: Directory) -> Catalog:
         if step is None:
             continue
         try:
-            manifest = read_manifest(disk, name)
+            manifest = read_manifest(filesystem, name)
         except (DamagedCheckpointError, OSError) as error:
             damaged[name] = str(error)
             continue
-        late = read_late_metrics(disk, manifest) if step in with_metrics else {}
+        late = read_late_metrics(filesystem, manifest) if step in with_metrics else {}
         checkpoints.append(Checkpoint(name, manifest, late))
     checkpoints.sort(key=lambda checkpoint: (checkpoint.manifest.seq, checkpoint.step))
     return Catalog(tuple(checkpoints), dict(sorted(damaged.items())))
 
 
-def read_manifest(disk: Directory, name: str) -> Manifest:
+def read_manifest(filesystem: Filesystem, name: str) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
         DamagedCheckpointError: If it isn't there, or isn't what was written.
     """
-    if not disk.is_folder(name):
+    if not filesystem.is_folder(name):
         raise DamagedCheckpointError("it isn't a folder")
-    data = disk.read(name, file_names.MANIFEST, _MAX_MANIFEST_BYTES)
+    data = filesystem.read(name, file_names.MANIFEST, _MAX_MANIFEST_BYTES)
     try:
         manifest = Manifest.decode(data)
     except DamagedCheckpointError as error:
@@ -158,18 +164,18 @@ def late_metrics_document(manifest: Manifest, metrics: dict[str, float]) -> byte
     return sealed({"run": manifest.run, "seq": manifest.seq, "metrics": json_codec.encode(metrics)})
 
 
-def read_late_metrics(disk: Directory, manifest: Manifest) -> dict[str, float]:
+def read_late_metrics(filesystem: Filesystem, manifest: Manifest) -> dict[str, float]:
     """Results that came after a save; none, with a warning, if they can't be read."""
     name = file_names.metrics_name(manifest.step)
     try:
-        document = unsealed(disk.read("", name, _MAX_MANIFEST_BYTES))
+        document = unsealed(filesystem.read("", name, _MAX_MANIFEST_BYTES))
         if (document["run"], document["seq"]) != (manifest.run, manifest.seq):
             return {}  # of an earlier checkpoint of the same step
         return {str(k): float(v) for k, v in json_codec.decode(document["metrics"]).items()}
     except (DamagedCheckpointError, OSError, KeyError, TypeError, ValueError) as error:
         logger.warning(
             "%s/%s can't be used: %s; the checkpoint counts as one without metrics",
-            disk,
+            filesystem,
             name,
             error,
         )
@@ -177,7 +183,7 @@ def read_late_metrics(disk: Directory, manifest: Manifest) -> dict[str, float]:
 
 
 def damage_of(
-    disk: Directory,
+    filesystem: Filesystem,
     checkpoint: Checkpoint,
     *,
     checksums: bool,
@@ -186,7 +192,7 @@ def damage_of(
     """What is wrong with the files of a checkpoint; nothing if they are what was written.
 
     Args:
-        disk: Where.
+        filesystem: Where.
         checkpoint: Which.
         checksums: Read the files; else look at their sizes alone.
         share: (i, n) for the i-th of n parts of the files, for ranks that share the work.
@@ -195,16 +201,16 @@ def damage_of(
     part, num_parts = share
     files = sorted(checkpoint.manifest.files.items(), key=lambda item: (item[1].num_bytes, item[0]))
     for name, saved in files[part::num_parts]:
-        problem = _damage_of_file(disk, checkpoint.name, name, saved, checksums=checksums)
+        problem = _damage_of_file(filesystem, checkpoint.name, name, saved, checksums=checksums)
         if problem is not None:
             wrong.append(f"{checkpoint.name}/{problem}")
     return wrong
 
 
 def _damage_of_file(
-    disk: Directory, folder: str, name: str, saved: FileSum, *, checksums: bool
+    filesystem: Filesystem, folder: str, name: str, saved: FileSum, *, checksums: bool
 ) -> str | None:
-    num_bytes = disk.size(folder, name)
+    num_bytes = filesystem.size(folder, name)
     if num_bytes is None:
         return f"{name} is missing, or isn't a regular file"
     if num_bytes != saved.num_bytes:
@@ -212,9 +218,89 @@ def _damage_of_file(
     if not checksums:
         return None
     try:
-        found = disk.sums(folder, name)
+        found = filesystem.sums(folder, name)
     except DamagedCheckpointError as error:
         return str(error)
     except OSError as error:
         return f"{name} can't be read: {error}"
     return None if found == saved else f"{name}: its checksum doesn't match"
+
+
+def choose(
+    filesystem: Filesystem,
+    catalog: Catalog,
+    ranks: Coordination,
+    resume_mode: ResumeMode,
+    monitor: str,
+    mode: Literal["min", "max"],
+    *,
+    verify: bool,
+    held: contextlib.ExitStack | None = None,
+) -> Checkpoint | None:
+    """The first candidate whose files are what was written. Collective.
+
+    Args:
+        filesystem: Where.
+        catalog: What is there; rank 0's counts.
+        ranks: Who decides and verifies.
+        resume_mode: Which to prefer.
+        monitor: The metric of "best", "min" and "max".
+        mode: What "best" means.
+        verify: Compare checksums; else sizes alone.
+        held: Until it is closed, no other run deletes the checkpoint. Not needed by who has the
+            directory's lock.
+
+    Returns:
+        The checkpoint; None if there is none at all.
+
+    Raises:
+        CheckpointError: If there are some, and none is whole.
+    """
+    chosen = ranks.on_rank_zero(lambda: candidates(catalog, resume_mode, monitor, mode))
+    if ranks.is_global_zero:
+        for text in chosen.passed_over:
+            logger.warning("%s/%s; not resumed from", filesystem, text)
+    problems: list[str] = []
+    for checkpoint in chosen.checkpoints:
+        damage = _held(filesystem, checkpoint, ranks, held) if held is not None else []
+        damage = damage or damage_seen(filesystem, checkpoint, ranks, checksums=verify)
+        if not damage:
+            return checkpoint
+        problems.append("; ".join(damage[:3]))
+        if ranks.is_global_zero:
+            logger.warning(
+                "%s is damaged: %s; trying the one before it", checkpoint.name, problems[-1]
+            )
+    if not chosen.checkpoints:
+        return None
+    raise CheckpointError(
+        f"none of the checkpoints in {filesystem} that resume_mode={resume_mode!r} allows is whole "
+        f"({'; '.join(problems[:3])}); restore one from a copy, choose another step, or move them "
+        "away to begin from scratch"
+    )
+
+
+def damage_seen(
+    filesystem: Filesystem, checkpoint: Checkpoint, ranks: Coordination, *, checksums: bool
+) -> list[str]:
+    """What is wrong with a checkpoint's files; each rank looks at some of them. Collective."""
+    share = (ranks.rank, ranks.world_size)
+    found = ranks.gather(
+        lambda: damage_of(filesystem, checkpoint, checksums=checksums, share=share)
+    )
+    return [problem for part in found for problem in part]
+
+
+def _held(
+    filesystem: Filesystem, checkpoint: Checkpoint, ranks: Coordination, held: contextlib.ExitStack
+) -> list[str]:
+    """Keep a checkpoint from being deleted; what kept this from it. Collective."""
+
+    def hold() -> str | None:
+        try:
+            held.enter_context(filesystem.reading(checkpoint.name))
+        except DamagedCheckpointError as error:
+            return str(error)
+        return None
+
+    return [problem for problem in ranks.gather(hold) if problem is not None][:1]

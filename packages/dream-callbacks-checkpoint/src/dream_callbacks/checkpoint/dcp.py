@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem as TorchFileSystem
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     Metadata,
     MetadataIndex,
@@ -28,12 +29,12 @@ from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.json_codec import Path as TreePath
 from dream_callbacks.checkpoint.format.manifest import FileSum
 from dream_callbacks.checkpoint.format.tensor_index import TensorIndex
-from dream_callbacks.checkpoint.io.filesystem import Directory
+from dream_callbacks.checkpoint.io.filesystem import Filesystem
 from dream_trainer.world import Coordination
 
 
 @dataclasses.dataclass
-class TensorsToWrite:
+class TensorPlan:
     """What this rank is to write: its pieces of tensors, none of them twice over all ranks.
 
     Attributes:
@@ -48,9 +49,9 @@ class TensorsToWrite:
     _planner: _Planner
 
     @classmethod
-    def planned(
+    def of_state(
         cls, tensors: Mapping[str, Tensor], paths: Mapping[str, TreePath], ranks: Coordination
-    ) -> TensorsToWrite:
+    ) -> TensorPlan:
         """Share the tensors out among the ranks. Collective.
 
         Args:
@@ -120,14 +121,16 @@ class TensorsToWrite:
                     largest.append(piece.max().float().cpu())
         return bool(largest) and bool(torch.stack(largest).isnan().any())
 
-    def write(self, disk: Directory, folder: str) -> tuple[list[WriteResult], dict[str, FileSum]]:
+    def write(
+        self, filesystem: Filesystem, folder: str
+    ) -> tuple[list[WriteResult], dict[str, FileSum]]:
         """Write this rank's pieces.
 
         Returns:
             Where each piece is, and the sums of the files.
         """
-        files = _Files(disk, folder)
-        writer = _writer(disk, folder, files)
+        files = _Files(filesystem, folder)
+        writer = _writer(filesystem, folder, files)
         # Each file's checksum is ours; torch would sum up every tensor a second time.
         without_crc = config.patch("save.compute_crc32", False)  # type: ignore[attr-defined]  # is there
         with without_crc:
@@ -140,7 +143,7 @@ class TensorsToWrite:
         return results, files.sums
 
     def finish(
-        self, disk: Directory, folder: str, results: Sequence[list[WriteResult]]
+        self, filesystem: Filesystem, folder: str, results: Sequence[list[WriteResult]]
     ) -> dict[str, FileSum]:
         """Write where everything is. On rank 0, with the results of all ranks.
 
@@ -148,22 +151,22 @@ class TensorsToWrite:
             The sums of the files.
         """
         assert self.metadata is not None, "rank 0 has it"
-        files = _Files(disk, folder)
-        _writer(disk, folder, files).finish(self.metadata, list(results))
+        files = _Files(filesystem, folder)
+        _writer(filesystem, folder, files).finish(self.metadata, list(results))
         index = TensorIndex.of_save(self.metadata, (r for part in results for r in part))
         return {
             **files.sums,
-            file_names.INDEX: disk.write(folder, file_names.INDEX, index.encode()),
+            file_names.INDEX: filesystem.write(folder, file_names.INDEX, index.encode()),
         }
 
 
 def read_tensors(
-    disk: Directory, folder: str, index: TensorIndex, wanted: Mapping[str, Tensor]
+    filesystem: Filesystem, folder: str, index: TensorIndex, wanted: Mapping[str, Tensor]
 ) -> None:
     """Fill tensors from a checkpoint, each rank its own shards. Not collective.
 
     Args:
-        disk: Where.
+        filesystem: Where.
         folder: Of the checkpoint.
         index: The checkpoint's.
         wanted: Tensors to fill in place, by name; all of them are in the index, in their shape.
@@ -176,7 +179,7 @@ def read_tensors(
         return
     metadata = index.as_metadata(wanted)
     reader = FileSystemReader("")
-    reader.fs = _Files(disk, folder)
+    reader.fs = _Files(filesystem, folder)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     planner = _TensorsOnly(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(wanted), metadata, is_coordinator=True)
@@ -212,7 +215,7 @@ class _TensorsOnly(DefaultLoadPlanner):
         raise DamagedCheckpointError(f"{read_item.dest_index.fqn!r} isn't a tensor")
 
 
-def _writer(disk: Directory, folder: str, files: _Files) -> FileSystemWriter:
+def _writer(filesystem: Filesystem, folder: str, files: _Files) -> FileSystemWriter:
     # Files are synced together in the end.
     writer = FileSystemWriter("", overwrite=False, sync_files=False)
     writer.fs = files
@@ -220,14 +223,14 @@ def _writer(disk: Directory, folder: str, files: _Files) -> FileSystemWriter:
     return writer
 
 
-class _Files(FileSystem):
+class _Files(TorchFileSystem):
     """DCP's view of a folder: new files that keep their sums, regular files to read.
 
     Of DCP's paths, only the names count.
     """
 
-    def __init__(self, disk: Directory, folder: str) -> None:
-        self._disk = disk
+    def __init__(self, filesystem: Filesystem, folder: str) -> None:
+        self._filesystem = filesystem
         self._folder = folder
         self.sums: dict[str, FileSum] = {}
 
@@ -236,10 +239,10 @@ class _Files(FileSystem):
         # The folder gets its name last, so that no file needs a temporary one.
         name = Path(path).name.removesuffix(".tmp")
         if mode == "rb":
-            with self._disk.open(self._folder, name) as saved:
+            with self._filesystem.open(self._folder, name) as saved:
                 yield saved
             return
-        with self._disk.create(self._folder, name) as file:
+        with self._filesystem.create(self._folder, name) as file:
             yield file
         self.sums[name] = file.sums
 

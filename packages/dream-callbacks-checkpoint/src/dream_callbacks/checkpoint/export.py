@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dream_callbacks.checkpoint.catalog import Checkpoint
 from dream_callbacks.checkpoint.errors import CheckpointError
-from dream_callbacks.checkpoint.io.filesystem import Directory, is_url
-from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
+from dream_callbacks.checkpoint.io.filesystem import Filesystem, is_url
+from dream_callbacks.checkpoint.io.local_filesystem import LocalFilesystem
 from dream_callbacks.checkpoint.manager import coordination
 from dream_trainer.callbacks import Callback
 from dream_trainer.trainer.mixins import ModelSetupMixin
@@ -132,11 +132,11 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], kind: Format) -> No
     finally:
         temporary.unlink(missing_ok=True)
     path.with_name(f"{path.name}.sha256").write_text(f"{digest}  {path.name}\n")
-    LocalDisk(path.parent).sync()
+    LocalFilesystem(path.parent).sync()
 
 
 def export_checkpoint(
-    disk: Directory,
+    filesystem: Filesystem,
     checkpoint: Checkpoint,
     path: Path,
     kind: Format,
@@ -151,7 +151,7 @@ def export_checkpoint(
     """
     from dream_callbacks.checkpoint.restore import SavedState
 
-    saved = SavedState(disk, checkpoint)
+    saved = SavedState(filesystem, checkpoint)
     models = tuple(saved.shared["models"])
     if not models:
         raise CheckpointError(f"{checkpoint.name} holds no model; choose another checkpoint")

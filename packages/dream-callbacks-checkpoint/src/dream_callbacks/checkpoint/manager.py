@@ -1,4 +1,4 @@
-"""Store: a checkpoint directory of a run: opened, written to, tidied, chosen from. No policy."""
+"""CheckpointManager: save to a checkpoint directory, and choose from it. No policy."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
 from dream_callbacks.checkpoint.catalog import (
     Catalog,
     Checkpoint,
+    choose,
     damage_of,
     late_metrics_document,
     read_catalog,
 )
-from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError, error_text
+from dream_callbacks.checkpoint.errors import CheckpointError, error_text
 from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import FileSum, Manifest
-from dream_callbacks.checkpoint.format.state_codec import Split, split
+from dream_callbacks.checkpoint.format.state_codec import EncodedState, encode
 from dream_callbacks.checkpoint.io import atomic_commit
-from dream_callbacks.checkpoint.io.filesystem import Directory, directory_of
-from dream_callbacks.checkpoint.retention import KeepRules, ResumeMode, candidates, to_delete
+from dream_callbacks.checkpoint.io.filesystem import filesystem_at
+from dream_callbacks.checkpoint.retention import KeepRules, ResumeMode, to_delete
 from dream_trainer.world import Coordination, RankFailure, World
 
 if TYPE_CHECKING:
@@ -37,40 +38,36 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import MetadataIndex
     from torch.distributed.checkpoint.storage import WriteResult
 
-    from dream_callbacks.checkpoint.dcp import TensorsToWrite
+    from dream_callbacks.checkpoint.dcp import TensorPlan
+
+    _Written: TypeAlias = tuple[list[WriteResult], dict[str, FileSum], bool]
+    """Of a rank: where its pieces are, the sums of its files, whether a weight is NaN."""
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What a save knows about the run, for the manifest."""
+@dataclass(kw_only=True)
+class PendingSave:
+    """A save from `prepare` to the commit.
+
+    Attributes:
+        step, epoch, reason, num_train_batches, metrics: As in the manifest.
+        state: The encoded state.
+        tensors: This rank's share of the tensors.
+        folder: Where it is written.
+    """
 
     step: int
     epoch: int
     reason: str
     num_train_batches: int | None
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class Save:
-    """A save on its way.
-
-    Attributes:
-        facts: About it.
-        parts: The state, taken apart.
-        tensors: This rank's share of the tensors.
-        folder: Where it is written.
-    """
-
-    facts: Facts
-    parts: Split
-    tensors: TensorsToWrite
+    metrics: Mapping[str, float]
+    state: EncodedState
+    tensors: TensorPlan
     folder: str
 
 
-class Store:
+class CheckpointManager:
     """A checkpoint directory, for the ranks of one run. Methods are collective unless they say so.
 
     Args:
@@ -80,12 +77,12 @@ class Store:
     """
 
     def __init__(self, root: str | Path, world: World, rules: KeepRules) -> None:
-        self.disk = directory_of(root)
+        self.filesystem = filesystem_at(root)
         self.world = world
         self.rules = rules
         self.ranks = coordination(world)
         self.run = self.ranks.on_rank_zero(lambda: uuid.uuid4().hex)
-        self.lock = self.disk.lock(self.run)
+        self.lock = self.filesystem.lock(self.run)
         self._dp_ranks = tuple(self.ranks.gather(lambda: world.dp_rank))
         self._catalog = Catalog()
         self._was_opened = False
@@ -104,14 +101,14 @@ class Store:
         """
 
         def prepare() -> None:
-            self.disk.make_root()
+            self.filesystem.make_root()
             fence = self.lock.fence
             self.lock.acquire()
-            atomic_commit.probe(self.disk)
-            atomic_commit.recover(self.disk)
+            atomic_commit.probe(self.filesystem)
+            atomic_commit.recover(self.filesystem)
             if self._was_opened and self.lock.fence - fence <= 1:
                 return  # nobody else has held the lock since
-            catalog = read_catalog(self.disk)
+            catalog = read_catalog(self.filesystem)
             if self._was_opened and catalog.next_seq != self._catalog.next_seq:
                 raise CheckpointError(
                     "another run has saved there since this trainer was set up; set up a new "
@@ -124,16 +121,17 @@ class Store:
         except (CheckpointError, OSError) as error:
             self.lock.release()
             raise CheckpointError(
-                f"checkpoints can't be written to {self.disk}: {error_text(error)}. If it isn't a "
-                "matter of another run, give root_dir a directory that this user may write to"
+                f"checkpoints can't be written to {self.filesystem}: {error_text(error)}. If it "
+                "isn't a matter of another run, give root_dir a directory that this user may "
+                "write to"
             ) from error
 
     def start_afresh(self) -> None:
         """Move the checkpoints that are there aside, if there are any."""
 
         def move_aside() -> None:
-            if atomic_commit.move_aside(self.disk):
-                self._catalog = read_catalog(self.disk)
+            if atomic_commit.move_aside(self.filesystem):
+                self._catalog = read_catalog(self.filesystem)
 
         self.ranks.on_rank_zero(move_aside)
 
@@ -148,26 +146,48 @@ class Store:
 
     # Writing
 
-    def prepare(self, take_state: Callable[[], Mapping[str, Any]], facts: Facts) -> Save:
+    def prepare(
+        self,
+        take_state: Callable[[], Mapping[str, Any]],
+        *,
+        step: int,
+        epoch: int,
+        reason: str,
+        num_train_batches: int | None,
+        metrics: Mapping[str, float],
+    ) -> PendingSave:
         """Share out a state among the ranks and make room for it.
 
         Args:
-            take_state: Gives the state.
-            facts: About the save.
+            take_state: Returns the state.
+            step: Optimizer steps done.
+            epoch: Number of the current epoch, from 0.
+            reason: Why it is saved now.
+            num_train_batches: Batches of an epoch on each rank.
+            metrics: Results of the validation of exactly these weights.
 
         Raises:
             CheckpointError: If the state holds what can't be saved, or there is no room.
         """
-        from dream_callbacks.checkpoint.dcp import TensorsToWrite
+        from dream_callbacks.checkpoint.dcp import TensorPlan
 
-        parts = self.ranks.each(lambda: split(take_state(), self.ranks.rank))
-        tensors = TensorsToWrite.planned(parts.tensors, parts.paths, self.ranks)
+        state = self.ranks.each(lambda: encode(take_state(), self.ranks.rank))
+        tensors = TensorPlan.of_state(state.tensors, state.paths, self.ranks)
         folder = self.ranks.on_rank_zero(
-            lambda: atomic_commit.begin(self.disk, facts.step, self.run, tensors.total_bytes)
+            lambda: atomic_commit.begin(self.filesystem, step, self.run, tensors.total_bytes)
         )
-        return Save(facts, parts, tensors, folder)
+        return PendingSave(
+            step=step,
+            epoch=epoch,
+            reason=reason,
+            num_train_batches=num_train_batches,
+            metrics=metrics,
+            state=state,
+            tensors=tensors,
+            folder=folder,
+        )
 
-    def stage(self, save: Save, buffers: dict[MetadataIndex, Tensor]) -> None:
+    def stage(self, save: PendingSave, buffers: dict[MetadataIndex, Tensor]) -> None:
         """Copy what the training will change, so that writing may go on beside it.
 
         Args:
@@ -179,9 +199,9 @@ class Store:
         """
         with self._abandoning(save, self.ranks):
             self.ranks.each(lambda: save.tensors.stage(buffers))
-        save.parts.tensors.clear()
+        save.state.tensors.clear()
 
-    def write(self, save: Save, ranks: Coordination | None = None) -> None:
+    def write(self, save: PendingSave, ranks: Coordination | None = None) -> None:
         """Write a prepared save and commit it: when this returns, it lasts.
 
         Args:
@@ -193,7 +213,7 @@ class Store:
         """
         ranks = ranks or self.ranks
 
-        def commit_all(parts: Sequence[_Part]) -> list[None]:
+        def commit_all(parts: Sequence[_Written]) -> list[None]:
             self._commit(save, parts)
             return [None] * ranks.world_size
 
@@ -213,36 +233,36 @@ class Store:
             late = {**checkpoint.late_metrics, **news}
             document = late_metrics_document(checkpoint.manifest, late)
             try:
-                self.disk.replace(file_names.metrics_name(step), document, uuid.uuid4().hex)
+                self.filesystem.replace(file_names.metrics_name(step), document, uuid.uuid4().hex)
             except OSError as error:
                 logger.warning("the results of step %d can't be noted: %s", step, error)
             self._take_in(dataclasses.replace(checkpoint, late_metrics=late))
 
-    def finish(self, facts: Facts, late_metrics: Mapping[str, float], took_s: float) -> None:
+    def finish(self, save: PendingSave, late_metrics: Mapping[str, float], took_s: float) -> None:
         """Say that a step is saved, and delete what needn't be kept. On rank 0, after `write`.
 
         Args:
-            facts: About the save.
+            save: Written.
             late_metrics: Results that came while it was written.
             took_s: Seconds from the first copy to the commit.
         """
-        logger.info("saved step %d (%s) in %.2f s", facts.step, facts.reason, took_s)
-        self.add_metrics(facts.step, late_metrics)
+        logger.info("saved step %d (%s) in %.2f s", save.step, save.reason, took_s)
+        self.add_metrics(save.step, late_metrics)
         try:
             self._tidy()
         except OSError as error:
-            logger.warning("an old checkpoint in %s can't be deleted: %s", self.disk, error)
+            logger.warning("an old checkpoint in %s can't be deleted: %s", self.filesystem, error)
 
     def _tidy(self) -> None:
         """Delete what the rules don't keep."""
         with self._changing:
-            present = self.disk.entries()  # a user may have deleted some of them
+            present = self.filesystem.entries()  # a user may have deleted some of them
             known = self._catalog.checkpoints
             whole = [c for c in known if c.name in present and self._is_whole(c)]
             for checkpoint in to_delete(whole, self.rules):
-                if self.disk.is_being_read(checkpoint.name):
+                if self.filesystem.is_being_read(checkpoint.name):
                     continue  # until the next time
-                atomic_commit.discard(self.disk, checkpoint.name)
+                atomic_commit.discard(self.filesystem, checkpoint.name)
                 remaining = (c for c in self._catalog.checkpoints if c.name != checkpoint.name)
                 self._catalog = dataclasses.replace(self._catalog, checkpoints=tuple(remaining))
 
@@ -265,57 +285,56 @@ class Store:
             CheckpointError: If there are some, and none is whole.
         """
         return choose(
-            self.disk, self._catalog, self.ranks, resume_mode, monitor, mode, verify=verify
+            self.filesystem, self._catalog, self.ranks, resume_mode, monitor, mode, verify=verify
         )
 
     # Inside
 
     @contextlib.contextmanager
-    def _abandoning(self, save: Save, ranks: Coordination) -> Iterator[None]:
+    def _abandoning(self, save: PendingSave, ranks: Coordination) -> Iterator[None]:
         """After an error, delete what was written."""
         try:
             yield
         except BaseException:
             if ranks.is_global_zero:
-                atomic_commit.abandon(self.disk, save.folder)
+                atomic_commit.abandon(self.filesystem, save.folder)
             raise
 
-    def _write_own_part(self, save: Save) -> _Part:
-        atomic_commit.wait_until_visible(self.disk, save.folder)
-        results, sums = save.tensors.write(self.disk, save.folder)
+    def _write_own_part(self, save: PendingSave) -> _Written:
+        atomic_commit.wait_until_visible(self.filesystem, save.folder)
+        results, sums = save.tensors.write(self.filesystem, save.folder)
         name = file_names.rank_name(self.ranks.rank)
-        sums[name] = self.disk.write(save.folder, name, _json(save.parts.local))
-        self.disk.sync(save.folder, sums)
-        return _Part(results, sums, save.tensors.has_nan("models."))
+        sums[name] = self.filesystem.write(save.folder, name, _json(save.state.local))
+        self.filesystem.sync(save.folder, sums)
+        return results, sums, save.tensors.has_nan("models.")
 
-    def _commit(self, save: Save, parts: Sequence[_Part]) -> None:
+    def _commit(self, save: PendingSave, parts: Sequence[_Written]) -> None:
         sums: dict[str, FileSum] = {}
-        for part in parts:
-            sums.update(part.sums)
-        own = save.tensors.finish(self.disk, save.folder, [part.results for part in parts])
-        own[file_names.STATE] = self.disk.write(
-            save.folder, file_names.STATE, _json(save.parts.shared)
+        for _, part_sums, _ in parts:
+            sums.update(part_sums)
+        own = save.tensors.finish(self.filesystem, save.folder, [part[0] for part in parts])
+        own[file_names.STATE] = self.filesystem.write(
+            save.folder, file_names.STATE, _json(save.state.shared)
         )
         sums.update(own)
-        facts = save.facts
         manifest = Manifest(
-            step=facts.step,
-            epoch=facts.epoch,
+            step=save.step,
+            epoch=save.epoch,
             seq=self._catalog.next_seq,
             run=self.run,
             fence=self.lock.fence,
             created_unix=time.time(),
-            reason=facts.reason,
+            reason=save.reason,
             world_size=self.ranks.world_size,
             shape=dataclasses.asdict(self.world.shape),
             dp_ranks=self._dp_ranks,
-            num_train_batches=facts.num_train_batches,
-            metrics=dict(facts.metrics),
-            has_nan=any(part.has_nan for part in parts),
+            num_train_batches=save.num_train_batches,
+            metrics=dict(save.metrics),
+            has_nan=any(has_nan for _, _, has_nan in parts),
             torch_version=torch.__version__,
             files=sums,
         )
-        name = atomic_commit.publish(self.disk, save.folder, manifest, self.lock, own)
+        name = atomic_commit.publish(self.filesystem, save.folder, manifest, self.lock, own)
         with self._changing:
             self._take_in(Checkpoint(name, manifest))
 
@@ -329,7 +348,7 @@ class Store:
         """Whether the files have their sizes; looked up once."""
         key = (checkpoint.name, checkpoint.manifest.seq)
         if key not in self._known_whole:
-            if damage_of(self.disk, checkpoint, checksums=False):
+            if damage_of(self.filesystem, checkpoint, checksums=False):
                 return False
             self._known_whole.add(key)
         return True
@@ -347,92 +366,6 @@ def coordination(world: World, kind: str = "checkpoint") -> Coordination:
         kind: Name of the group; each thread needs its own.
     """
     return Coordination(world, kind, raises=RankCheckpointError, describe=error_text)
-
-
-def choose(
-    disk: Directory,
-    catalog: Catalog,
-    ranks: Coordination,
-    resume_mode: ResumeMode,
-    monitor: str,
-    mode: Literal["min", "max"],
-    *,
-    verify: bool,
-    held: contextlib.ExitStack | None = None,
-) -> Checkpoint | None:
-    """The first candidate whose files are what was written. Collective.
-
-    Args:
-        disk: Where.
-        catalog: What is there; rank 0's counts.
-        ranks: Who decides and verifies.
-        resume_mode: Which to prefer.
-        monitor: The metric of "best", "min" and "max".
-        mode: What "best" means.
-        verify: Compare checksums; else sizes alone.
-        held: Until it is closed, no other run deletes the checkpoint. Not needed by who has the
-            directory's lock.
-
-    Returns:
-        The checkpoint; None if there is none at all.
-
-    Raises:
-        CheckpointError: If there are some, and none is whole.
-    """
-    chosen = ranks.on_rank_zero(lambda: candidates(catalog, resume_mode, monitor, mode))
-    if ranks.is_global_zero:
-        for text in chosen.passed_over:
-            logger.warning("%s/%s; not resumed from", disk, text)
-    problems: list[str] = []
-    for checkpoint in chosen.checkpoints:
-        damage = _held(disk, checkpoint, ranks, held) if held is not None else []
-        damage = damage or damage_seen(disk, checkpoint, ranks, checksums=verify)
-        if not damage:
-            return checkpoint
-        problems.append("; ".join(damage[:3]))
-        if ranks.is_global_zero:
-            logger.warning(
-                "%s is damaged: %s; trying the one before it", checkpoint.name, problems[-1]
-            )
-    if not chosen.checkpoints:
-        return None
-    raise CheckpointError(
-        f"none of the checkpoints in {disk} that resume_mode={resume_mode!r} allows is whole "
-        f"({'; '.join(problems[:3])}); restore one from a copy, choose another step, or move them "
-        "away to begin from scratch"
-    )
-
-
-def damage_seen(
-    disk: Directory, checkpoint: Checkpoint, ranks: Coordination, *, checksums: bool
-) -> list[str]:
-    """What is wrong with a checkpoint's files; each rank looks at some of them. Collective."""
-    share = (ranks.rank, ranks.world_size)
-    found = ranks.gather(lambda: damage_of(disk, checkpoint, checksums=checksums, share=share))
-    return [problem for part in found for problem in part]
-
-
-def _held(
-    disk: Directory, checkpoint: Checkpoint, ranks: Coordination, held: contextlib.ExitStack
-) -> list[str]:
-    """Keep a checkpoint from being deleted; what kept this from it. Collective."""
-
-    def hold() -> str | None:
-        try:
-            held.enter_context(disk.reading(checkpoint.name))
-        except DamagedCheckpointError as error:
-            return str(error)
-        return None
-
-    return [problem for problem in ranks.gather(hold) if problem is not None][:1]
-
-
-class _Part(NamedTuple):
-    """What a rank wrote."""
-
-    results: list[WriteResult]
-    sums: dict[str, FileSum]
-    has_nan: bool
 
 
 def _json(document: Any) -> bytes:

@@ -10,11 +10,11 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from dream_callbacks.checkpoint.catalog import directory_at, read_catalog
+from dream_callbacks.checkpoint.catalog import choose, directory_at, read_catalog
 from dream_callbacks.checkpoint.errors import CheckpointError
-from dream_callbacks.checkpoint.format.state_codec import split
-from dream_callbacks.checkpoint.io.filesystem import below, directory_of
-from dream_callbacks.checkpoint.manager import choose, coordination
+from dream_callbacks.checkpoint.format.state_codec import encode
+from dream_callbacks.checkpoint.io.filesystem import below, filesystem_at
+from dream_callbacks.checkpoint.manager import coordination
 from dream_callbacks.checkpoint.restore import SavedState
 from dream_callbacks.checkpoint.retention import ResumeMode
 from dream_trainer.callbacks import Callback
@@ -94,11 +94,11 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
     def post_setup(self) -> None:
         ranks = coordination(self.trainer.world)
         root, step = ranks.on_rank_zero(lambda: directory_at(self.path))
-        disk = directory_of(root)
+        filesystem = filesystem_at(root)
         with contextlib.ExitStack() as held:
             checkpoint = choose(
-                disk,
-                ranks.on_rank_zero(lambda: read_catalog(disk)),
+                filesystem,
+                ranks.on_rank_zero(lambda: read_catalog(filesystem)),
                 ranks,
                 self.resume_mode if step is None else step,
                 self.monitor,
@@ -107,13 +107,13 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
                 held=held,
             )
             if checkpoint is None:
-                raise CheckpointError(f"there is no checkpoint in {disk}; give another path")
-            saved = ranks.each(lambda: SavedState(disk, checkpoint))
+                raise CheckpointError(f"there is no checkpoint in {filesystem}; give another path")
+            saved = ranks.each(lambda: SavedState(filesystem, checkpoint))
             self._load(below(root, checkpoint.name), saved, ranks)
 
     def _load(self, path: str | Path, saved: SavedState, ranks: Coordination) -> None:
         models = self.trainer.named_models()
-        live = split({"models": ranks.each(self.trainer.model_state_dict)}, ranks.rank).tensors
+        live = encode({"models": ranks.each(self.trainer.model_state_dict)}, ranks.rank).tensors
         names = _matching_names(saved, set(models))
         fits = {
             name: tensor

@@ -14,9 +14,9 @@ from dream_callbacks.checkpoint.catalog import Checkpoint
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import parsed_json
-from dream_callbacks.checkpoint.format.state_codec import Split, decode, split, tensor_names
+from dream_callbacks.checkpoint.format.state_codec import EncodedState, decode, encode, tensor_names
 from dream_callbacks.checkpoint.format.tensor_index import TensorIndex
-from dream_callbacks.checkpoint.io.filesystem import Directory
+from dream_callbacks.checkpoint.io.filesystem import Filesystem
 from dream_trainer.world import Coordination
 
 if TYPE_CHECKING:
@@ -35,30 +35,30 @@ class SavedState:
     """What is in a checkpoint, apart from the values of its tensors. Reading isn't collective.
 
     Args:
-        disk: Where.
+        filesystem: Where.
         checkpoint: Which; its files are known to be whole.
 
     Raises:
         DamagedCheckpointError: If a file isn't what it should be.
     """
 
-    def __init__(self, disk: Directory, checkpoint: Checkpoint) -> None:
-        self.disk = disk
+    def __init__(self, filesystem: Filesystem, checkpoint: Checkpoint) -> None:
+        self.filesystem = filesystem
         self.checkpoint = checkpoint
-        self.shared = parsed_json(disk.read(checkpoint.name, file_names.STATE))
+        self.shared = parsed_json(filesystem.read(checkpoint.name, file_names.STATE))
         self.index = TensorIndex.decode(
-            disk.read(checkpoint.name, file_names.INDEX), checkpoint.manifest.files
+            filesystem.read(checkpoint.name, file_names.INDEX), checkpoint.manifest.files
         )
 
     def local(self, rank: int) -> dict[str, Any]:
         """JSON of the values of one rank alone, by place."""
-        return parsed_json(self.disk.read(self.checkpoint.name, file_names.rank_name(rank)))
+        return parsed_json(self.filesystem.read(self.checkpoint.name, file_names.rank_name(rank)))
 
     def read(self, wanted: Mapping[str, Tensor]) -> None:
         """Fill tensors in place, by name."""
         from dream_callbacks.checkpoint.dcp import read_tensors
 
-        read_tensors(self.disk, self.checkpoint.name, self.index, wanted)
+        read_tensors(self.filesystem, self.checkpoint.name, self.index, wanted)
 
     def new_tensor(self, name: str) -> Tensor:
         """A whole tensor on the CPU, to be filled."""
@@ -68,7 +68,7 @@ class SavedState:
 
 def load_into(
     trainer: BaseTrainer,
-    disk: Directory,
+    filesystem: Filesystem,
     checkpoint: Checkpoint,
     ranks: Coordination,
     *,
@@ -82,7 +82,7 @@ def load_into(
 
     Args:
         trainer: Set up.
-        disk: Where.
+        filesystem: Where.
         checkpoint: Which.
         ranks: Of the run.
         strict: Refuse names, shapes and dtypes that don't match; else load what matches.
@@ -92,12 +92,12 @@ def load_into(
         CheckpointError: On all ranks, with all differences at once.
     """
     world = trainer.world
-    saved = ranks.each(lambda: SavedState(disk, checkpoint))
+    saved = ranks.each(lambda: SavedState(filesystem, checkpoint))
     source = source_of(world.dp_rank, world.dp_size, checkpoint.manifest.dp_ranks)
     local = ranks.each(lambda: saved.local(source.rank))
     has_stepped = any(o["param_groups"] for o in saved.shared["optimizers"].values())
     target = ranks.each(lambda: trainer.state_dict(as_target=has_stepped))
-    live = split(target, ranks.rank)
+    live = encode(target, ranks.rank)
     appearing = _appearing(saved, live)
     wanted, differences = _matched(saved, live, appearing)
     if differences and strict:
@@ -127,7 +127,7 @@ def load_into(
 
 
 def _matched(
-    saved: SavedState, live: Split, appearing: Collection[str]
+    saved: SavedState, live: EncodedState, appearing: Collection[str]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Live tensors to load into, and what doesn't match."""
     not_there_yet = set(_without_state(saved, live))
@@ -156,7 +156,7 @@ def _matched(
     return loadable, differences
 
 
-def _without_state(saved: SavedState, live: Split) -> Iterator[str]:
+def _without_state(saved: SavedState, live: EncodedState) -> Iterator[str]:
     """Tensors of optimizers that torch made up for a target, for parameters that had none.
 
     Before its first step an optimizer has no state, and a parameter that never had a gradient
@@ -170,7 +170,7 @@ def _without_state(saved: SavedState, live: Split) -> Iterator[str]:
                 yield from tensor_names(state)
 
 
-def _appearing(saved: SavedState, live: Split) -> dict[str, Tensor]:
+def _appearing(saved: SavedState, live: EncodedState) -> dict[str, Tensor]:
     """New tensors for states of optimizers that appear only in the course of training.
 
     One of its parameter's shape is sharded as that is; another is whole on each rank.
@@ -194,7 +194,7 @@ def _appearing(saved: SavedState, live: Split) -> dict[str, Tensor]:
     return fresh
 
 
-def _parameter(fqn: str, live: Split) -> Tensor | None:
+def _parameter(fqn: str, live: EncodedState) -> Tensor | None:
     """The live parameter that an optimizer knows by a name; with several models, theirs first."""
     names = [f"models.{fqn}", *(f"models.{model}.{fqn}" for model in live.shared["models"])]
     return next((live.tensors[name] for name in names if name in live.tensors), None)

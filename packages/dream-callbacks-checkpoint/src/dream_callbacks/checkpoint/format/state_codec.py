@@ -19,8 +19,8 @@ from dream_trainer.callbacks import RankLocal
 
 
 @dataclass
-class Split:
-    """A state taken apart.
+class EncodedState:
+    """A state as JSON and tensors.
 
     Attributes:
         shared: JSON of what is the same on all ranks.
@@ -35,8 +35,8 @@ class Split:
     paths: dict[str, Path] = field(default_factory=dict)
 
 
-def split(state: Any, rank: int) -> Split:
-    """Take a state apart.
+def encode(state: Any, rank: int) -> EncodedState:
+    """A state as JSON and tensors.
 
     Args:
         state: Plain data, tensors and RankLocal values.
@@ -47,7 +47,7 @@ def split(state: Any, rank: int) -> Split:
             the place.
         ValueError: If two tensors would get the same name.
     """
-    result = Split()
+    result = EncodedState()
 
     def add_tensor(tensor: Tensor, path: Path) -> Any:
         name = ".".join(map(str, path))

@@ -31,7 +31,7 @@ class ChecksummedWriter:
     """A new file, written front to back in large blocks.
 
     Small writes are gathered: torch.save writes each tensor in about forty pieces. Nothing is
-    synced; see `LocalDisk.sync`.
+    synced; see `LocalFilesystem.sync`.
 
     Args:
         name: For error messages.

@@ -1,4 +1,4 @@
-"""Directory: what checkpoints ask of the place where they are, on a disk or behind a URL."""
+"""Filesystem: what checkpoints ask of the place where they are, on a disk or behind a URL."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import BinaryIO, Protocol
 
 from dream_callbacks.checkpoint.format.manifest import FileSum
 from dream_callbacks.checkpoint.io.checksummed_writer import ChecksummedWriter
-from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
+from dream_callbacks.checkpoint.io.local_filesystem import LocalFilesystem
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
@@ -27,10 +27,10 @@ class Lock(Protocol):
     def release(self) -> None: ...
 
 
-class Directory(Protocol):
+class Filesystem(Protocol):
     """A checkpoint directory. Folders in it have files, and no folders.
 
-    `LocalDisk` and `RemoteDirectory` say what each method does.
+    `LocalFilesystem` and `FsspecFilesystem` say what each method does.
 
     Attributes:
         renames_at_once: Whether a folder gets another name at once or not at all. Where it
@@ -89,7 +89,7 @@ def below(path: str | Path, *names: str) -> str | Path:
     return "/".join([str(path).rstrip("/"), *names]) if is_url(path) else Path(path, *names)
 
 
-def directory_of(path: str | Path) -> Directory:
+def filesystem_at(path: str | Path) -> Filesystem:
     """The checkpoint directory at a path or URL.
 
     Raises:
@@ -97,12 +97,12 @@ def directory_of(path: str | Path) -> Directory:
         ImportError: If it is a URL, and what reads it isn't installed.
     """
     if not is_url(path):
-        return LocalDisk(Path(path))
+        return LocalFilesystem(Path(path))
     if "://" not in str(path):
         raise ValueError(
             f"{str(path)!r} has one slash after its colon, as pathlib makes it of a URL; give the "
             "URL as text, to CheckpointParameters(root_dir=…): a trainer's own root_dir is a path"
         )
-    from dream_callbacks.checkpoint.io.fsspec_filesystem import RemoteDirectory
+    from dream_callbacks.checkpoint.io.fsspec_filesystem import FsspecFilesystem
 
-    return RemoteDirectory(str(path))
+    return FsspecFilesystem(str(path))

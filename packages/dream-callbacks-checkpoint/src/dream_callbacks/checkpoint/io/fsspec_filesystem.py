@@ -1,4 +1,4 @@
-"""RemoteDirectory: a checkpoint directory behind a URL, such as s3://, gs:// or memory://."""
+"""FsspecFilesystem: a checkpoint directory behind a URL, such as s3://, gs:// or memory://."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MARK = ".folder"
 """Stands for a folder that has no file yet: object stores know no empty ones."""
 
 
-class RemoteDirectory:
+class FsspecFilesystem:
     """A checkpoint directory on whatever fsspec knows.
 
     A file is there whole or not at all, as object stores have it. Folders aren't renamed at once:
@@ -50,9 +50,9 @@ class RemoteDirectory:
     def __str__(self) -> str:
         return self.url
 
-    def lock(self, run: str) -> RemoteLock:
+    def lock(self, run: str) -> FsspecLock:
         """The lock of this directory, not yet held."""
-        return RemoteLock(self, run)
+        return FsspecLock(self, run)
 
     # Looking
 
@@ -174,7 +174,7 @@ class RemoteDirectory:
         return "/".join([self._root, *(name for name in names if name)])
 
 
-class RemoteLock:
+class FsspecLock:
     """A note of who writes here. The last one that came counts.
 
     A store of objects can't tell whether the process that wrote a note still lives. So a run that
@@ -185,7 +185,7 @@ class RemoteLock:
         run: Identifies this start of the script.
     """
 
-    def __init__(self, directory: RemoteDirectory, run: str) -> None:
+    def __init__(self, directory: FsspecFilesystem, run: str) -> None:
         self.directory = directory
         self.run = run
         self.fence = 0

@@ -1,4 +1,4 @@
-"""LocalDisk: the few things that a checkpoint directory asks of a file system, done durably."""
+"""LocalFilesystem: durable operations of a checkpoint directory on a local file system."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dream_callbacks.checkpoint.io.directory_lock import DirectoryLock
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
-class LocalDisk:
+class LocalFilesystem:
     """A directory on a file system of this machine, or one that all machines share.
 
     Names are single components below `root`; callers check those that come from a file.

@@ -18,7 +18,7 @@ from torch import Tensor
 from dream_callbacks.checkpoint.callback import CheckpointCallback
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.format import file_names
-from dream_callbacks.checkpoint.format.state_codec import split
+from dream_callbacks.checkpoint.format.state_codec import encode
 from dream_trainer.callbacks import Callback
 from dream_trainer.trainer import BaseTrainer
 
@@ -73,7 +73,7 @@ class Recorder(Callback[BaseTrainer]):
         self._write("validation", dict(_digests(result, "result")))
 
     def _state(self) -> dict[str, str]:
-        parts = split(self.trainer.state_dict(), self.trainer.world.rank)
+        parts = encode(self.trainer.state_dict(), self.trainer.world.rank)
         values = {**dict(_digests(parts.tensors, "")), **dict(_leaves(parts.shared, ""))}
         for name, document in parts.local.items():
             values |= dict(_leaves(document, name))
