@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_errors import Limit, full_disk, heard
+from full_disks import Limit, full_disk, heard
 from tiny_runs import SendSignal, saved, steps, tiny
 from training import CrashAt, Filled, PlannedError, different, directory, make, moments, weights
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_damage import damage
+from damaged_files import damage
 from tiny_runs import Average, saved, scored, steps, tiny
 from torch import nn
 from training import (

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import training
-from test_kills import last_acknowledged, resumed_step
+from forked_runs import last_acknowledged, resumed_step
 from training import Acknowledged, Filled, make
 
 from dream_callbacks.checkpoint.catalog import damage_of, read_catalog

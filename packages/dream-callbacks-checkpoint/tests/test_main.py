@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_damage import damage, reseal
-from test_manifest import manifest
+from catalogs import manifest
+from damaged_files import damage, reseal
 from tiny_runs import read_tensors, scored, steps, tiny
 from training import different, directory, weights
 

@@ -7,30 +7,10 @@ import math
 from typing import Any
 
 import pytest
+from catalogs import manifest
 
 from dream_callbacks.checkpoint import DamagedCheckpointError
 from dream_callbacks.checkpoint.format.manifest import FileSum, Manifest, sealed, unsealed
-
-
-def manifest(**changes: Any) -> Manifest:
-    fields: dict[str, Any] = {
-        "step": 200,
-        "epoch": 1,
-        "seq": 7,
-        "run": "ab" * 16,
-        "fence": 2,
-        "created_unix": 1e9,
-        "reason": "epoch",
-        "world_size": 2,
-        "shape": {"dp_shard": 2, "tp": 1},
-        "dp_ranks": (0, 1),
-        "num_train_batches": None,
-        "metrics": {"val_loss": 0.5, "worst": -math.inf},
-        "has_nan": False,
-        "torch_version": "2.13.0",
-        "files": {"state.json": FileSum(10, 20), "__0_0.distcp": FileSum(30, 40)},
-    }
-    return Manifest(**{**fields, **changes})
 
 
 def test_a_manifest_comes_back_as_it_was() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_damage import damage
+from damaged_files import damage
 from tiny_runs import Average, tiny
 from torch import nn
 from training import different, directory, weights

@@ -9,7 +9,8 @@
         state.json                     all that isn't a tensor
         rank-00000.json                what belongs to one rank alone
         index.json                     where in which file each piece of a tensor is
-        __0_0.distcp  .metadata        tensors, as torch.distributed.checkpoint writes them
+        __0_0.distcp                     tensors, as torch.distributed.checkpoint writes them
+        .metadata                        its index: a pickle, for other tools; never read here
       metrics-0000000200.json          results of a validation that came after the save
       .tmp-step-0000000300-<run>/      being written
       .old-step-0000000300-<run>/      being replaced
@@ -25,8 +26,6 @@ LOCK = "run.lock"
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 INDEX = "index.json"
-DCP_METADATA = ".metadata"
-"""A pickle, for other tools. Never read here."""
 
 _STEP = re.compile(r"step-(\d{10,})", re.ASCII)
 _METRICS = re.compile(r"metrics-(\d{10,})\.json", re.ASCII)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from test_retention import checkpoint, steps
+from catalogs import checkpoint, steps
 
 from dream_callbacks.checkpoint import CheckpointError
 from dream_callbacks.checkpoint.catalog import Catalog, Checkpoint
