@@ -1,4 +1,4 @@
-"""`python -m dream_callbacks.checkpoint`: look at checkpoints, verify, prune, export, prove."""
+"""`python -m dream_callbacks.checkpoint`: list, verify, show, prune, export, prove."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from dream_callbacks.checkpoint.retention import KeepRules, to_delete
 if TYPE_CHECKING:
     from dream_callbacks.checkpoint.export import Format
 
-# torch takes a second to import: only the commands that need it do so.
+# torch takes a second to import: only the commands that need it import it.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0 if all is well, 1 if something is damaged or can't be done.
+        Exit status: 0 on success, 1 if a checkpoint is damaged or the command fails.
     """
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough, as `| head` does
+    except BrokenPipeError:  # the reader closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (CheckpointError, DamagedCheckpointError, OSError, ImportError, ValueError) as error:
@@ -288,7 +288,7 @@ def _prove(options: argparse.Namespace) -> int:
     return 0 if proof.difference is None else 1
 
 
-# Parts
+# Helpers
 
 
 def _opened(options: argparse.Namespace) -> tuple[Filesystem, Catalog, int | None]:
@@ -299,7 +299,7 @@ def _opened(options: argparse.Namespace) -> tuple[Filesystem, Catalog, int | Non
 
 
 def _one(filesystem: Filesystem, catalog: Catalog, step: int | None) -> Checkpoint:
-    """The checkpoint of a step, or the newest one, with its files verified."""
+    """The checkpoint of a step, or the newest, with verified files."""
     steps = ", ".join(str(c.step) for c in catalog.checkpoints[-10:]) or "none"
     found = catalog.of_step(step) if step is not None else None
     if step is None and catalog.checkpoints:

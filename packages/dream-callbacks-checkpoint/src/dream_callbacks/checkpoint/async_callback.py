@@ -1,4 +1,4 @@
-"""AsyncCheckpointCallback: training waits for a copy in memory, not for the disk."""
+"""AsyncCheckpointCallback: training waits for a copy to host memory, not for the disk."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PATIENCE_S = 60.0
-"""How long a run that ends with an error waits for the save that is in flight."""
+"""How long a run that ends with an error waits for the save in flight."""
 
 _STALL_S = 1.0
-"""Who waits longer for the save before is told so."""
+"""Longer waits for the previous save are logged."""
 
 
 class AsyncCheckpointCallback(CheckpointCallback):
-    """A CheckpointCallback that writes beside the training.
+    """CheckpointCallback that writes in a background thread while training continues.
 
-    A save copies this rank's part of the state to host memory; a thread writes and commits it.
-    Never two are in flight: a save that is due earlier waits for the one before it. A checkpoint
-    is called saved when it lasts, as with CheckpointCallback. A save that fails is reported at the
-    next occasion on which all ranks meet, about a second later, and at the end. The end of the
-    run, a signal and an error wait for the save in flight.
+    A save copies this rank's shard of the state to host memory; a thread writes and commits it.
+    At most one save is in flight: the next one waits for it. A step is reported as saved once its
+    checkpoint is durable, as with CheckpointCallback. A failed save is reported when the ranks next
+    exchange requests, about a second later, or at the end. The end of the run, a signal and an
+    error wait for the save in flight.
 
-    Memory: one copy of this rank's part of the state on the host, kept for the next save; pinned
-    where the model is on a CUDA device.
+    Memory: one copy of this rank's shard of the state on the host, reused by the next save; pinned
+    if the model is on a CUDA device.
 
     Args:
-        parameters: As for CheckpointCallback.
+        parameters: Same as for CheckpointCallback.
     """
 
     _background_save: _BackgroundSave | None = None
@@ -78,8 +78,8 @@ class AsyncCheckpointCallback(CheckpointCallback):
         self._buffers.clear()
 
     def _write(self, run: RunState, reason: str) -> None:
-        """Copy the state, and let a thread do the rest."""
-        assert self._background_save is None, "_save has settled it"
+        """Copy the state; a thread writes and commits it."""
+        assert self._background_save is None, "_save has waited for it"
         began_s = time.monotonic()
         save = self._prepare(run, reason)
         run.manager.stage(save, self._buffers)
@@ -110,7 +110,7 @@ class AsyncCheckpointCallback(CheckpointCallback):
             self._report(self._give_up(background_save), background_save.error)
 
     def _give_up(self, background_save: _BackgroundSave) -> str:
-        """Let the step of a save that failed count as not saved; return what to say of it."""
+        """Mark the step of a failed save as not saved; the message about it."""
         assert background_save.error is not None
         self._saved_step = background_save.saved_step_before
         return self._failure_text(background_save.save.step, background_save.error)
@@ -122,7 +122,7 @@ class AsyncCheckpointCallback(CheckpointCallback):
 
 
 class _BackgroundSave:
-    """A save that is being written by a thread."""
+    """A save written and committed by a thread."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class _BackgroundSave:
         self._is_committed = False
 
     def take_metrics(self, metrics: Mapping[str, float]) -> bool:
-        """Keep results for the time when the checkpoint is there; False if it is there already."""
+        """Keep metrics until the checkpoint is committed; False if it already is."""
         with self._changing:
             if not self._is_committed:
                 self._late_metrics.update(metrics)
@@ -160,5 +160,5 @@ class _BackgroundSave:
                 self._manager.finish(self.save, self._late_metrics, took_s)
         except CheckpointError as error:
             self.error = error
-        except BaseException as error:  # noqa: BLE001  # a thread has nobody to raise it to
+        except BaseException as error:  # noqa: BLE001  # reported by the main thread
             self.error = CheckpointError(f"{type(error).__name__}: {error}")

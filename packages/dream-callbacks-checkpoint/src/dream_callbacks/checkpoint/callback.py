@@ -1,4 +1,4 @@
-"""CheckpointCallback: when to save, and what to continue from."""
+"""CheckpointCallback: when to save and which checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ class RunState:
 
 
 class CheckpointCallback(Callback[BaseTrainer]):
-    """Saves the whole state of a run, and continues from it when the run is started again.
+    """Saves the full state of a run and resumes from it when the run is started again.
 
-    Saves between two optimizer steps, as `parameters` say, at the end of the run, also when SIGTERM
-    or SIGINT stops it, and when a rank asks for it (`trainer.request_save`, SIGUSR1). A save
-    is complete and on the disk before anything is called saved, and the ones before it stay until
-    then. Restores in `post_setup`.
+    Saves between optimizer steps: at the cadence in `parameters`, at the end of the run (also when
+    SIGTERM or SIGINT stops it) and on request (`trainer.request_save`, SIGUSR1). A step is reported
+    as saved once its checkpoint is durable; older checkpoints are deleted only after that. Restores
+    in `post_setup`.
 
-    Runs after all other callbacks that don't ask for a place after it, so that it saves what they
-    leave. Its work is collective. Steps that don't save cost no host synchronization, and wait for
-    no other rank.
+    Runs after all other callbacks, except those that are placed after it, so that it saves their
+    final state of the step. Saving and restoring are collective. Steps without a save cost no host
+    sync and no communication.
 
     Args:
         parameters: When to save, what to keep, what to resume.
@@ -63,7 +63,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
 
     _run: RunState | None = None
     _saved_step = -1
-    """The step whose state is on the disk, as far as this run knows."""
+    """Step of the newest checkpoint that this run saved or resumed from; -1 if there is none."""
 
     def __init__(self, parameters: CheckpointParameters | None = None) -> None:
         self.parameters = CheckpointParameters() if parameters is None else parameters
@@ -74,14 +74,14 @@ class CheckpointCallback(Callback[BaseTrainer]):
 
     @property
     def directory(self) -> str | Path:
-        """Where the checkpoints are; text if that is a URL. Known once the callback is attached."""
+        """Checkpoint directory, or its URL as text. Needs an attached callback."""
         trainer = self.trainer
         root = self.parameters.root_dir
         if root is None:
             return trainer.run_dir / "checkpoints"
         return below(root, trainer.project, trainer.group, trainer.experiment, "checkpoints")
 
-    # The run's life
+    # Begin and end of a run
 
     def post_setup(self) -> None:
         if self.parameters.enable:
@@ -90,7 +90,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
             try:
                 self._restore(run)
             finally:
-                run.manager.close()  # others may look at it until `fit`
+                run.manager.close()  # other processes may use it until `fit`
 
     def pre_fit(self) -> None:
         if not self.parameters.enable:
@@ -129,7 +129,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
                 )
         self._close()
 
-    # Occasions to save
+    # When to save
 
     def pre_train_step(self, batch: Any, batch_idx: int) -> None:
         if self._run is not None:
@@ -154,7 +154,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
             self._save_if_asked(run.save.reason())
 
     def _ask(self, run: RunState) -> None:
-        """Ask all ranks for what this one has come to know: clocks and threads differ by rank."""
+        """Request what only this rank knows; clocks and background threads differ by rank."""
         if run.clock is not None and self.trainer.world.is_global_zero:
             if run.clock.due(self.trainer.global_step):
                 run.time_is_up.ask()
@@ -181,16 +181,16 @@ class CheckpointCallback(Callback[BaseTrainer]):
         run.is_between_steps = True
         self._check_monitor(run, result)
         if counters.validated_step != counters.global_step:
-            return  # it was a try before training
+            return  # a sanity check before training
         self._note_metrics(run, result)
         reason = self._reason_after_validation(run)
         if reason is None:
             return
         if counters.epoch_stage == "validate":
-            run.due_at_epoch_end = reason  # in a moment, when the epoch is complete
+            run.due_at_epoch_end = reason  # saved in post_epoch, when the epoch is complete
         elif self.trainer.training_parameters.val_every_n_steps is not None:
             self._save(reason)
-        # Else the run ends here, and post_fit saves: this validation must leave no trace in it.
+        # Otherwise the run ends here and post_fit saves, without a trace of this validation.
 
     def post_epoch(self) -> None:
         run = self._run
@@ -207,12 +207,12 @@ class CheckpointCallback(Callback[BaseTrainer]):
     # Saving
 
     def _save_if_asked(self, reason: str) -> None:
-        """Save, unless a signal asked for it that doesn't count."""
+        """Save, unless a signal requested it and `save_on_signal` is off."""
         if self.parameters.save_on_signal or reason not in RUN_SIGNALS:
             self._save(reason)
 
     def _save(self, reason: str) -> None:
-        """Save this step, unless that was done."""
+        """Save this step, unless it is already saved."""
         run, trainer = self._run, self.trainer
         assert run is not None
         self._settle(run)
@@ -229,7 +229,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
             self._saved_step = step
 
     def _write(self, run: RunState, reason: str) -> None:
-        """Save and commit before returning."""
+        """Save and commit synchronously."""
         began_s = time.monotonic()
         save = self._prepare(run, reason)
         run.manager.write(save)
@@ -249,18 +249,18 @@ class CheckpointCallback(Callback[BaseTrainer]):
         )
 
     def _report(self, text: str, error: BaseException | None = None) -> None:
-        """Say that a save failed, as the parameters want it. On all ranks alike."""
+        """Raise or warn about a failed save, as `on_save_error` says. Called on all ranks."""
         if self.parameters.on_save_error == "raise":
             raise CheckpointError(text) from error
         if self.trainer.world.is_global_zero:
             logger.warning("%s; training goes on, and the next save is tried as planned", text)
 
     def _failure_text(self, step: int, error: BaseException) -> str:
-        """What to say of a save that failed. Not collective."""
+        """Message about a failed save. Not collective."""
         saved = self._saved_step
         newest = f"the newest one is that of step {saved}" if saved > 0 else "there is none yet"
         advice = (
-            ""  # the text says what is wrong with the state
+            ""  # the error names the invalid value of the state
             if isinstance(error.__cause__, (TypeError, ValueError))
             else ". Make sure that there is room (keep_last and keep_top_k say how many "
             "checkpoints stay) and that the directory can be written to"
@@ -270,19 +270,19 @@ class CheckpointCallback(Callback[BaseTrainer]):
             f"{error_text(error)}; {newest}{advice}"
         )
 
-    # For saves that go on beside the training
+    # Hooks for background saves
 
     def _has_failed(self) -> bool:
-        """Whether a save in the background has failed, as far as this rank knows."""
+        """Whether a background save has failed on this rank."""
         return False
 
     def _settle(self, run: RunState) -> None:
-        """Wait for a save in the background, and report its failure. On all ranks alike."""
+        """Wait for a background save and report its failure. Called on all ranks."""
 
-    # Results
+    # Metrics
 
     def _note_metrics(self, run: RunState, result: Mapping[str, Any]) -> None:
-        """Remember the scalars of a result; add them to this step's checkpoint if there is one."""
+        """Keep the scalars of a result; add them to this step's checkpoint if it is saved."""
         step = self.trainer.global_step
         if run.metrics_step != step:
             run.metrics, run.metrics_step = {}, step
@@ -319,7 +319,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
         return f"{parameters.monitor} among the best" if is_best else None
 
     def _check_monitor(self, run: RunState, result: Mapping[str, Any]) -> None:
-        """Raise if what the parameters go by is in no result; at the first chance to know."""
+        """Raise as soon as it is known that no result contains `monitor`."""
         if run.knows_monitor or not self.parameters.goes_by_monitor:
             return
         monitor = self.parameters.monitor
@@ -352,7 +352,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
         )
 
     def _name(self) -> str:
-        """Its name in the collection."""
+        """Name of this callback in the collection."""
         return next(name for name, each in self.trainer.callbacks.items() if each is self)
 
     def _close(self) -> None:
@@ -401,7 +401,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
 
 
 def _scalars(result: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a result. Waits for the device where they are tensors."""
+    """Scalars of a result as floats. Host sync for tensors on a device."""
     scalars = {}
     for name, value in result.items():
         if isinstance(value, (bool, int, float)):

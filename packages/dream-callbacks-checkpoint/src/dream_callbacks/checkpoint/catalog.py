@@ -1,4 +1,4 @@
-"""Checkpoints of a directory: find the directory, list them, check their files, choose one."""
+"""Catalog: list the checkpoints of a directory, verify their files, choose one to restore."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _MAX_MANIFEST_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose manifest is whole. Whether its files are is for `damage_of` to say.
+    """A checkpoint with a valid manifest. `damage_of` verifies its other files.
 
     Attributes:
-        name: Of its folder.
-        manifest: What it is.
-        late_metrics: Results that came after the save.
+        name: Name of its folder.
+        manifest: Its manifest.
+        late_metrics: Results reported after the save.
     """
 
     name: str
@@ -43,11 +43,11 @@ class Checkpoint:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Results of the validation of exactly these weights."""
+        """Validation results of these weights."""
         return {**self.manifest.metrics, **self.late_metrics}
 
     def metric(self, name: str) -> float | None:
-        """A result to compare by; None if there is none, or it is not a number."""
+        """A metric; None if it is missing or NaN."""
         value = self.metrics.get(name)
         return None if value is None or math.isnan(value) else value
 
@@ -57,8 +57,8 @@ class Catalog:
     """The checkpoints of a directory.
 
     Attributes:
-        checkpoints: Oldest first, in the order in which they were written.
-        damaged: What is wrong with the folders that look like checkpoints and aren't, by name.
+        checkpoints: In the order in which they were written, oldest first.
+        damaged: Problem of each folder named like a checkpoint without a valid manifest, by name.
     """
 
     checkpoints: tuple[Checkpoint, ...] = ()
@@ -73,14 +73,14 @@ class Catalog:
 
 
 def directory_at(path: str | Path) -> tuple[str | Path, int | None]:
-    """The checkpoint directory that a user means, and the step if it is one checkpoint.
+    """Find the checkpoint directory at a path; also the step if the path is a checkpoint.
 
     Args:
-        path: A checkpoint directory, the run directory that it is in, or a checkpoint in it; or
-            a URL of one of them.
+        path: A checkpoint directory, its run directory, or a checkpoint in it; or a URL of one
+            of them.
 
     Raises:
-        CheckpointError: If it is none of them; it says what is there.
+        CheckpointError: If it is none of them.
     """
     if is_url(path):
         return _directory_at_url(str(path).rstrip("/"))
@@ -120,7 +120,7 @@ def _directory_at_url(url: str) -> tuple[str, int | None]:
 
 
 def read_catalog(filesystem: Filesystem) -> Catalog:
-    """Look into a directory; an empty catalog if it isn't there."""
+    """Read all manifests of a directory; an empty catalog if it doesn't exist."""
     names = filesystem.entries()
     with_metrics = {file_names.step_of_metrics(name) for name in names}
     checkpoints, damaged = [], {}
@@ -143,7 +143,7 @@ def read_manifest(filesystem: Filesystem, name: str) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        DamagedCheckpointError: If it isn't there, or isn't what was written.
+        DamagedCheckpointError: If it is missing or corrupt.
     """
     if not filesystem.is_folder(name):
         raise DamagedCheckpointError("it isn't a folder")
@@ -160,12 +160,12 @@ def read_manifest(filesystem: Filesystem, name: str) -> Manifest:
 
 
 def late_metrics_document(manifest: Manifest, metrics: dict[str, float]) -> bytes:
-    """What the file of late results holds."""
+    """Content of the file of late metrics."""
     return sealed({"run": manifest.run, "seq": manifest.seq, "metrics": json_codec.encode(metrics)})
 
 
 def read_late_metrics(filesystem: Filesystem, manifest: Manifest) -> dict[str, float]:
-    """Results that came after a save; none, with a warning, if they can't be read."""
+    """Metrics reported after a save; none, with a warning, if they can't be read."""
     name = file_names.metrics_name(manifest.step)
     try:
         document = unsealed(filesystem.read("", name, _MAX_MANIFEST_BYTES))
@@ -189,13 +189,13 @@ def damage_of(
     checksums: bool,
     share: tuple[int, int] = (0, 1),
 ) -> list[str]:
-    """What is wrong with the files of a checkpoint; nothing if they are what was written.
+    """Problems of a checkpoint's files; empty if they are intact.
 
     Args:
-        filesystem: Where.
-        checkpoint: Which.
-        checksums: Read the files; else look at their sizes alone.
-        share: (i, n) for the i-th of n parts of the files, for ranks that share the work.
+        filesystem: Directory of the checkpoint.
+        checkpoint: The checkpoint to verify.
+        checksums: Compare checksums; otherwise only sizes.
+        share: (i, n) to verify the i-th of n parts of the files.
     """
     wrong: list[str] = []
     part, num_parts = share
@@ -237,24 +237,24 @@ def choose(
     verify: bool,
     held: contextlib.ExitStack | None = None,
 ) -> Checkpoint | None:
-    """The first candidate whose files are what was written. Collective.
+    """Choose the first candidate with intact files. Rank 0 decides, all ranks verify. Collective.
 
     Args:
-        filesystem: Where.
-        catalog: What is there; rank 0's counts.
-        ranks: Who decides and verifies.
-        resume_mode: Which to prefer.
-        monitor: The metric of "best", "min" and "max".
-        mode: What "best" means.
-        verify: Compare checksums; else sizes alone.
-        held: Until it is closed, no other run deletes the checkpoint. Not needed by who has the
-            directory's lock.
+        filesystem: The checkpoint directory.
+        catalog: Its checkpoints; only rank 0's is used.
+        ranks: All ranks of the run.
+        resume_mode: Which checkpoint to prefer.
+        monitor: Metric of "best", "min" and "max".
+        mode: Whether "best" means low or high.
+        verify: Compare checksums; otherwise only sizes.
+        held: Protects the checkpoint from deletion by another run until it is closed. Not needed
+            while holding the directory's lock.
 
     Returns:
-        The checkpoint; None if there is none at all.
+        The checkpoint; None if there are none.
 
     Raises:
-        CheckpointError: If there are some, and none is whole.
+        CheckpointError: If there are candidates and all are damaged.
     """
     chosen = ranks.on_rank_zero(lambda: candidates(catalog, resume_mode, monitor, mode))
     if ranks.is_global_zero:
@@ -283,7 +283,7 @@ def choose(
 def damage_seen(
     filesystem: Filesystem, checkpoint: Checkpoint, ranks: Coordination, *, checksums: bool
 ) -> list[str]:
-    """What is wrong with a checkpoint's files; each rank looks at some of them. Collective."""
+    """Problems of a checkpoint's files; each rank verifies a share. Collective."""
     share = (ranks.rank, ranks.world_size)
     found = ranks.gather(
         lambda: damage_of(filesystem, checkpoint, checksums=checksums, share=share)
@@ -294,7 +294,7 @@ def damage_seen(
 def _held(
     filesystem: Filesystem, checkpoint: Checkpoint, ranks: Coordination, held: contextlib.ExitStack
 ) -> list[str]:
-    """Keep a checkpoint from being deleted; what kept this from it. Collective."""
+    """Protect a checkpoint from deletion; the first problem, if any. Collective."""
 
     def hold() -> str | None:
         try:

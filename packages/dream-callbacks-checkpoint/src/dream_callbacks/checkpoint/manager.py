@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from dream_callbacks.checkpoint.dcp import TensorPlan
 
     _Written: TypeAlias = tuple[list[WriteResult], dict[str, FileSum], bool]
-    """Of a rank: where its pieces are, the sums of its files, whether a weight is NaN."""
+    """From one rank: locations of its pieces, checksums of its files, whether a weight is NaN."""
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +52,9 @@ class PendingSave:
 
     Attributes:
         step, epoch, reason, num_train_batches, metrics: As in the manifest.
-        state: The encoded state.
-        tensors: This rank's share of the tensors.
-        folder: Where it is written.
+        state: State as JSON and tensors.
+        tensors: Tensors that this rank writes.
+        folder: Temporary folder that it is written to.
     """
 
     step: int
@@ -68,12 +68,12 @@ class PendingSave:
 
 
 class CheckpointManager:
-    """A checkpoint directory, for the ranks of one run. Methods are collective unless they say so.
+    """Saves to a checkpoint directory and restores from it. Methods are collective unless noted.
 
     Args:
-        root: The directory, or its URL.
-        world: Launched.
-        rules: What to keep.
+        root: Checkpoint directory or its URL.
+        world: A launched world.
+        rules: Retention rules.
     """
 
     def __init__(self, root: str | Path, world: World, rules: KeepRules) -> None:
@@ -86,18 +86,18 @@ class CheckpointManager:
         self._dp_ranks = tuple(self.ranks.gather(lambda: world.dp_rank))
         self._catalog = Catalog()
         self._was_opened = False
-        self._changing = threading.Lock()  # a save may run beside the training
+        self._changing = threading.Lock()  # a background save may run
         self._known_whole: set[tuple[str, int]] = set()
 
-    # Life
+    # Opening and closing
 
     def open(self) -> None:
-        """Make the directory, lock it, and tidy up what an earlier run left.
+        """Create and lock the directory, and delete leftovers of earlier runs.
 
-        Opened again, it makes sure that nobody else has written to it since.
+        When opened again, check that no other run has saved to it since.
 
         Raises:
-            CheckpointError: If another run has the lock, or nothing can be written there.
+            CheckpointError: If another run holds the lock, or the directory isn't writable.
         """
 
         def prepare() -> None:
@@ -107,7 +107,7 @@ class CheckpointManager:
             atomic_commit.probe(self.filesystem)
             atomic_commit.recover(self.filesystem)
             if self._was_opened and self.lock.fence - fence <= 1:
-                return  # nobody else has held the lock since
+                return  # no other run has held the lock since
             catalog = read_catalog(self.filesystem)
             if self._was_opened and catalog.next_seq != self._catalog.next_seq:
                 raise CheckpointError(
@@ -127,7 +127,7 @@ class CheckpointManager:
             ) from error
 
     def start_afresh(self) -> None:
-        """Move the checkpoints that are there aside, if there are any."""
+        """Move existing checkpoints into a folder `before-N`."""
 
         def move_aside() -> None:
             if atomic_commit.move_aside(self.filesystem):
@@ -136,12 +136,12 @@ class CheckpointManager:
         self.ranks.on_rank_zero(move_aside)
 
     def close(self) -> None:
-        """Let go of the lock. Not collective."""
+        """Release the lock. Not collective."""
         self.lock.release()
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """What is there, oldest first. On rank 0 alone."""
+        """Checkpoints in the directory, oldest first. Only on rank 0."""
         return self._catalog.checkpoints
 
     # Writing
@@ -156,18 +156,18 @@ class CheckpointManager:
         num_train_batches: int | None,
         metrics: Mapping[str, float],
     ) -> PendingSave:
-        """Share out a state among the ranks and make room for it.
+        """Plan a save: divide the state among the ranks and create the temporary folder.
 
         Args:
-            take_state: Returns the state.
+            take_state: Returns the state dict.
             step: Optimizer steps done.
             epoch: Number of the current epoch, from 0.
-            reason: Why it is saved now.
-            num_train_batches: Batches of an epoch on each rank.
-            metrics: Results of the validation of exactly these weights.
+            reason: Why the save happens.
+            num_train_batches: Batches per epoch on each rank.
+            metrics: Validation results of these weights.
 
         Raises:
-            CheckpointError: If the state holds what can't be saved, or there is no room.
+            CheckpointError: If the state can't be serialized, or there is too little free space.
         """
         from dream_callbacks.checkpoint.dcp import TensorPlan
 
@@ -188,28 +188,28 @@ class CheckpointManager:
         )
 
     def stage(self, save: PendingSave, buffers: dict[MetadataIndex, Tensor]) -> None:
-        """Copy what the training will change, so that writing may go on beside it.
+        """Copy this rank's tensors to host memory, so that training can continue during the write.
 
         Args:
-            save: Prepared.
-            buffers: Memory of the last time, used again.
+            save: From `prepare`.
+            buffers: Host buffers of the previous save, reused.
 
         Raises:
-            CheckpointError: If there isn't enough memory on some rank.
+            CheckpointError: If a rank runs out of memory.
         """
         with self._abandoning(save, self.ranks):
             self.ranks.each(lambda: save.tensors.stage(buffers))
         save.state.tensors.clear()
 
     def write(self, save: PendingSave, ranks: Coordination | None = None) -> None:
-        """Write a prepared save and commit it: when this returns, it lasts.
+        """Write and commit a save. It is durable when this returns.
 
         Args:
-            save: Prepared.
-            ranks: The group to use, if this runs beside the training.
+            save: From `prepare`.
+            ranks: Process group of the background thread; default: the main one.
 
         Raises:
-            CheckpointError: If some rank couldn't write; nothing of it is left then.
+            CheckpointError: If a rank failed to write; the temporary folder is deleted.
         """
         ranks = ranks or self.ranks
 
@@ -222,7 +222,7 @@ class CheckpointManager:
             ranks.via_rank_zero(part, commit_all)
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Note results of a validation that came after the save of a step. On rank 0 alone."""
+        """Add validation results to a saved step. Only on rank 0."""
         with self._changing:
             checkpoint = self._catalog.of_step(step)
             if checkpoint is None or checkpoint.manifest.run != self.run:
@@ -239,12 +239,12 @@ class CheckpointManager:
             self._take_in(dataclasses.replace(checkpoint, late_metrics=late))
 
     def finish(self, save: PendingSave, late_metrics: Mapping[str, float], took_s: float) -> None:
-        """Say that a step is saved, and delete what needn't be kept. On rank 0, after `write`.
+        """Log the save and apply retention. Only on rank 0, after `write`.
 
         Args:
-            save: Written.
-            late_metrics: Results that came while it was written.
-            took_s: Seconds from the first copy to the commit.
+            save: Committed by `write`.
+            late_metrics: Results reported during the write.
+            took_s: Seconds from `prepare` to the commit.
         """
         logger.info("saved step %d (%s) in %.2f s", save.step, save.reason, took_s)
         self.add_metrics(save.step, late_metrics)
@@ -254,19 +254,19 @@ class CheckpointManager:
             logger.warning("an old checkpoint in %s can't be deleted: %s", self.filesystem, error)
 
     def _tidy(self) -> None:
-        """Delete what the rules don't keep."""
+        """Delete the checkpoints that no retention rule keeps."""
         with self._changing:
             present = self.filesystem.entries()  # a user may have deleted some of them
             known = self._catalog.checkpoints
             whole = [c for c in known if c.name in present and self._is_whole(c)]
             for checkpoint in to_delete(whole, self.rules):
                 if self.filesystem.is_being_read(checkpoint.name):
-                    continue  # until the next time
+                    continue  # deleted after a later save
                 atomic_commit.discard(self.filesystem, checkpoint.name)
                 remaining = (c for c in self._catalog.checkpoints if c.name != checkpoint.name)
                 self._catalog = dataclasses.replace(self._catalog, checkpoints=tuple(remaining))
 
-    # Choosing
+    # Restoring
 
     def choose(
         self,
@@ -276,23 +276,16 @@ class CheckpointManager:
         *,
         verify: bool,
     ) -> Checkpoint | None:
-        """The checkpoint to load: the first candidate whose files are what was written.
-
-        Returns:
-            The checkpoint; None if there is none at all.
-
-        Raises:
-            CheckpointError: If there are some, and none is whole.
-        """
+        """Choose the checkpoint to restore; see `catalog.choose`."""
         return choose(
             self.filesystem, self._catalog, self.ranks, resume_mode, monitor, mode, verify=verify
         )
 
-    # Inside
+    # Private
 
     @contextlib.contextmanager
     def _abandoning(self, save: PendingSave, ranks: Coordination) -> Iterator[None]:
-        """After an error, delete what was written."""
+        """Delete the temporary folder after an error."""
         try:
             yield
         except BaseException:
@@ -345,7 +338,7 @@ class CheckpointManager:
         self._catalog = Catalog(tuple(ordered), damaged)
 
     def _is_whole(self, checkpoint: Checkpoint) -> bool:
-        """Whether the files have their sizes; looked up once."""
+        """Whether all files have the right size; a positive result is cached."""
         key = (checkpoint.name, checkpoint.manifest.seq)
         if key not in self._known_whole:
             if damage_of(self.filesystem, checkpoint, checksums=False):
@@ -355,15 +348,15 @@ class CheckpointManager:
 
 
 class RankCheckpointError(CheckpointError, RankFailure):
-    """A checkpoint couldn't be saved or loaded on some ranks; the message says on which."""
+    """A checkpoint couldn't be saved or loaded; the message names the ranks."""
 
 
 def coordination(world: World, kind: str = "checkpoint") -> Coordination:
-    """The ranks of a run on the group `kind`. Collective the first time.
+    """Coordination whose errors are CheckpointErrors. The first call per `kind` is collective.
 
     Args:
-        world: Launched.
-        kind: Name of the group; each thread needs its own.
+        world: A launched world.
+        kind: Name of the process group; each thread needs its own.
     """
     return Coordination(world, kind, raises=RankCheckpointError, describe=error_text)
 

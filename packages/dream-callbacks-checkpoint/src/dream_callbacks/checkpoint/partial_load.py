@@ -1,4 +1,4 @@
-"""LoadPartialCheckpointCallback: begin with the weights of another run."""
+"""LoadPartialCheckpointCallback: start with the weights of another run."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PartialLoad:
-    """What came of a partial load; names as "model.blocks.0.weight".
+    """Report of a partial load; names such as "model.blocks.0.weight".
 
     Attributes:
-        checkpoint: Where the weights came from.
+        checkpoint: Path of the checkpoint.
         loaded: Tensors that were loaded.
-        missing: Tensors of the trainer that the checkpoint doesn't have.
-        unused: Tensors of the checkpoint that the trainer doesn't have.
-        mismatched: Tensors of another shape: saved shape and live shape, by name.
+        missing: Tensors of the trainer that aren't in the checkpoint.
+        unused: Tensors of the checkpoint that aren't in the trainer.
+        mismatched: Saved and live shape of tensors whose shapes differ, by name.
     """
 
     checkpoint: str | Path
@@ -56,20 +56,20 @@ class PartialLoad:
 
 
 class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
-    """Loads the weights of a checkpoint that match by name and shape, and nothing else.
+    """Loads only the weights of a checkpoint that match by name and shape.
 
-    No counters, optimizer, scheduler or position in the data: the run begins anew with these
-    weights, in any layout. Acts in `post_setup`, before other callbacks; where a
-    CheckpointCallback then continues the run from a checkpoint of its own, that one counts. The
-    source is only read, and verified before; no run deletes it meanwhile. `report` says what was
+    Counters, optimizers, schedulers and position in the data are not loaded: the run starts from
+    step 0 with these weights, in any layout. Acts in `post_setup`, before other callbacks; a
+    CheckpointCallback that resumes from a checkpoint of this run overwrites the weights. The source
+    is verified, only read, and protected from deletion while it is read. `report` lists what was
     loaded and what wasn't.
 
     Args:
         path: A checkpoint, a directory of checkpoints, or a run directory; or a URL of one.
-        resume_mode: Which of several: "last", "best", "min", "max" or a step.
-        monitor: The result that "best", "min" and "max" go by.
+        resume_mode: Which checkpoint of a directory: "last", "best", "min", "max" or a step.
+        monitor: Metric of "best", "min" and "max".
         mode: Whether "best" means low or high.
-        verify: Compare checksums before loading; else only sizes.
+        verify: Compare checksums before loading; otherwise only sizes.
     """
 
     before: ClassVar = {Callback}
@@ -142,7 +142,7 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
             logger.info("%s", self.report)
 
     def _give(self, tensors: dict[str, Tensor]) -> None:
-        """Put tensors into the models, which needn't have given us their own."""
+        """Load tensors into the models, whose state dict may hold copies."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
         for name, model in self.trainer.named_models().items():
@@ -157,9 +157,9 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
 
 
 def _matching_names(saved: SavedState, models: set[str]) -> dict[str, str]:
-    """Names of saved weights, by the names that they would have in the trainer.
+    """Saved names of weights, by their names in the trainer.
 
-    A single model may have been called differently.
+    If both have a single model, its name may differ.
     """
     names = [name for name in saved.index if name.startswith("models.")]
     there = set(saved.shared["models"])

@@ -1,4 +1,4 @@
-"""From a checkpoint into a trainer: the same layout bit for bit, another one resharded."""
+"""Restore a checkpoint into a trainer: bit-exact, or resharded for another number of ranks."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _IN_PLACE = ("models", "optimizers")
-"""Sections whose tensors are loaded into the live ones."""
+"""Sections whose tensors are loaded in place."""
 
 _SHOWN = 10
-"""How many names an error lists of each kind."""
+"""Names listed per kind in an error."""
 
 
 class SavedState:
-    """What is in a checkpoint, apart from the values of its tensors. Reading isn't collective.
+    """State and tensor index of a checkpoint. Not collective.
 
     Args:
-        filesystem: Where.
-        checkpoint: Which; its files are known to be whole.
+        filesystem: Directory of the checkpoint.
+        checkpoint: A verified checkpoint.
 
     Raises:
-        DamagedCheckpointError: If a file isn't what it should be.
+        DamagedCheckpointError: If a file is malformed.
     """
 
     def __init__(self, filesystem: Filesystem, checkpoint: Checkpoint) -> None:
@@ -51,17 +51,17 @@ class SavedState:
         )
 
     def local(self, rank: int) -> dict[str, Any]:
-        """JSON of the values of one rank alone, by place."""
+        """JSON of the rank-local values of a rank, by path in the state."""
         return parsed_json(self.filesystem.read(self.checkpoint.name, file_names.rank_name(rank)))
 
     def read(self, wanted: Mapping[str, Tensor]) -> None:
-        """Fill tensors in place, by name."""
+        """Read tensors in place, by name."""
         from dream_callbacks.checkpoint.dcp import read_tensors
 
         read_tensors(self.filesystem, self.checkpoint.name, self.index, wanted)
 
     def new_tensor(self, name: str) -> Tensor:
-        """A whole tensor on the CPU, to be filled."""
+        """An uninitialized, unsharded CPU tensor for a saved tensor."""
         stored = self.index[name]
         return torch.empty(stored.shape, dtype=stored.dtype)
 
@@ -75,21 +75,21 @@ def load_into(
     strict: bool,
     resume_data: bool,
 ) -> None:
-    """Let a trainer continue from a checkpoint whose files are known to be whole. Collective.
+    """Restore a verified checkpoint into a trainer. Collective.
 
-    Nothing of the trainer changes before everything but the tensors' values has been read, and
-    names, shapes and dtypes have been compared.
+    The trainer is unchanged until all state except tensor values has been read and the names,
+    shapes and dtypes have been compared.
 
     Args:
-        trainer: Set up.
-        filesystem: Where.
-        checkpoint: Which.
-        ranks: Of the run.
-        strict: Refuse names, shapes and dtypes that don't match; else load what matches.
-        resume_data: Continue at the next batch; else begin the epoch in hand anew.
+        trainer: A trainer that is set up.
+        filesystem: Directory of the checkpoint.
+        checkpoint: A verified checkpoint.
+        ranks: All ranks of the run.
+        strict: Refuse tensor names, shapes and dtypes that differ; otherwise load what matches.
+        resume_data: Continue at the next batch; otherwise restart the current epoch.
 
     Raises:
-        CheckpointError: On all ranks, with all differences at once.
+        CheckpointError: On all ranks, listing all differences.
     """
     world = trainer.world
     saved = ranks.each(lambda: SavedState(filesystem, checkpoint))
@@ -129,7 +129,7 @@ def load_into(
 def _matched(
     saved: SavedState, live: EncodedState, appearing: Collection[str]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Live tensors to load into, and what doesn't match."""
+    """Live tensors to load in place, and the differences."""
     not_there_yet = set(_without_state(saved, live))
     here = {
         name: tensor
@@ -157,10 +157,9 @@ def _matched(
 
 
 def _without_state(saved: SavedState, live: EncodedState) -> Iterator[str]:
-    """Tensors of optimizers that torch made up for a target, for parameters that had none.
+    """Optimizer tensors that torch initialized for the target and that were not saved.
 
-    Before its first step an optimizer has no state, and a parameter that never had a gradient
-    none later either.
+    An optimizer has no state before its first step, nor for parameters without a gradient.
     """
     for name, optimizer in saved.shared["optimizers"].items():
         here = live.shared["optimizers"].get(name, {"state": {}})["state"]
@@ -171,9 +170,9 @@ def _without_state(saved: SavedState, live: EncodedState) -> Iterator[str]:
 
 
 def _appearing(saved: SavedState, live: EncodedState) -> dict[str, Tensor]:
-    """New tensors for states of optimizers that appear only in the course of training.
+    """New tensors for optimizer state that is only created during training.
 
-    One of its parameter's shape is sharded as that is; another is whole on each rank.
+    A tensor of its parameter's shape is sharded like the parameter; others are replicated.
     """
     fresh: dict[str, Tensor] = {}
     for name, optimizer in saved.shared["optimizers"].items():
@@ -195,7 +194,7 @@ def _appearing(saved: SavedState, live: EncodedState) -> dict[str, Tensor]:
 
 
 def _parameter(fqn: str, live: EncodedState) -> Tensor | None:
-    """The live parameter that an optimizer knows by a name; with several models, theirs first."""
+    """Live parameter of a name in an optimizer; `models.<fqn>` first, then each model."""
     names = [f"models.{fqn}", *(f"models.{model}.{fqn}" for model in live.shared["models"])]
     return next((live.tensors[name] for name in names if name in live.tensors), None)
 
@@ -203,10 +202,9 @@ def _parameter(fqn: str, live: EncodedState) -> Tensor | None:
 def _own_tensors(
     saved: SavedState, local: Mapping[str, Any], live: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Fresh tensors for all that isn't a model's or an optimizer's.
+    """New tensors for everything except models and optimizers.
 
-    A callback that has a tensor of the name already, perhaps sharded, gets one like it; another
-    gets the whole tensor.
+    They are sharded like a live tensor of the same name and shape, otherwise unsharded.
     """
     sections = [part for key, part in saved.shared.items() if key not in _IN_PLACE]
     names = {name for part in [*sections, dict(local)] for name in tensor_names(part)}
@@ -219,7 +217,7 @@ def _own_tensors(
 
 
 def _overlaid(live: Any, saved: Any) -> Any:
-    """What is saved, in the form of what is there: for loading what matches."""
+    """Saved values where keys match, live values elsewhere."""
     live, saved = _as_dict(live), _as_dict(saved)
     if not isinstance(live, dict) or not isinstance(saved, dict):
         return saved
@@ -247,12 +245,11 @@ def _reshard_data(
     trainer: BaseTrainer,
     ranks: Coordination,
 ) -> None:
-    """Change what belongs to one rank alone so that it fits another number of data ranks.
+    """Adapt rank-local state to another number of data-parallel ranks.
 
-    Position in the epoch: the same part of it is done. Sums of the epoch so far: on rank 0. Random
-    state: of the saved rank that read this part of the data; ranks beyond those begin with their
-    seeds. Everything else that is kept per rank: of the saved rank that this one's number, modulo
-    theirs, gives.
+    Position in the epoch: the same fraction is done. Sums of the epoch so far: all on rank 0.
+    Random state: from the saved rank with the same dp rank; additional ranks keep their seeds.
+    Other rank-local values: from the saved rank with this dp rank modulo the saved dp size.
     """
     manifest = saved.checkpoint.manifest
     counters = state["trainer"]["counters"]
@@ -263,7 +260,9 @@ def _reshard_data(
         counters["epoch_batches"], is_exact = resharded_position(
             done, before, num_batches, accumulation
         )
-    state["dataloaders"] = {name: {} for name in state["dataloaders"]}  # counted from the start
+    state["dataloaders"] = {
+        name: {} for name in state["dataloaders"]
+    }  # loaders skip `epoch_batches`
     dp_ranks = manifest.dp_ranks
     firsts = [dp_ranks.index(dp_rank) for dp_rank in sorted(set(dp_ranks))]
     means = [saved.local(rank).get(_EPOCH_MEANS) or {} for rank in firsts]
@@ -298,7 +297,7 @@ _EPOCH_MEANS = "trainer.epoch_means"
 
 
 def _refuse_other_data(manifest: Any, counters: Mapping[str, Any], trainer: BaseTrainer) -> None:
-    """Raise if the position in the epoch can't be one of the loader that is there."""
+    """Raise if the position in the epoch is beyond the current loader."""
     before, now = manifest.num_train_batches, trainer.num_train_batches
     if before == now or now is None or counters["epoch_stage"] != "train":
         return
@@ -322,18 +321,17 @@ def _listed(what: str, names: list[str]) -> Iterator[str]:
         yield f"  {what}: {', '.join(names[:_SHOWN])}{more}"
 
 
-# Another number of data-parallel ranks
+# Pure rules for another number of data-parallel ranks
 
 
 @dataclass(frozen=True)
 class Source:
-    """Whose values a rank continues with.
+    """Saved rank whose rank-local values a rank restores.
 
     Attributes:
-        rank: The rank that saved them.
-        is_same: Whether that rank read the same part of the data, of as many parts: then every
-            value fits, and the run goes on bit for bit.
-        is_own: Whether no other rank that reads other data continues with the same values.
+        rank: Rank that saved them.
+        is_same: Whether the data-parallel size is unchanged: resuming is then bit-exact.
+        is_own: Whether no other dp rank restores the same values.
     """
 
     rank: int
@@ -342,12 +340,12 @@ class Source:
 
 
 def source_of(dp_rank: int, dp_size: int, saved_dp_ranks: Sequence[int]) -> Source:
-    """The saved rank whose values a rank with this part of the data continues with.
+    """Saved rank whose rank-local values a rank restores.
 
     Args:
-        dp_rank: Which part of the data the rank reads.
-        dp_size: Of how many parts.
-        saved_dp_ranks: Which part each rank read that saved.
+        dp_rank: Data-parallel rank of this rank.
+        dp_size: Number of data-parallel ranks.
+        saved_dp_ranks: Data-parallel rank of each saved rank.
     """
     saved_size = max(saved_dp_ranks, default=0) + 1
     rank = list(saved_dp_ranks).index(dp_rank % saved_size)
@@ -357,19 +355,20 @@ def source_of(dp_rank: int, dp_size: int, saved_dp_ranks: Sequence[int]) -> Sour
 def resharded_position(
     epoch_batches: int, saved_num_batches: int, num_batches: int, accumulation: int
 ) -> tuple[int, bool]:
-    """Batches of the epoch that are done, when an epoch has another number of batches now.
+    """Batches of the epoch that are done if an epoch now has another number of batches.
 
-    The same part of the epoch is done. With a sampler that deals samples out in turn, such as
-    DistributedSampler, these are the same samples.
+    Keeps the fraction of the epoch. With an interleaving sampler, such as DistributedSampler, the
+    same samples are done.
 
     Args:
-        epoch_batches: Batches done on each rank, when it was saved.
-        saved_num_batches: Batches of an epoch then.
-        num_batches: Batches of an epoch now.
-        accumulation: Batches of an optimizer step now; the result is a multiple, or all of them.
+        epoch_batches: Batches done on each rank when it was saved.
+        saved_num_batches: Batches per epoch when it was saved.
+        num_batches: Batches per epoch now.
+        accumulation: Batches per optimizer step now; the result is a multiple of it or all
+            batches.
 
     Returns:
-        The batches, rounded down, and whether nothing had to be rounded.
+        Batches, rounded down, and whether the result is exact.
     """
     batches, rest = divmod(epoch_batches * num_batches, saved_num_batches)
     if batches == num_batches:
@@ -378,12 +377,12 @@ def resharded_position(
 
 
 def resharded_totals(saved: Sequence[Any], rank: int, ranks_per_part: int) -> dict[str, Any]:
-    """The epoch's sums so far, so that those of all ranks still have the same mean.
+    """Sums of the epoch so far, with the same mean over all ranks as before.
 
     Args:
-        saved: `epoch_means` of one rank for each part of the data.
-        rank: Rank 0 takes all of it; the others begin with nothing.
-        ranks_per_part: How many ranks read the same data now: each of them will add it.
+        saved: `epoch_means` of one rank per saved dp rank.
+        rank: Rank 0 gets the totals; the others get zeros.
+        ranks_per_part: Ranks per dp rank now; each of them contributes to the mean.
     """
     merged: dict[str, Any] = {}
     for means in saved:

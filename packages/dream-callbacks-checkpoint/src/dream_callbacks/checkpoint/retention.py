@@ -17,13 +17,13 @@ ResumeMode: TypeAlias = Literal["last", "best", "min", "max"] | int
 
 @dataclass(frozen=True)
 class KeepRules:
-    """Which checkpoints stay; one that any rule names does.
+    """Retention rules; a checkpoint is kept if any rule selects it.
 
     Args:
-        last: The newest ones; None for all.
-        top_k: The best ones.
-        every: In each span of so many steps, the first one. None for no such rule.
-        monitor: The metric that tells which are best.
+        last: Number of newest checkpoints to keep; None for all.
+        top_k: Number of best checkpoints to keep.
+        every: Keep the first checkpoint of each interval of this many steps; None for no rule.
+        monitor: Metric that ranks checkpoints.
         mode: Whether a low or a high metric is better.
     """
 
@@ -39,8 +39,8 @@ class Candidates:
     """Checkpoints to try, in order.
 
     Attributes:
-        checkpoints: None to begin from scratch.
-        passed_over: Why newer ones aren't among the first.
+        checkpoints: Empty to start from scratch.
+        passed_over: Why newer checkpoints are not tried first.
     """
 
     checkpoints: tuple[Checkpoint, ...] = ()
@@ -50,7 +50,7 @@ class Candidates:
 def best_first(
     checkpoints: Sequence[Checkpoint], monitor: str, mode: Literal["min", "max"]
 ) -> list[Checkpoint]:
-    """Those with a metric that is a number, best first; of equal ones the newest first."""
+    """Checkpoints whose metric is a number, best first; ties: newest first."""
     sign = 1 if mode == "min" else -1
     scored = [(c.metric(monitor), c) for c in checkpoints]
     return [
@@ -63,13 +63,13 @@ def best_first(
 
 
 def to_delete(checkpoints: Sequence[Checkpoint], rules: KeepRules) -> list[Checkpoint]:
-    """The checkpoints that no rule keeps, oldest first.
+    """Checkpoints that no rule keeps, oldest first.
 
-    The newest one stays whatever the rules say, and the newest one without NaN.
+    The newest checkpoint and the newest one without NaN are always kept.
 
     Args:
-        checkpoints: Whole ones, oldest first; torn ones neither count nor are deleted.
-        rules: What to keep.
+        checkpoints: Intact checkpoints, oldest first; damaged ones neither count nor are deleted.
+        rules: Retention rules.
     """
     if rules.last is None:
         return []
@@ -85,8 +85,8 @@ def to_delete(checkpoints: Sequence[Checkpoint], rules: KeepRules) -> list[Check
 
 
 def is_among_best(value: float, checkpoints: Sequence[Checkpoint], rules: KeepRules) -> bool:
-    """Whether a checkpoint with this metric would be one of the best to keep."""
-    if value != value:  # not a number
+    """Whether a checkpoint with this metric would be among the `top_k` best."""
+    if value != value:  # NaN
         return False
     best = best_first(checkpoints, rules.monitor, rules.mode)[: rules.top_k]
     if len(best) < rules.top_k:
@@ -100,14 +100,14 @@ def is_among_best(value: float, checkpoints: Sequence[Checkpoint], rules: KeepRu
 def candidates(
     catalog: Catalog, resume_mode: ResumeMode, monitor: str, mode: Literal["min", "max"]
 ) -> Candidates:
-    """The checkpoints to try.
+    """Checkpoints to try to restore, in order.
 
-    "last" is the one written last, whatever its step; one with NaN in its weights only if there
-    is no other. "best" goes by the metric; a step means this one and no other.
+    "last" prefers the one written last, whatever its step; checkpoints with NaN weights come
+    after all others. "best" sorts by the metric. A step selects only that checkpoint.
 
     Raises:
-        CheckpointError: If there are checkpoints, and none that fits; a run never begins from
-            scratch because of that.
+        CheckpointError: If there are checkpoints but no candidate; a run never starts from
+            scratch in that case.
     """
     newest_first = tuple(reversed(catalog.checkpoints))
     if isinstance(resume_mode, int):

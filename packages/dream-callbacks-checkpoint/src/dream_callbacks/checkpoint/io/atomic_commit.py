@@ -1,4 +1,4 @@
-"""How a checkpoint comes into being and goes: each moment leaves a directory that can be used."""
+"""Atomic commit and deletion of checkpoints: a crash at any point leaves a usable directory."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ logger = logging.getLogger(__name__)
 
 
 _SPARE_BYTES = 1 << 20
-"""Room for what isn't a tensor."""
+"""Space for everything except tensors."""
 
 _VISIBLE_WITHIN_S = 60.0
 """How long a shared file system may take to show a folder on another machine."""
 
 
 def begin(filesystem: Filesystem, step: int, run: str, num_bytes: int) -> str:
-    """Make the folder in which a checkpoint is written, and return its name.
+    """Create the temporary folder of a checkpoint; its name.
 
     Args:
-        filesystem: Where.
-        step: Of the checkpoint.
-        run: Which start of the training script writes it.
+        filesystem: The checkpoint directory.
+        step: Step of the checkpoint.
+        run: Id of this start of the script.
         num_bytes: Size of its tensors.
 
     Raises:
-        OSError: If there is no room for it.
+        OSError: If there is too little free space.
     """
     free = filesystem.free_bytes()
     if free < num_bytes + _SPARE_BYTES:
@@ -42,13 +42,13 @@ def begin(filesystem: Filesystem, step: int, run: str, num_bytes: int) -> str:
             f"{spelled_bytes(free)} are free"
         )
     name = file_names.temporary_name(step, run)
-    filesystem.delete(name)  # of an attempt that failed
+    filesystem.delete(name)  # left by a failed attempt
     filesystem.make(name)
     return name
 
 
 def wait_until_visible(filesystem: Filesystem, temporary: str) -> None:
-    """Wait until a rank sees the folder that rank 0 made.
+    """Wait until this rank sees the folder that rank 0 created.
 
     Raises:
         FileNotFoundError: If it doesn't within a minute.
@@ -70,19 +70,20 @@ def publish(
     lock: Lock,
     unsynced: Collection[str],
 ) -> str:
-    """Make a written folder a checkpoint, by giving it its name.
+    """Commit a written folder by renaming it.
 
-    Another checkpoint of the same step, of a run that went on from an earlier one, is replaced.
+    Replaces an existing checkpoint of the same step, which exists after resuming from an earlier
+    step.
 
     Args:
-        filesystem: Where.
-        temporary: The folder.
-        manifest: What is in it.
-        lock: Held.
-        unsynced: Files that the disk may not have yet. It has all the others.
+        filesystem: The checkpoint directory.
+        temporary: The written folder.
+        manifest: Its manifest.
+        lock: The held lock.
+        unsynced: Files to sync; all others are synced already.
 
     Returns:
-        The name. The disk has it when this returns.
+        The name of the checkpoint, which is durable.
 
     Raises:
         CheckpointError: If the lock was lost.
@@ -93,7 +94,7 @@ def publish(
     name = file_names.checkpoint_name(manifest.step)
     replaced = file_names.replaced_name(manifest.step, uuid.uuid4().hex)
     if name in filesystem.entries():
-        # Two renames: after a crash between them, `recover` gives the old one its name again.
+        # Two renames: after a crash between them, `recover` undoes the first.
         filesystem.rename(name, replaced)
         filesystem.rename(temporary, name)
         discard(filesystem, replaced)
@@ -103,8 +104,8 @@ def publish(
 
 
 def discard(filesystem: Filesystem, name: str) -> None:
-    """Delete a checkpoint: it is gone at once, or still whole."""
-    trash = name  # the manifest goes first
+    """Delete a checkpoint atomically: after a crash it is either complete or gone."""
+    trash = name  # `delete` removes the manifest first
     if filesystem.renames_at_once:
         trash = file_names.trash_name(uuid.uuid4().hex)
         filesystem.rename(name, trash)
@@ -115,13 +116,13 @@ def discard(filesystem: Filesystem, name: str) -> None:
 
 
 def abandon(filesystem: Filesystem, temporary: str) -> None:
-    """Delete what a failed save has written; what can't be deleted now is left for `recover`."""
+    """Delete the folder of a failed save; what can't be deleted is left for `recover`."""
     with contextlib.suppress(OSError):
         filesystem.delete(temporary)
 
 
 def move_aside(filesystem: Filesystem) -> bool:
-    """Move all checkpoints into a folder of their own, if there are any; whether there were."""
+    """Move all checkpoints into a folder `before-N`; False if there are none."""
     names = filesystem.entries()
     num_checkpoints = sum(file_names.step_of(name) is not None for name in names)
     if not num_checkpoints:
@@ -139,7 +140,7 @@ def move_aside(filesystem: Filesystem) -> bool:
 
 
 def recover(filesystem: Filesystem) -> None:
-    """Finish or undo what an earlier run left unfinished. Needs the directory's lock."""
+    """Finish or undo interrupted saves and deletions of earlier runs. Needs the lock."""
     names = set(filesystem.entries())
     if not filesystem.renames_at_once:
         for name in [name for name in names if _is_unfinished(filesystem, name)]:
@@ -168,16 +169,16 @@ def recover(filesystem: Filesystem) -> None:
 
 
 def _is_unfinished(filesystem: Filesystem, name: str) -> bool:
-    """Whether a checkpoint's folder has no manifest, where nothing but that makes it one."""
+    """Whether a checkpoint folder has no manifest, on a file system without atomic rename."""
     is_named = file_names.step_of(name) is not None or file_names.step_of_replaced(name) is not None
     return is_named and filesystem.size(name, file_names.MANIFEST) is None
 
 
 def probe(filesystem: Filesystem) -> None:
-    """Make sure that files can be written, synced and renamed; leaves nothing behind.
+    """Check that files can be written, synced and renamed; leaves no file.
 
     Raises:
-        OSError: If they can't.
+        OSError: If one of these fails.
     """
     name = file_names.probe_name(uuid.uuid4().hex)
     try:
