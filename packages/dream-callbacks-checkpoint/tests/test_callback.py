@@ -417,8 +417,8 @@ def test_another_model_is_refused_with_all_differences_at_once(tmp_path: Path) -
     lines = str(caught.value).splitlines()
     assert len(lines) <= 15
     text = str(caught.value)
-    assert "in the checkpoint alone: models.model.blocks.1.bias" in text
-    assert "in the trainer alone: models.model.extra.bias" in text
+    assert "only in the checkpoint: models.model.blocks.1.bias" in text
+    assert "only in the trainer: models.model.extra.bias" in text
     assert "or another experiment name" in text
     assert "models.model.head.weight [1, 8] → [2, 8]" in text
     assert "models.model.embed.weight torch.float32 → torch.float64" in text
@@ -553,7 +553,7 @@ def test_a_state_that_couldnt_be_loaded_isnt_saved(
     assert steps(tmp_path) == []
     assert "the state of callback Careless holds" in caplog.text
     assert "state_dict()['path']" in caplog.text
-    assert "there is none yet; training goes on" in caplog.text, "no advice about the disk"
+    assert "there is none yet; training continues" in caplog.text, "no advice about the disk"
 
 
 def test_two_of_them_in_one_directory_are_refused(tmp_path: Path) -> None:

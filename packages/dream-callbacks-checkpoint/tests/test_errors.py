@@ -69,7 +69,7 @@ def test_on_save_error_raise_ends_the_run(tmp_path: Path, num_ranks: int) -> Non
     assert all(other == message for other in others)
     assert "the checkpoint of step 6 couldn't be saved" in message
     assert "the newest one is that of step 4" in message
-    assert "training goes on" not in message
+    assert "training continues" not in message
     assert steps(tmp_path) == [2, 4]
 
 
@@ -132,7 +132,7 @@ def test_a_read_only_disk_is_refused_before_the_first_step(tmp_path: Path) -> No
 
     assert "can't be written to" in message
     assert "Read-only file system" in message
-    assert "give root_dir a directory that this user may write to" in message
+    assert "set root_dir to a directory that this user may write to" in message
 
 
 def as_nobody(function: Callable[[], object]) -> int:

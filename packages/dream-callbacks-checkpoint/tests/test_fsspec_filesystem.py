@@ -188,7 +188,7 @@ def test_the_commands_take_urls(
     assert "would delete 1 of 2" in text
 
     assert main(["prune", above, "--keep-last", "1"]) == 1
-    assert "nobody can tell whether a run still saves to" in capsys.readouterr().err
+    assert "it is unknown whether a run still saves to" in capsys.readouterr().err
     assert main(["ls", f"{url}/elsewhere"]) == 1
     assert "there are no checkpoints in" in capsys.readouterr().err
 

@@ -66,7 +66,7 @@ def test_a_missing_field_is_named(name: str) -> None:
 def test_another_kind_of_value_is_refused(change: dict[str, Any]) -> None:
     document = unsealed(manifest().encode()) | change
 
-    with pytest.raises(DamagedCheckpointError, match="holds it in another form"):
+    with pytest.raises(DamagedCheckpointError, match="has one of the wrong type"):
         Manifest.decode(sealed(document))
 
 

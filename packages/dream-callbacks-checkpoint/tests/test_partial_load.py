@@ -188,7 +188,7 @@ def test_a_model_that_has_nothing_in_common_is_an_error(
 
     trainer = tiny(tmp_path / "second", LoadPartialCheckpointCallback(source[0]), kind=Different)
 
-    with pytest.raises(CheckpointError, match=r"nothing of .*step-0000000016 fits the trainer"):
+    with pytest.raises(CheckpointError, match=r"nothing in .*step-0000000016 matches the trainer"):
         trainer.setup()
 
 

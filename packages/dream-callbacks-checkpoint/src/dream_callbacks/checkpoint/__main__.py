@@ -151,7 +151,7 @@ def _verify(options: argparse.Namespace) -> int:
         if step in (None, file_names.step_of(name))
     }
     if not checkpoints and not found:
-        raise CheckpointError(f"there is nothing to verify in {filesystem}; look with ls")
+        raise CheckpointError(f"there are no checkpoints in {filesystem}; list them with ls")
     for checkpoint in checkpoints:
         damage = damage_of(filesystem, checkpoint, checksums=True)
         if not damage:
@@ -229,8 +229,8 @@ def _prune(options: argparse.Namespace) -> int:
         raise CheckpointError(f"prune takes a directory of checkpoints: give {filesystem}")
     if not filesystem.renames_at_once and not options.dry_run:
         raise CheckpointError(
-            f"nobody can tell whether a run still saves to {filesystem}, so nothing is deleted "
-            "there; --dry-run says what could be"
+            f"it is unknown whether a run still saves to {filesystem}, so nothing is deleted; "
+            "--dry-run lists what would be"
         )
     lock = filesystem.lock(uuid.uuid4().hex)
     if not options.dry_run:
@@ -309,7 +309,7 @@ def _one(filesystem: Filesystem, catalog: Catalog, step: int | None) -> Checkpoi
         raise CheckpointError(f"there is no {what} in {filesystem}; the newest steps are: {steps}")
     damage = damage_of(filesystem, found, checksums=True)
     if damage:
-        raise CheckpointError(f"{damage[0]}; give the --step of another one: {steps}")
+        raise CheckpointError(f"{damage[0]}; give the --step of another checkpoint: {steps}")
     return found
 
 

@@ -64,7 +64,9 @@ class AsyncCheckpointCallback(CheckpointCallback):
                 logger.warning("%s", self._give_up(background_save))
             elif background_save.thread.is_alive():
                 step = background_save.save.step
-                logger.warning("step %d isn't written after %.0f s: given up", step, _PATIENCE_S)
+                logger.warning(
+                    "step %d wasn't written within %.0f s; exiting without it", step, _PATIENCE_S
+                )
         super().on_exception(exception)
 
     def _new_run(self) -> RunState:

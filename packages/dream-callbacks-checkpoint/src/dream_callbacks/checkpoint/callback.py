@@ -253,7 +253,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
         if self.parameters.on_save_error == "raise":
             raise CheckpointError(text) from error
         if self.trainer.world.is_global_zero:
-            logger.warning("%s; training goes on, and the next save is tried as planned", text)
+            logger.warning("%s; training continues, and the next save is as planned", text)
 
     def _failure_text(self, step: int, error: BaseException) -> str:
         """Message about a failed save. Not collective."""
@@ -263,7 +263,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
             ""  # the error names the invalid value of the state
             if isinstance(error.__cause__, (TypeError, ValueError))
             else ". Make sure that there is room (keep_last and keep_top_k say how many "
-            "checkpoints stay) and that the directory can be written to"
+            "checkpoints stay) and that the directory is writable"
         )
         return (
             f"the checkpoint of step {step} couldn't be saved in {self.directory}: "

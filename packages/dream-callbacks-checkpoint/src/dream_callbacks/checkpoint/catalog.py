@@ -174,7 +174,7 @@ def read_late_metrics(filesystem: Filesystem, manifest: Manifest) -> dict[str, f
         return {str(k): float(v) for k, v in json_codec.decode(document["metrics"]).items()}
     except (DamagedCheckpointError, OSError, KeyError, TypeError, ValueError) as error:
         logger.warning(
-            "%s/%s can't be used: %s; the checkpoint counts as one without metrics",
+            "%s/%s can't be used: %s; the checkpoint is treated as one without metrics",
             filesystem,
             name,
             error,
@@ -269,14 +269,14 @@ def choose(
         problems.append("; ".join(damage[:3]))
         if ranks.is_global_zero:
             logger.warning(
-                "%s is damaged: %s; trying the one before it", checkpoint.name, problems[-1]
+                "%s is damaged: %s; trying the previous one", checkpoint.name, problems[-1]
             )
     if not chosen.checkpoints:
         return None
     raise CheckpointError(
         f"none of the checkpoints in {filesystem} that resume_mode={resume_mode!r} allows is whole "
         f"({'; '.join(problems[:3])}); restore one from a copy, choose another step, or move them "
-        "away to begin from scratch"
+        "away to start from scratch"
     )
 
 

@@ -112,7 +112,7 @@ class CheckpointManager:
             if self._was_opened and catalog.next_seq != self._catalog.next_seq:
                 raise CheckpointError(
                     "another run has saved there since this trainer was set up; set up a new "
-                    "trainer, which continues from what is there now"
+                    "trainer, which resumes from its checkpoint"
                 )
             self._catalog, self._was_opened = catalog, True
 
@@ -121,9 +121,9 @@ class CheckpointManager:
         except (CheckpointError, OSError) as error:
             self.lock.release()
             raise CheckpointError(
-                f"checkpoints can't be written to {self.filesystem}: {error_text(error)}. If it "
-                "isn't a matter of another run, give root_dir a directory that this user may "
-                "write to"
+                f"checkpoints can't be written to {self.filesystem}: {error_text(error)}. Unless "
+                "another run is the cause, set root_dir to a directory that this user may write "
+                "to"
             ) from error
 
     def start_afresh(self) -> None:
@@ -235,7 +235,7 @@ class CheckpointManager:
             try:
                 self.filesystem.replace(file_names.metrics_name(step), document, uuid.uuid4().hex)
             except OSError as error:
-                logger.warning("the results of step %d can't be noted: %s", step, error)
+                logger.warning("the metrics of step %d can't be saved: %s", step, error)
             self._take_in(dataclasses.replace(checkpoint, late_metrics=late))
 
     def finish(self, save: PendingSave, late_metrics: Mapping[str, float], took_s: float) -> None:

@@ -45,10 +45,10 @@ class PartialLoad:
     def __str__(self) -> str:
         lines = [
             f"{len(self.loaded)} tensors were loaded from {self.checkpoint}",
-            *_named("not in it, left as they were", self.missing),
-            *_named("not in the trainer, not used", self.unused),
+            *_named("not in the checkpoint, unchanged", self.missing),
+            *_named("not in the trainer, unused", self.unused),
             *_named(
-                "of another shape, left as they were",
+                "of another shape, unchanged",
                 [f"{n} {list(was)} → {list(now)}" for n, (was, now) in self.mismatched.items()],
             ),
         ]
@@ -133,7 +133,7 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
         )
         if not fits:
             raise CheckpointError(
-                f"nothing of {path} fits the trainer; give a checkpoint of a "
+                f"nothing in {path} matches the trainer; give a checkpoint of a "
                 f"model like this one.\n{self.report}"
             )
         ranks.each_without_timeout(lambda: saved.read({names[name]: t for name, t in fits.items()}))

@@ -142,8 +142,8 @@ def _matched(
     wrong_shape = [n for n in here if n in there and index[n].shape != here[n].shape]
     wrong_dtype = [n for n in here if n in there and index[n].dtype != here[n].dtype]
     differences = [
-        *_listed("in the checkpoint alone", sorted(there - set(here))),
-        *_listed("in the trainer alone", sorted(set(here) - there)),
+        *_listed("only in the checkpoint", sorted(there - set(here))),
+        *_listed("only in the trainer", sorted(set(here) - there)),
         *_listed(
             "of another shape",
             [f"{n} {list(index[n].shape)} → {list(here[n].shape)}" for n in wrong_shape],
@@ -284,12 +284,13 @@ def _reshard_data(
     if not is_exact:
         logger.warning(
             "the %d batches of the epoch that were done don't fit a whole number of the new ones: "
-            "a few samples will come again", done,
+            "a few samples are repeated", done,
         )  # fmt: skip
     callbacks = sorted(p for p in saved.local(0) if p.startswith("trainer.callbacks."))
     if callbacks:
         logger.warning(
-            "kept per rank, and given to the ranks in turn: %s", ", ".join(callbacks[:_SHOWN])
+            "rank-local states, given to the new ranks in turn: %s",
+            ", ".join(callbacks[:_SHOWN]),
         )
 
 
@@ -304,13 +305,13 @@ def _refuse_other_data(manifest: Any, counters: Mapping[str, Any], trainer: Base
     if counters["epoch_batches"] > now:
         raise CheckpointError(
             f"{counters['epoch_batches']} batches of the epoch are done, and an epoch has {now} "
-            f"now (it had {before}); the data changed: set resume_data=False to begin the epoch "
-            "anew with it"
+            f"now (it had {before}); the data changed: set resume_data=False to restart the "
+            "epoch with it"
         )
     if counters["epoch_batches"]:
         logger.warning(
-            "an epoch had %s batches and has %s now; it goes on after batch %s. If the data "
-            "changed, set resume_data=False to begin the epoch anew",
+            "an epoch had %s batches and has %s now; it continues after batch %s. If the data "
+            "changed, set resume_data=False to restart the epoch",
             before, now, counters["epoch_batches"],
         )  # fmt: skip
 

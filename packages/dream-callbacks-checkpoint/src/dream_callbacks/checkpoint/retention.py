@@ -117,14 +117,14 @@ def candidates(
         if broken:
             raise CheckpointError(
                 f"there are checkpoints, and none is whole ({'; '.join(broken[:3])}); restore one "
-                "from a copy, or move them away to begin from scratch"
+                "from a copy, or move them away to start from scratch"
             )
         return Candidates()
     if resume_mode == "last":
         clean = tuple(c for c in newest_first if not c.manifest.has_nan)
         with_nan = tuple(c for c in newest_first if c.manifest.has_nan)
         passed_over = tuple(
-            f"{c.name} has NaN in its weights; resume_mode={c.step} would take it all the same"
+            f"{c.name} has NaN in its weights; resume_mode={c.step} would still resume from it"
             for c in with_nan
             if clean and c.manifest.seq > clean[0].manifest.seq
         )

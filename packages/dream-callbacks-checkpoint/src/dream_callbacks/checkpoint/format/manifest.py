@@ -115,7 +115,7 @@ class Manifest:
             }
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DamagedCheckpointError(
-                f"{file_names.MANIFEST} lacks something or holds it in another form: {error!r:.200}"
+                f"{file_names.MANIFEST} lacks a field or has one of the wrong type: {error!r:.200}"
             ) from error
         strange = [name for name in known["files"] if not file_names.is_file_name(name)]
         if strange:

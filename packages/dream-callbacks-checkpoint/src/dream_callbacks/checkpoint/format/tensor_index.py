@@ -161,7 +161,7 @@ class TensorIndex(Mapping[str, StoredTensor]):
             if isinstance(error, DamagedCheckpointError):
                 raise
             raise DamagedCheckpointError(
-                f"{file_names.INDEX} lacks something or holds it in another form: {error!r:.200}"
+                f"{file_names.INDEX} lacks a field or has one of the wrong type: {error!r:.200}"
             ) from error
         return cls(tensors)
 
@@ -205,18 +205,18 @@ def _check_place(name: str, chunk: Chunk, dtype: torch.dtype, files: Mapping[str
     file = files.get(chunk.relative_path)
     if file is None:
         raise DamagedCheckpointError(
-            f"{file_names.INDEX}: {name!r} is said to be in {chunk.relative_path!r:.200}, which is "
+            f"{file_names.INDEX}: {name!r} is located in {chunk.relative_path!r:.200}, which is "
             "no file of the checkpoint"
         )
     if not 0 <= chunk.offset <= chunk.offset + chunk.length <= file.num_bytes:
         raise DamagedCheckpointError(
-            f"{file_names.INDEX}: {name!r} is said to be at bytes {chunk.offset} to "
+            f"{file_names.INDEX}: {name!r} is located at bytes {chunk.offset} to "
             f"{chunk.offset + chunk.length} of {chunk.relative_path}, which has {file.num_bytes}"
         )
     # An index can't make us allocate more memory than the checkpoint has bytes.
     if chunk.volume * dtype.itemsize > chunk.length:
         raise DamagedCheckpointError(
-            f"{file_names.INDEX}: a piece of {name!r} of sizes {chunk.sizes} is said to be in "
+            f"{file_names.INDEX}: a piece of {name!r} of sizes {chunk.sizes} is located in "
             f"{chunk.length} bytes, which can't hold it"
         )
 

@@ -133,7 +133,7 @@ def move_aside(filesystem: Filesystem) -> bool:
         if file_names.step_of(name) is not None or file_names.step_of_metrics(name) is not None:
             filesystem.rename(name, f"{aside}/{name}")
     logger.warning(
-        "resume_mode=None: the run begins from scratch; %d checkpoints that were in %s are in %s "
+        "resume_mode=None: the run starts from scratch; %d checkpoints that were in %s are in %s "
         "now", num_checkpoints, filesystem, aside,
     )  # fmt: skip
     return True

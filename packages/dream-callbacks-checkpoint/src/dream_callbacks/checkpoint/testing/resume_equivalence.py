@@ -48,11 +48,11 @@ class Difference:
 
     def __str__(self) -> str:
         what = {
-            "repeated": "differs between two runs that nobody has stopped: draw random numbers "
-            "from Python's, numpy's and torch's global generators alone, and on a GPU set "
+            "repeated": "differs between two uninterrupted runs: draw random numbers only "
+            "from Python's, numpy's and torch's global generators, and on a GPU set "
             "DeviceParameters(deterministic=True)",
-            "loaded": "isn't what was saved",
-            "resumed": "differs from the run that wasn't stopped: something that it depends on "
+            "loaded": "differs from what was saved",
+            "resumed": "differs from the uninterrupted run: something that it depends on "
             "isn't in the state, such as an attribute, a file, or a generator of its own",
         }
         return f"step {self.step}, rank {self.rank}: {self.name} {what[self.when]}"
