@@ -18,8 +18,8 @@ from pathlib import Path
 
 from dream_callbacks.checkpoint.format.file_names import MANIFEST, checkpoint_name
 from dream_callbacks.checkpoint.format.manifest import FileSum, Manifest
-from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
-from dream_callbacks.checkpoint.manager import Store
+from dream_callbacks.checkpoint.io.local_filesystem import LocalFilesystem
+from dream_callbacks.checkpoint.manager import CheckpointManager
 from dream_callbacks.checkpoint.retention import KeepRules
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.world import World
@@ -30,7 +30,7 @@ FILES = ("__0_0.distcp", ".metadata", "index.json", "rank-00000.json", "state.js
 
 def fill(root: Path, num_checkpoints: int) -> None:
     """Write manifests."""
-    disk = LocalDisk(root)
+    filesystem = LocalFilesystem(root)
     for step in range(1, num_checkpoints + 1):
         manifest = Manifest(
             step=step,
@@ -48,8 +48,8 @@ def fill(root: Path, num_checkpoints: int) -> None:
             files=dict.fromkeys(FILES, FileSum(1000, 12345)),
         )
         name = checkpoint_name(step)
-        disk.make(name)
-        disk.write(name, MANIFEST, manifest.encode())
+        filesystem.make(name)
+        filesystem.write(name, MANIFEST, manifest.encode())
 
 
 def ls(root: Path) -> None:
@@ -60,11 +60,13 @@ def ls(root: Path) -> None:
 
 def start(root: Path) -> None:
     """What a trainer does before it verifies the newest checkpoint, and again before it trains."""
-    store = Store(root, World(DeviceParameters.SINGLE_DEVICE(device="cpu")), KeepRules(last=None))
-    store.open()
-    store.close()
-    store.open()
-    store.close()
+    manager = CheckpointManager(
+        root, World(DeviceParameters.SINGLE_DEVICE(device="cpu")), KeepRules(last=None)
+    )
+    manager.open()
+    manager.close()
+    manager.open()
+    manager.close()
 
 
 def median_s(run: Callable[[Path], None], root: Path) -> float:

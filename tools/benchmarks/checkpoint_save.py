@@ -164,17 +164,28 @@ def ratio(found: dict[str, Any], one: str, other: str) -> float:
 
 def sync_save(folder: Path, trainer: Large) -> float:
     """Seconds of one save through the callback's own way, without the step before it."""
-    from dream_callbacks.checkpoint.manager import Facts, Store
+    from dream_callbacks.checkpoint.manager import CheckpointManager
     from dream_callbacks.checkpoint.retention import KeepRules
 
     shutil.rmtree(folder / "sync", ignore_errors=True)
-    store = Store(folder / "sync", trainer.world, KeepRules(last=1))
-    store.open()
-    facts = Facts(step=1, epoch=0, reason="benchmark", num_train_batches=None)
+    manager = CheckpointManager(folder / "sync", trainer.world, KeepRules(last=1))
+    manager.open()
+
+    def save() -> None:
+        pending = manager.prepare(
+            trainer.state_dict,
+            step=1,
+            epoch=0,
+            reason="benchmark",
+            num_train_batches=None,
+            metrics={},
+        )
+        manager.write(pending)
+
     try:
-        return timed(lambda: store.write(store.prepare(trainer.state_dict, facts)))
+        return timed(save)
     finally:
-        store.close()
+        manager.close()
 
 
 def note_async(
@@ -194,7 +205,7 @@ def note_async(
     logger.addHandler(waited)
     logger.setLevel(logging.DEBUG)
     state = {key: plain.state_dict()[key] for key in ("models", "optimizers")}
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", manager=dist.HashStore(), rank=0, world_size=1)
     thread, process = AsyncCheckpointerType.THREAD, AsyncCheckpointerType.PROCESS
     stagers = {
         way: DefaultStager(StagingOptions(False, way is process, False, False))

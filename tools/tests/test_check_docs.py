@@ -83,7 +83,7 @@ def test_the_architecture_page_names_every_thread_key_and_group() -> None:
     ("row", "problem"),
     [
         ("| `loader-watch`", "trainer/loader_watch.py starts a thread"),
-        ("| `failure-watch`", "has the thread 'failure-watch'"),
+        ("| `failure-monitor`", "has the thread 'failure-monitor'"),
         ("| `terminated/<rank>` |", "has the key 'terminated/'"),
         ("| `processes/<machine>` |", "has the key 'processes/'"),
         ("| `checkpoint-background` |", "has the process group 'checkpoint-background'"),

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_errors import Limit, full_disk, heard
+from full_disks import Limit, full_disk, heard
 from tiny_runs import SendSignal, saved, steps, tiny
 from training import CrashAt, Filled, PlannedError, different, directory, make, moments, weights
 
 from dream_callbacks.checkpoint import CheckpointError
-from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
+from dream_callbacks.checkpoint.io.local_filesystem import LocalFilesystem
 from dream_trainer.callbacks import Callback, Every
 from dream_trainer.testing import RankError, TinyTrainer, run_on_ranks
 
@@ -137,14 +137,14 @@ def crash_of_one_beside(root: Path) -> None:
 
 def slow_down(seconds: float) -> Callable[[], None]:
     """Let files take so long to be synced; returns what undoes it."""
-    sync = LocalDisk.sync
+    sync = LocalFilesystem.sync
 
-    def slow(self: LocalDisk, folder: str = "", names: Any = ()) -> None:
+    def slow(self: LocalFilesystem, folder: str = "", names: Any = ()) -> None:
         time.sleep(seconds * folder.startswith(".tmp-"))
         sync(self, folder, names)
 
-    LocalDisk.sync = slow  # type: ignore[method-assign]
-    return lambda: setattr(LocalDisk, "sync", sync)
+    LocalFilesystem.sync = slow  # type: ignore[method-assign]
+    return lambda: setattr(LocalFilesystem, "sync", sync)
 
 
 def test_ctrl_c_waits_for_the_save_in_flight(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_damage import damage
+from damaged_files import damage
 from tiny_runs import Average, saved, scored, steps, tiny
 from torch import nn
 from training import (
@@ -33,9 +33,9 @@ from training import (
 from dream_callbacks.checkpoint import CheckpointCallback, CheckpointError, CheckpointParameters
 from dream_callbacks.checkpoint.__main__ import main
 from dream_callbacks.checkpoint.catalog import Checkpoint, read_catalog
-from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
+from dream_callbacks.checkpoint.io.local_filesystem import LocalFilesystem
 from dream_callbacks.checkpoint.restore import SavedState
-from dream_callbacks.checkpoint.testing.resume_equivalence import prove
+from dream_callbacks.checkpoint.testing import prove
 from dream_trainer.callbacks import Callback, Every
 from dream_trainer.testing import TinyTrainer, run_on_ranks
 
@@ -256,9 +256,9 @@ def test_what_a_user_deletes_meanwhile_neither_counts_nor_stops_the_tidying(tmp_
 
 def test_what_is_being_read_stays_until_it_was_read(tmp_path: Path) -> None:
     tiny(tmp_path, n_epochs=1, keep_last=1).fit()
-    disk = LocalDisk(directory(tmp_path))
+    filesystem = LocalFilesystem(directory(tmp_path))
 
-    with disk.reading("step-0000000008"):
+    with filesystem.reading("step-0000000008"):
         tiny(tmp_path, n_epochs=2, keep_last=1).fit()
         assert steps(tmp_path) == [8, 16]
     tiny(tmp_path, n_epochs=3, keep_last=1).fit()
@@ -417,8 +417,8 @@ def test_another_model_is_refused_with_all_differences_at_once(tmp_path: Path) -
     lines = str(caught.value).splitlines()
     assert len(lines) <= 15
     text = str(caught.value)
-    assert "in the checkpoint alone: models.model.blocks.1.bias" in text
-    assert "in the trainer alone: models.model.extra.bias" in text
+    assert "only in the checkpoint: models.model.blocks.1.bias" in text
+    assert "only in the trainer: models.model.extra.bias" in text
     assert "or another experiment name" in text
     assert "models.model.head.weight [1, 8] → [2, 8]" in text
     assert "models.model.embed.weight torch.float32 → torch.float64" in text
@@ -523,8 +523,8 @@ def test_weights_and_average_come_back_on_two_ranks(
 
     prove(make_trainer, tmp_path, steps=3, num_ranks=2).check()
 
-    disk = LocalDisk(directory(tmp_path / "stopped"))
-    newest = SavedState(disk, read_catalog(disk).checkpoints[-1])
+    filesystem = LocalFilesystem(directory(tmp_path / "stopped"))
+    newest = SavedState(filesystem, read_catalog(filesystem).checkpoints[-1])
     names = ("models.model.head.weight", "trainer.callbacks.Average.average.head.weight")
     weight, average = (newest.new_tensor(name) for name in names)
     newest.read(dict(zip(names, (weight, average), strict=True)))
@@ -553,7 +553,7 @@ def test_a_state_that_couldnt_be_loaded_isnt_saved(
     assert steps(tmp_path) == []
     assert "the state of callback Careless holds" in caplog.text
     assert "state_dict()['path']" in caplog.text
-    assert "there is none yet; training goes on" in caplog.text, "no advice about the disk"
+    assert "there is none yet; training continues" in caplog.text, "no advice about the disk"
 
 
 def test_two_of_them_in_one_directory_are_refused(tmp_path: Path) -> None:
@@ -641,13 +641,15 @@ def test_a_start_reads_each_manifest_once_unless_another_was_at_work(
 ) -> None:
     tiny(tmp_path).fit()
     read: list[str] = []
-    read_file = LocalDisk.read
+    read_file = LocalFilesystem.read
 
-    def noting(disk: LocalDisk, folder: str, name: str, max_bytes: int | None = None) -> bytes:
+    def noting(
+        filesystem: LocalFilesystem, folder: str, name: str, max_bytes: int | None = None
+    ) -> bytes:
         read.extend([folder] if name == "MANIFEST.json" else [])
-        return read_file(disk, folder, name, max_bytes)
+        return read_file(filesystem, folder, name, max_bytes)
 
-    monkeypatch.setattr(LocalDisk, "read", noting)
+    monkeypatch.setattr(LocalFilesystem, "read", noting)
 
     tiny(tmp_path, n_epochs=2).fit()
     alone = sorted(read)

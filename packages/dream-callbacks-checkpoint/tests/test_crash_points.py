@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 import training
-from test_kills import last_acknowledged, resumed_step
+from forked_runs import last_acknowledged, resumed_step
 from training import Acknowledged, Filled, make
 
 from dream_callbacks.checkpoint.catalog import damage_of, read_catalog
-from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
+from dream_callbacks.checkpoint.io.local_filesystem import LocalFilesystem
 from dream_trainer.callbacks import Every
 from dream_trainer.testing import run_on_ranks
 
@@ -130,12 +130,12 @@ def stopped_everywhere(root: Path, callback: str, stride: int) -> int:
 
 def check_directory(root: Path, last: int) -> None:
     """All checkpoints are whole, and nothing else is there."""
-    disk = LocalDisk(training.directory(root))
-    catalog = read_catalog(disk)
+    filesystem = LocalFilesystem(training.directory(root))
+    catalog = read_catalog(filesystem)
     assert not catalog.damaged
     assert [c.step for c in catalog.checkpoints] == [last - 1, last]
-    assert not [p for c in catalog.checkpoints for p in damage_of(disk, c, checksums=True)]
-    assert not [name for name in disk.entries() if name.startswith(".")]
+    assert not [p for c in catalog.checkpoints for p in damage_of(filesystem, c, checksums=True)]
+    assert not [name for name in filesystem.entries() if name.startswith(".")]
 
 
 STRIDES = [

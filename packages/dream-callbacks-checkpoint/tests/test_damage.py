@@ -9,19 +9,19 @@ import pickle
 import random
 import shutil
 import tracemalloc
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from damaged_files import damage, files_of, reseal
 from training import different, directory, make, weights
 
 from dream_callbacks.checkpoint import CheckpointError, DamagedCheckpointError
 from dream_callbacks.checkpoint.catalog import damage_of, read_catalog
 from dream_callbacks.checkpoint.format.manifest import sealed, unsealed
-from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
+from dream_callbacks.checkpoint.io.local_filesystem import LocalFilesystem
 from dream_trainer.callbacks import Every
 from dream_trainer.testing import TinyTrainer, run_on_ranks
 
@@ -56,16 +56,12 @@ def tiny(root: Path, *, n_epochs: int = 2, **checkpoint: Any) -> TinyTrainer:
 
 def problems(folder: Path) -> list[str]:
     """What is found to be wrong with a checkpoint."""
-    disk = LocalDisk(folder.parent)
-    catalog = read_catalog(disk)
+    filesystem = LocalFilesystem(folder.parent)
+    catalog = read_catalog(filesystem)
     if folder.name in catalog.damaged:
         return [catalog.damaged[folder.name]]
     (checkpoint,) = [c for c in catalog.checkpoints if c.name == folder.name]
-    return damage_of(disk, checkpoint, checksums=True)
-
-
-def files_of(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir())
+    return damage_of(filesystem, checkpoint, checksums=True)
 
 
 def test_an_untouched_checkpoint_is_whole(root: Path) -> None:
@@ -255,13 +251,6 @@ def test_the_model_is_untouched_when_a_checkpoint_is_refused(root: Path, name: s
     assert not trainer.optimizer.state
 
 
-def damage(file: Path) -> None:
-    """Flip a bit in the middle."""
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-
-
 # From here on someone means harm, and makes the checksums fit.
 
 
@@ -283,18 +272,6 @@ class Attack:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(self.trace),)
-
-
-def reseal(folder: Path) -> None:
-    """Make the manifest fit the files."""
-    path = folder / "MANIFEST.json"
-    document = unsealed(path.read_bytes())
-    document["files"] = {
-        file.name: [file.stat().st_size, zlib.crc32(file.read_bytes())]
-        for file in files_of(folder)
-        if file.name != "MANIFEST.json"
-    }
-    path.write_bytes(sealed(document))
 
 
 def pickled(attack: Attack) -> bytes:

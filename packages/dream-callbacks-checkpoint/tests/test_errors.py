@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
-import resource
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from full_disks import Limit, full_disk
 from mounts import have_mounts_of_its_own, mount, skip_unless_mountable
 from tiny_runs import saved, steps, tiny
 from training import directory
@@ -22,58 +19,6 @@ from training import directory
 from dream_callbacks.checkpoint import CheckpointError
 from dream_trainer.callbacks import Callback, Every
 from dream_trainer.testing import run_on_ranks
-
-
-class Limit(Callback[Any]):
-    """No file may grow beyond a size, from a step on: as on a full disk."""
-
-    def __init__(self, step: int, num_bytes: int, until: int = 10**9) -> None:
-        self.step = step
-        self.num_bytes = num_bytes
-        self.until = until
-
-    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
-        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if self.trainer.global_step in (self.step, self.until):
-            for thread in threading.enumerate():
-                if thread.name == "checkpoint":
-                    thread.join()
-        if self.trainer.global_step == self.step:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (self.num_bytes, most))
-        if self.trainer.global_step == self.until:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-
-
-@contextlib.contextmanager
-def heard(level: int) -> Iterator[list[str]]:
-    """What is said meanwhile, from a level on."""
-    messages: list[str] = []
-    handler = logging.Handler(level)
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("dream_callbacks.checkpoint")
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(level)
-    try:
-        yield messages
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before)
-
-
-def full_disk(
-    root: Path,
-    limit: Callback[Any] | None = None,
-    level: int = logging.WARNING,
-    **fields: Any,
-) -> list[str]:
-    """Messages of a run for which the disk is full from step 5 to 9. In a process of its own."""
-    limit = limit or Limit(5, 20_000, until=9)
-    fields = {"every": Every(steps=2), **fields}
-    with heard(level) as messages:
-        tiny(root, limit, **fields).fit()
-    return messages
 
 
 def test_a_failed_save_doesnt_stop_training_and_loses_nothing(tmp_path: Path) -> None:
@@ -124,7 +69,7 @@ def test_on_save_error_raise_ends_the_run(tmp_path: Path, num_ranks: int) -> Non
     assert all(other == message for other in others)
     assert "the checkpoint of step 6 couldn't be saved" in message
     assert "the newest one is that of step 4" in message
-    assert "training goes on" not in message
+    assert "training continues" not in message
     assert steps(tmp_path) == [2, 4]
 
 
@@ -187,7 +132,7 @@ def test_a_read_only_disk_is_refused_before_the_first_step(tmp_path: Path) -> No
 
     assert "can't be written to" in message
     assert "Read-only file system" in message
-    assert "give root_dir a directory that this user may write to" in message
+    assert "set root_dir to a directory that this user may write to" in message
 
 
 def as_nobody(function: Callable[[], object]) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from training import CALLBACKS, LOADERS, Everything, make
 
-from dream_callbacks.checkpoint.testing.resume_equivalence import prove
+from dream_callbacks.checkpoint.testing import prove
 from dream_trainer.callbacks import Every
 
 NUM_RANKS = {"single": 1, "ddp": 2, "fsdp": 2}

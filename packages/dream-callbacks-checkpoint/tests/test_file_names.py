@@ -74,7 +74,7 @@ def test_the_files_of_a_checkpoint_have_file_names() -> None:
         file_names.MANIFEST,
         file_names.STATE,
         file_names.INDEX,
-        file_names.DCP_METADATA,
+        ".metadata",
         file_names.rank_name(7),
     ]
 

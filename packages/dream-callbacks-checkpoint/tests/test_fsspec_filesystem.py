@@ -14,8 +14,8 @@ from training import CrashAt, PlannedError, different, make, moments, weights
 from dream_callbacks.checkpoint import CheckpointError, LoadPartialCheckpointCallback
 from dream_callbacks.checkpoint.__main__ import main
 from dream_callbacks.checkpoint.catalog import read_catalog
-from dream_callbacks.checkpoint.io.filesystem import Directory, directory_of, is_url
-from dream_callbacks.checkpoint.io.fsspec_filesystem import RemoteDirectory
+from dream_callbacks.checkpoint.io.filesystem import Filesystem, filesystem_at, is_url
+from dream_callbacks.checkpoint.io.fsspec_filesystem import FsspecFilesystem
 from dream_trainer.callbacks import Every
 from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
 
@@ -51,7 +51,7 @@ def checkpoints_at(url: str) -> str:
 
 
 def steps(url: str) -> list[int]:
-    return [c.step for c in read_catalog(directory_of(checkpoints_at(url))).checkpoints]
+    return [c.step for c in read_catalog(filesystem_at(checkpoints_at(url))).checkpoints]
 
 
 def run(url: str, root: Path, *callbacks: Any, callback: str = "sync", **fields: Any) -> Any:
@@ -72,8 +72,8 @@ def test_a_run_goes_on_from_a_url_bit_for_bit(tmp_path: Path, url: str, callback
     assert not different(weights(whole), weights(resumed))
     assert not different(moments(whole), moments(resumed))
     assert steps(f"{url}/stopped") == [10, 12]
-    disk = directory_of(checkpoints_at(f"{url}/stopped"))
-    assert sorted(disk.entries()) == [
+    filesystem = filesystem_at(checkpoints_at(f"{url}/stopped"))
+    assert sorted(filesystem.entries()) == [
         "metrics-0000000012.json",
         "run.lock",
         "step-0000000010",
@@ -83,27 +83,27 @@ def test_a_run_goes_on_from_a_url_bit_for_bit(tmp_path: Path, url: str, callback
 
 def test_a_checkpoint_without_a_manifest_isnt_one_and_is_removed(tmp_path: Path, url: str) -> None:
     run(url, tmp_path, every=Every(steps=4)).fit()
-    disk = directory_of(checkpoints_at(url))
-    disk.unlink("step-0000000012/MANIFEST.json")
+    filesystem = filesystem_at(checkpoints_at(url))
+    filesystem.unlink("step-0000000012/MANIFEST.json")
 
     trainer = run(url, tmp_path)
     trainer.setup()
 
     assert trainer.global_step == 8
-    assert sorted(disk.entries()) == ["run.lock", "step-0000000008"]
+    assert sorted(filesystem.entries()) == ["run.lock", "step-0000000008"]
 
 
 def test_the_manifest_is_written_last(
     tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[tuple[str, str]] = []
-    create = RemoteDirectory.create
+    create = FsspecFilesystem.create
 
-    def noted(self: RemoteDirectory, folder: str, name: str) -> Any:
+    def noted(self: FsspecFilesystem, folder: str, name: str) -> Any:
         written.append((folder, name))
         return create(self, folder, name)
 
-    monkeypatch.setattr(RemoteDirectory, "create", noted)
+    monkeypatch.setattr(FsspecFilesystem, "create", noted)
     run(url, tmp_path, every=Every(steps=4)).fit()
 
     for folder in {folder for folder, _ in written if folder}:
@@ -112,10 +112,10 @@ def test_the_manifest_is_written_last(
 
 def test_damage_is_seen(tmp_path: Path, url: str, caplog: pytest.LogCaptureFixture) -> None:
     run(url, tmp_path).fit()
-    disk = directory_of(checkpoints_at(url))
-    data = bytearray(disk.read("step-0000000012", "__0_0.distcp"))
+    filesystem = filesystem_at(checkpoints_at(url))
+    data = bytearray(filesystem.read("step-0000000012", "__0_0.distcp"))
     data[len(data) // 2] ^= 1
-    disk.write("step-0000000012", "__0_0.distcp", bytes(data))
+    filesystem.write("step-0000000012", "__0_0.distcp", bytes(data))
 
     trainer = run(url, tmp_path)
     trainer.setup()
@@ -156,7 +156,7 @@ def fit_on_two(url: str, root: Path) -> None:
 
 
 def catalog(url: str) -> Any:
-    return read_catalog(directory_of(checkpoints_at(url)))
+    return read_catalog(filesystem_at(checkpoints_at(url)))
 
 
 def test_weights_are_taken_from_a_url(tmp_path: Path, url: str) -> None:
@@ -188,7 +188,7 @@ def test_the_commands_take_urls(
     assert "would delete 1 of 2" in text
 
     assert main(["prune", above, "--keep-last", "1"]) == 1
-    assert "nobody can tell whether a run still saves to" in capsys.readouterr().err
+    assert "it is unknown whether a run still saves to" in capsys.readouterr().err
     assert main(["ls", f"{url}/elsewhere"]) == 1
     assert "there are no checkpoints in" in capsys.readouterr().err
 
@@ -199,7 +199,7 @@ def test_without_fsspec_a_url_is_an_error_that_says_what_to_install(
     monkeypatch.setitem(sys.modules, "fsspec", None)
 
     with pytest.raises(ImportError, match=r"pip install 'dream-callbacks-checkpoint\[fsspec\]'"):
-        directory_of("memory://runs")
+        filesystem_at("memory://runs")
 
 
 @pytest.mark.parametrize("path", ["s3://bucket/runs", "gs://bucket", "memory://x", "file:/x"])
@@ -214,28 +214,37 @@ def test_a_path_is_no_url(path: str) -> None:
 
 def test_a_url_that_was_a_path_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'s3:/bucket/runs' has one slash .* URL as text"):
-        directory_of(Path("s3://bucket/runs"))
+        filesystem_at(Path("s3://bucket/runs"))
 
 
 def test_the_same_is_asked_of_disks_and_urls(tmp_path: Path, url: str) -> None:
-    def use(disk: Directory) -> list[Any]:
-        disk.make_root()
-        disk.make("a")
-        sums = disk.write("a", "x", b"one")
-        disk.write("a", "MANIFEST.json", b"{}")
-        disk.rename("a", "b")
-        disk.replace("note", b"two", "0")
-        found = [sorted(disk.entries()), sorted(disk.entries("b")), disk.size("b", "x"), sums]
-        found += [
-            disk.is_folder("a"),
-            disk.is_folder("b"),
-            disk.size("a", "x"),
-            disk.sums("b", "x"),
+    def use(filesystem: Filesystem) -> list[Any]:
+        filesystem.make_root()
+        filesystem.make("a")
+        sums = filesystem.write("a", "x", b"one")
+        filesystem.write("a", "MANIFEST.json", b"{}")
+        filesystem.rename("a", "b")
+        filesystem.replace("note", b"two", "0")
+        found = [
+            sorted(filesystem.entries()),
+            sorted(filesystem.entries("b")),
+            filesystem.size("b", "x"),
+            sums,
         ]
-        disk.unlink("note")
-        disk.unlink("note")
-        disk.delete("b")
-        disk.delete("b")
-        return [*found, disk.entries(), disk.read("", "note") if disk.size("", "note") else None]
+        found += [
+            filesystem.is_folder("a"),
+            filesystem.is_folder("b"),
+            filesystem.size("a", "x"),
+            filesystem.sums("b", "x"),
+        ]
+        filesystem.unlink("note")
+        filesystem.unlink("note")
+        filesystem.delete("b")
+        filesystem.delete("b")
+        return [
+            *found,
+            filesystem.entries(),
+            filesystem.read("", "note") if filesystem.size("", "note") else None,
+        ]
 
-    assert use(directory_of(url)) == use(directory_of(tmp_path / "local"))
+    assert use(filesystem_at(url)) == use(filesystem_at(tmp_path / "local"))

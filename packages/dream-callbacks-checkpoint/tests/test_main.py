@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_damage import damage, reseal
-from test_manifest import manifest
+from catalogs import manifest
+from damaged_files import damage, reseal
 from tiny_runs import read_tensors, scored, steps, tiny
 from training import different, directory, weights
 
@@ -20,8 +20,8 @@ from dream_callbacks.checkpoint.__main__ import main
 from dream_callbacks.checkpoint.catalog import read_catalog
 from dream_callbacks.checkpoint.formatting import spelled_bytes, table
 from dream_callbacks.checkpoint.io.directory_lock import DirectoryLock
-from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
-from dream_callbacks.checkpoint.resume import candidates
+from dream_callbacks.checkpoint.io.local_filesystem import LocalFilesystem
+from dream_callbacks.checkpoint.retention import candidates
 from dream_trainer.callbacks import Every
 
 
@@ -115,7 +115,7 @@ def test_prune_never_deletes_the_last_one(root: Path, capsys: pytest.CaptureFixt
 
 
 def test_prune_leaves_what_is_being_read(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with LocalDisk(directory(root)).reading("step-0000000004"):
+    with LocalFilesystem(directory(root)).reading("step-0000000004"):
         output(capsys, "prune", directory(root), "--keep-last", 1)
 
     assert steps(root) == [4, 16]
@@ -215,7 +215,7 @@ def test_ten_thousand_checkpoints_are_listed_and_chosen_from(
         (folder / "MANIFEST.json").write_bytes(manifest(step=step, seq=step).encode())
 
     text = output(capsys, "ls", tmp_path)
-    newest = candidates(read_catalog(LocalDisk(tmp_path)), "last", "val_loss", "min")
+    newest = candidates(read_catalog(LocalFilesystem(tmp_path)), "last", "val_loss", "min")
 
     assert len(text.splitlines()) == 10_002
     assert newest.checkpoints[0].step == 9_999

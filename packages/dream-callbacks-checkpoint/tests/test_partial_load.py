@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_damage import damage
+from damaged_files import damage
 from tiny_runs import Average, tiny
 from torch import nn
 from training import different, directory, weights
 
-from dream_callbacks.checkpoint import CheckpointError, LoadPartialCheckpointCallback, choosing
+from dream_callbacks.checkpoint import CheckpointError, LoadPartialCheckpointCallback, catalog
 from dream_callbacks.checkpoint.catalog import Checkpoint, damage_of
-from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
+from dream_callbacks.checkpoint.io.local_filesystem import LocalFilesystem
 from dream_callbacks.checkpoint.restore import SavedState
 from dream_trainer.callbacks import Every
 from dream_trainer.testing import TinyTrainer, run_on_ranks
@@ -188,7 +188,7 @@ def test_a_model_that_has_nothing_in_common_is_an_error(
 
     trainer = tiny(tmp_path / "second", LoadPartialCheckpointCallback(source[0]), kind=Different)
 
-    with pytest.raises(CheckpointError, match=r"nothing of .*step-0000000016 fits the trainer"):
+    with pytest.raises(CheckpointError, match=r"nothing in .*step-0000000016 matches the trainer"):
         trainer.setup()
 
 
@@ -225,14 +225,14 @@ def test_one_that_is_deleted_before_it_is_held_is_passed_over(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    reading = LocalDisk.reading
+    reading = LocalFilesystem.reading
 
-    def late(self: LocalDisk, folder: str) -> Any:
+    def late(self: LocalFilesystem, folder: str) -> Any:
         if folder == "step-0000000016":  # another run's retention is faster
             shutil.rmtree(self.root / folder)
         return reading(self, folder)
 
-    monkeypatch.setattr(LocalDisk, "reading", late)
+    monkeypatch.setattr(LocalFilesystem, "reading", late)
     callback = LoadPartialCheckpointCallback(source[0])
     tiny(tmp_path / "second", callback).setup()
 
@@ -246,11 +246,13 @@ def test_none_is_deleted_between_being_verified_and_being_read(
 ) -> None:
     seen: list[bool] = []
 
-    def noted(disk: LocalDisk, checkpoint: Checkpoint, *args: Any, **options: Any) -> list[str]:
-        seen.append(disk.is_being_read(checkpoint.name))
-        return damage_of(disk, checkpoint, *args, **options)
+    def noted(
+        filesystem: LocalFilesystem, checkpoint: Checkpoint, *args: Any, **options: Any
+    ) -> list[str]:
+        seen.append(filesystem.is_being_read(checkpoint.name))
+        return damage_of(filesystem, checkpoint, *args, **options)
 
-    monkeypatch.setattr(choosing, "damage_of", noted)
+    monkeypatch.setattr(catalog, "damage_of", noted)
     tiny(tmp_path / "new", LoadPartialCheckpointCallback(source[0])).setup()
 
     assert seen == [True]
@@ -263,9 +265,9 @@ def test_the_source_is_protected_while_it_is_read(
     read = SavedState.read
 
     def noted(self: SavedState, wanted: Any) -> None:
-        seen.append(self.disk.is_being_read(self.checkpoint.name))
+        seen.append(self.filesystem.is_being_read(self.checkpoint.name))
         read(self, wanted)
-        seen.append(self.disk.is_being_read(self.checkpoint.name))
+        seen.append(self.filesystem.is_being_read(self.checkpoint.name))
 
     monkeypatch.setattr(SavedState, "read", noted)
     load = LoadPartialCheckpointCallback(source[0])
@@ -274,4 +276,4 @@ def test_the_source_is_protected_while_it_is_read(
     assert seen == [True, True]
     assert load.report is not None
     folder = Path(load.report.checkpoint)
-    assert not LocalDisk(folder.parent).is_being_read(folder.name)
+    assert not LocalFilesystem(folder.parent).is_being_read(folder.name)

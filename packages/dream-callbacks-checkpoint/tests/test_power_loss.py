@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 import training
+from forked_runs import last_acknowledged, resumed_step
 from mounts import have_mounts_of_its_own, mount, new_image, skip_unless_mountable
-from test_kills import last_acknowledged, resumed_step
 
 from dream_trainer.testing import run_on_ranks
 

@@ -12,7 +12,7 @@ import torch
 
 from dream_callbacks.checkpoint import CheckpointError
 from dream_callbacks.checkpoint.__main__ import main
-from dream_callbacks.checkpoint.testing.resume_equivalence import Difference, prove
+from dream_callbacks.checkpoint.testing import Difference, prove
 from dream_trainer.callbacks import Callback
 from dream_trainer.testing import TinyTrainer, tiny_config
 

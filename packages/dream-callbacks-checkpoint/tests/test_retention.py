@@ -7,26 +7,15 @@ import random
 from typing import Any
 
 import pytest
-from test_manifest import manifest
+from catalogs import checkpoint, steps
 
 from dream_callbacks.checkpoint.catalog import Checkpoint
-from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.retention import KeepRules, best_first, is_among_best, to_delete
-
-
-def checkpoint(step: int, value: float | None = None, **fields: Any) -> Checkpoint:
-    metrics = {} if value is None else {"val_loss": value}
-    fields = {"seq": step, "metrics": metrics, **fields}
-    return Checkpoint(file_names.checkpoint_name(step), manifest(step=step, **fields))
 
 
 def kept(checkpoints: list[Checkpoint], **rules: Any) -> list[int]:
     deleted = {c.name for c in to_delete(checkpoints, KeepRules(**rules))}
     return [c.step for c in checkpoints if c.name not in deleted]
-
-
-def steps(*values: int) -> list[Checkpoint]:
-    return [checkpoint(step) for step in values]
 
 
 def test_the_last_ones_stay() -> None:

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from test_kills import forked, free_port, resumed_step, wait_for
+from forked_runs import forked, free_port, resumed_step, wait_for
 from tiny_runs import SendSignal, saved, steps, tiny
 from training import Everything, Filled, History, different, make, weights
 

@@ -15,7 +15,7 @@ from dream_callbacks.checkpoint import (
     CheckpointError,
     CheckpointParameters,
 )
-from dream_callbacks.checkpoint.coordination import coordination
+from dream_callbacks.checkpoint.manager import coordination
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import TinyTrainer, tiny_config
 from dream_trainer.world import SimulatedWorld

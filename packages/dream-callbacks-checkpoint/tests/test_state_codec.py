@@ -19,15 +19,15 @@ from dream_callbacks.checkpoint import DamagedCheckpointError
 from dream_callbacks.checkpoint.format.state_codec import (
     decode,
     decode_plain,
+    encode,
     encode_plain,
-    split,
     tensor_names,
 )
 from dream_trainer.callbacks import RankLocal
 
 
 def there_and_back(state: Any) -> Any:
-    parts = split(state, rank=0)
+    parts = encode(state, rank=0)
     document = json.loads(json.dumps({"shared": parts.shared, "local": parts.local}))
     return decode(document["shared"], parts.tensors, document["local"])
 
@@ -96,7 +96,7 @@ def test_tensors_are_taken_out_and_put_back() -> None:
     weight, step = torch.randn(2, 3), torch.tensor(3.0)
     state = {"models": {"m": {"w": weight}}, "list": [step, (weight,)]}
 
-    parts = split(state, rank=0)
+    parts = encode(state, rank=0)
 
     assert set(parts.tensors) == {"models.m.w", "list.0", "list.1.0"}
     assert sorted(tensor_names(parts.shared)) == sorted(parts.tensors)
@@ -106,7 +106,7 @@ def test_tensors_are_taken_out_and_put_back() -> None:
 def test_values_of_one_rank_come_back_bare() -> None:
     state = {"position": RankLocal({"at": 3, "noise": torch.ones(2)}), "epoch": 1}
 
-    parts = split(state, rank=12)
+    parts = encode(state, rank=12)
     found = decode(parts.shared, parts.tensors, parts.local)
 
     assert parts.local.keys() == {"position"}
@@ -130,12 +130,12 @@ def test_values_of_one_rank_come_back_bare() -> None:
 )
 def test_anything_else_is_refused_with_its_place(value: Any) -> None:
     with pytest.raises(TypeError, match=r"state\['a'\]\[1\].*plain data"):
-        split({"a": [0, value]}, rank=0)
+        encode({"a": [0, value]}, rank=0)
 
 
 def test_two_tensors_of_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'a\.b'"):
-        split({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, rank=0)
+        encode({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, rank=0)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from training import directory, make
 
 from dream_callbacks.checkpoint.catalog import Checkpoint, read_catalog
-from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
+from dream_callbacks.checkpoint.io.local_filesystem import LocalFilesystem
 from dream_trainer.callbacks import Callback, RankLocal
 from dream_trainer.testing import TinyTrainer
 
@@ -25,7 +25,7 @@ def tiny(root: Path, *callbacks: Callback[Any], n_epochs: int = 2, **fields: Any
 
 
 def saved(root: Path) -> list[Checkpoint]:
-    catalog = read_catalog(LocalDisk(directory(root)))
+    catalog = read_catalog(LocalFilesystem(directory(root)))
     assert not catalog.damaged
     return list(catalog.checkpoints)
 

@@ -33,7 +33,7 @@ _NEED_TORCH = {
     "LoadPartialCheckpointCallback": "partial_load",
     "PartialLoad": "partial_load",
 }
-"""Imported when they are asked for: `python -m dream_callbacks.checkpoint ls` needs no torch."""
+"""Imported on first access: `python -m dream_callbacks.checkpoint ls` needs no torch."""
 
 
 def __getattr__(name: str) -> Any:

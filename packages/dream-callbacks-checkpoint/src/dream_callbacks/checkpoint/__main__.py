@@ -1,4 +1,4 @@
-"""`python -m dream_callbacks.checkpoint`: look at checkpoints, verify, prune, export, prove."""
+"""`python -m dream_callbacks.checkpoint`: list, verify, show, prune, export, prove."""
 
 from __future__ import annotations
 
@@ -15,32 +15,37 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dream_callbacks.checkpoint.catalog import Catalog, Checkpoint, damage_of, read_catalog
-from dream_callbacks.checkpoint.choosing import directory_at
+from dream_callbacks.checkpoint.catalog import (
+    Catalog,
+    Checkpoint,
+    damage_of,
+    directory_at,
+    read_catalog,
+)
 from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from dream_callbacks.checkpoint.format import file_names, json_codec
 from dream_callbacks.checkpoint.formatting import json_value, spelled_bytes, table
 from dream_callbacks.checkpoint.io import atomic_commit
-from dream_callbacks.checkpoint.io.filesystem import Directory, directory_of
+from dream_callbacks.checkpoint.io.filesystem import Filesystem, filesystem_at
 from dream_callbacks.checkpoint.retention import KeepRules, to_delete
 
 if TYPE_CHECKING:
     from dream_callbacks.checkpoint.export import Format
 
-# torch takes a second to import: only the commands that need it do so.
+# torch takes a second to import: only the commands that need it import it.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0 if all is well, 1 if something is damaged or can't be done.
+        Exit status: 0 on success, 1 if a checkpoint is damaged or the command fails.
     """
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough, as `| head` does
+    except BrokenPipeError:  # the reader closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (CheckpointError, DamagedCheckpointError, OSError, ImportError, ValueError) as error:
@@ -106,10 +111,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _ls(options: argparse.Namespace) -> int:
-    disk, catalog, step = _opened(options)
+    filesystem, catalog, step = _opened(options)
     checkpoints = [c for c in catalog.checkpoints if step in (None, c.step)]
     if options.json:
-        documents = [_document(disk, c) for c in checkpoints]
+        documents = [_document(filesystem, c) for c in checkpoints]
         print(_json({"checkpoints": documents, "damaged": catalog.damaged}))
         return 0
     names = sorted({n for c in checkpoints for n in c.metrics})
@@ -128,7 +133,7 @@ def _ls(options: argparse.Namespace) -> int:
         for c in checkpoints
     ]
     head = ["step", "epoch", "saved", "size", "ranks", *shown, "why", ""]
-    print(disk)
+    print(filesystem)
     print(table(head, rows) if rows else "no checkpoints")
     for name, what in catalog.damaged.items():
         print(f"{name} is damaged: {what}")
@@ -138,7 +143,7 @@ def _ls(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from dream_callbacks.checkpoint.restore import SavedState
 
-    disk, catalog, step = _opened(options)
+    filesystem, catalog, step = _opened(options)
     checkpoints = [c for c in catalog.checkpoints if step in (None, c.step)]
     found = {
         name: [what]
@@ -146,12 +151,12 @@ def _verify(options: argparse.Namespace) -> int:
         if step in (None, file_names.step_of(name))
     }
     if not checkpoints and not found:
-        raise CheckpointError(f"there is nothing to verify in {disk}; look with ls")
+        raise CheckpointError(f"there are no checkpoints in {filesystem}; list them with ls")
     for checkpoint in checkpoints:
-        damage = damage_of(disk, checkpoint, checksums=True)
+        damage = damage_of(filesystem, checkpoint, checksums=True)
         if not damage:
             try:
-                SavedState(disk, checkpoint)
+                SavedState(filesystem, checkpoint)
             except DamagedCheckpointError as error:
                 damage = [str(error)]
         found[checkpoint.name] = damage
@@ -172,21 +177,21 @@ def _verify(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     from dream_callbacks.checkpoint.restore import SavedState
 
-    disk, catalog, step = _opened(options)
-    checkpoint = _one(disk, catalog, step)
-    saved = SavedState(disk, checkpoint)
+    filesystem, catalog, step = _opened(options)
+    checkpoint = _one(filesystem, catalog, step)
+    saved = SavedState(filesystem, checkpoint)
     counters = json_codec.decode(saved.shared["trainer"]["counters"])
     callbacks = sorted(saved.shared["trainer"]["callbacks"])
     if options.json:
         tensors = {n: [str(t.dtype), list(t.shape)] for n, t in saved.index.items()}
         extra = {"counters": counters, "callbacks": callbacks, "tensors": tensors}
-        print(_json({**_document(disk, checkpoint), **extra}))
+        print(_json({**_document(filesystem, checkpoint), **extra}))
         return 0
     manifest = checkpoint.manifest
     axes = ", ".join(f"{axis} {size}" for axis, size in manifest.shape.items() if size > 1)
     saved_at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(manifest.created_unix))
     facts = {
-        "checkpoint": f"{disk}/{checkpoint.name}",
+        "checkpoint": f"{filesystem}/{checkpoint.name}",
         "saved": f"{saved_at}, {manifest.reason}",
         "size": f"{spelled_bytes(manifest.num_bytes)} in {len(manifest.files)} files",
         "ranks": f"{manifest.world_size}{f' ({axes})' if axes else ''}",
@@ -219,25 +224,25 @@ def _prune(options: argparse.Namespace) -> int:
         monitor=options.monitor,
         mode=options.mode,
     )
-    disk, _, step = _opened(options)
+    filesystem, _, step = _opened(options)
     if step is not None:
-        raise CheckpointError(f"prune takes a directory of checkpoints: give {disk}")
-    if not disk.renames_at_once and not options.dry_run:
+        raise CheckpointError(f"prune takes a directory of checkpoints: give {filesystem}")
+    if not filesystem.renames_at_once and not options.dry_run:
         raise CheckpointError(
-            f"nobody can tell whether a run still saves to {disk}, so nothing is deleted there; "
-            "--dry-run says what could be"
+            f"it is unknown whether a run still saves to {filesystem}, so nothing is deleted; "
+            "--dry-run lists what would be"
         )
-    lock = disk.lock(uuid.uuid4().hex)
+    lock = filesystem.lock(uuid.uuid4().hex)
     if not options.dry_run:
         lock.acquire()
     try:
-        catalog = read_catalog(disk)
-        whole = [c for c in catalog.checkpoints if not damage_of(disk, c, checksums=False)]
-        doomed = [c for c in to_delete(whole, rules) if not disk.is_being_read(c.name)]
+        catalog = read_catalog(filesystem)
+        whole = [c for c in catalog.checkpoints if not damage_of(filesystem, c, checksums=False)]
+        doomed = [c for c in to_delete(whole, rules) if not filesystem.is_being_read(c.name)]
         if not options.dry_run:
-            atomic_commit.recover(disk)
+            atomic_commit.recover(filesystem)
             for checkpoint in doomed:
-                atomic_commit.discard(disk, checkpoint.name)
+                atomic_commit.discard(filesystem, checkpoint.name)
     finally:
         lock.release()
     num_bytes = sum(c.manifest.num_bytes for c in doomed)
@@ -254,12 +259,12 @@ def _prune(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from dream_callbacks.checkpoint.export import export_checkpoint
 
-    disk, catalog, step = _opened(options)
-    checkpoint = _one(disk, catalog, step)
+    filesystem, catalog, step = _opened(options)
+    checkpoint = _one(filesystem, catalog, step)
     kind: Format = "torch" if options.output.suffix == ".pt" else "safetensors"
     kind = options.format or kind
-    with disk.reading(checkpoint.name):
-        paths = export_checkpoint(disk, checkpoint, options.output, kind)
+    with filesystem.reading(checkpoint.name):
+        paths = export_checkpoint(filesystem, checkpoint, options.output, kind)
     for path in paths:
         print(f"{path}  {spelled_bytes(path.stat().st_size)}  from {checkpoint.name}")
     return 0
@@ -283,35 +288,35 @@ def _prove(options: argparse.Namespace) -> int:
     return 0 if proof.difference is None else 1
 
 
-# Parts
+# Helpers
 
 
-def _opened(options: argparse.Namespace) -> tuple[Directory, Catalog, int | None]:
+def _opened(options: argparse.Namespace) -> tuple[Filesystem, Catalog, int | None]:
     root, step = directory_at(options.directory)
     step = getattr(options, "step", None) if step is None else step
-    disk = directory_of(root)
-    return disk, read_catalog(disk), step
+    filesystem = filesystem_at(root)
+    return filesystem, read_catalog(filesystem), step
 
 
-def _one(disk: Directory, catalog: Catalog, step: int | None) -> Checkpoint:
-    """The checkpoint of a step, or the newest one, with its files verified."""
+def _one(filesystem: Filesystem, catalog: Catalog, step: int | None) -> Checkpoint:
+    """The checkpoint of a step, or the newest, with verified files."""
     steps = ", ".join(str(c.step) for c in catalog.checkpoints[-10:]) or "none"
     found = catalog.of_step(step) if step is not None else None
     if step is None and catalog.checkpoints:
         found = catalog.checkpoints[-1]
     if found is None:
         what = "checkpoint" if step is None else f"whole checkpoint of step {step}"
-        raise CheckpointError(f"there is no {what} in {disk}; the newest steps are: {steps}")
-    damage = damage_of(disk, found, checksums=True)
+        raise CheckpointError(f"there is no {what} in {filesystem}; the newest steps are: {steps}")
+    damage = damage_of(filesystem, found, checksums=True)
     if damage:
-        raise CheckpointError(f"{damage[0]}; give the --step of another one: {steps}")
+        raise CheckpointError(f"{damage[0]}; give the --step of another checkpoint: {steps}")
     return found
 
 
-def _document(disk: Directory, checkpoint: Checkpoint) -> dict[str, Any]:
+def _document(filesystem: Filesystem, checkpoint: Checkpoint) -> dict[str, Any]:
     manifest = checkpoint.manifest
     return {
-        "path": f"{disk}/{checkpoint.name}",
+        "path": f"{filesystem}/{checkpoint.name}",
         "step": manifest.step,
         "epoch": manifest.epoch,
         "seq": manifest.seq,

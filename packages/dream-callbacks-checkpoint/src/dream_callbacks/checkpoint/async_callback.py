@@ -1,4 +1,4 @@
-"""AsyncCheckpointCallback: training waits for a copy in memory, not for the disk."""
+"""AsyncCheckpointCallback: training waits for a copy to host memory, not for the disk."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dream_callbacks.checkpoint.callback import CheckpointCallback, Session
+from dream_callbacks.checkpoint.callback import CheckpointCallback, RunState
 from dream_callbacks.checkpoint.config import CheckpointParameters
-from dream_callbacks.checkpoint.coordination import coordination
 from dream_callbacks.checkpoint.errors import CheckpointError
-from dream_callbacks.checkpoint.manager import Facts, Save, Store
+from dream_callbacks.checkpoint.manager import CheckpointManager, PendingSave, coordination
 from dream_trainer.world import Coordination
 
 if TYPE_CHECKING:
@@ -22,113 +21,124 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PATIENCE_S = 60.0
-"""How long a run that ends with an error waits for the save that is in flight."""
+"""How long a run that ends with an error waits for the save in flight."""
 
 _STALL_S = 1.0
-"""Who waits longer for the save before is told so."""
+"""Longer waits for the previous save are logged."""
 
 
 class AsyncCheckpointCallback(CheckpointCallback):
-    """A CheckpointCallback that writes beside the training.
+    """CheckpointCallback that writes in a background thread while training continues.
 
-    A save copies this rank's part of the state to host memory; a thread writes and commits it.
-    Never two are in flight: a save that is due earlier waits for the one before it. A checkpoint
-    is called saved when it lasts, as with CheckpointCallback. A save that fails is reported at the
-    next occasion on which all ranks meet, about a second later, and at the end. The end of the
-    run, a signal and an error wait for the save in flight.
+    A save copies this rank's shard of the state to host memory; a thread writes and commits it.
+    At most one save is in flight: the next one waits for it. A step is reported as saved once its
+    checkpoint is durable, as with CheckpointCallback. A failed save is reported when the ranks next
+    exchange requests, about a second later, or at the end. The end of the run, a signal and an
+    error wait for the save in flight.
 
-    Memory: one copy of this rank's part of the state on the host, kept for the next save; pinned
-    where the model is on a CUDA device.
+    Memory: one copy of this rank's shard of the state on the host, reused by the next save; pinned
+    if the model is on a CUDA device.
 
     Args:
-        parameters: As for CheckpointCallback.
+        parameters: Same as for CheckpointCallback.
     """
 
-    _flight: _Flight | None = None
-    _background: Coordination | None = None
+    _background_save: _BackgroundSave | None = None
+    _background_ranks: Coordination | None = None
 
     def __init__(self, parameters: CheckpointParameters | None = None) -> None:
         super().__init__(parameters)
         self._buffers: dict[MetadataIndex, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_flight", "_background")
+        left_out = ("_background_save", "_background_ranks")
         state = {k: v for k, v in super().__getstate__().items() if k not in left_out}
         return {**state, "_buffers": {}}
 
     def on_exception(self, exception: BaseException) -> None:
-        flight, session = self._flight, self._session
-        if flight is not None and session is not None:
-            flight.thread.join(_PATIENCE_S)
-            if flight.error is not None:
-                self._flight = None
-                logger.warning("%s", self._give_up(flight))
-            elif flight.thread.is_alive():
-                step = flight.save.facts.step
-                logger.warning("step %d isn't written after %.0f s: given up", step, _PATIENCE_S)
+        background_save, run = self._background_save, self._run
+        if background_save is not None and run is not None:
+            background_save.thread.join(_PATIENCE_S)
+            if background_save.error is not None:
+                self._background_save = None
+                logger.warning("%s", self._give_up(background_save))
+            elif background_save.thread.is_alive():
+                step = background_save.save.step
+                logger.warning(
+                    "step %d wasn't written within %.0f s; exiting without it", step, _PATIENCE_S
+                )
         super().on_exception(exception)
 
-    def _new_session(self) -> Session:
-        session = super()._new_session()
-        self._background = coordination(self.trainer.world, "checkpoint-background")
-        return session
+    def _new_run(self) -> RunState:
+        run = super()._new_run()
+        self._background_ranks = coordination(self.trainer.world, "checkpoint-background")
+        return run
 
     def _close(self) -> None:
         super()._close()
-        self._flight = None
+        self._background_save = None
         self._buffers.clear()
 
-    def _write(self, session: Session, facts: Facts) -> None:
-        """Copy the state, and let a thread do the rest."""
-        assert self._flight is None, "_save has settled it"
+    def _write(self, run: RunState, reason: str) -> None:
+        """Copy the state; a thread writes and commits it."""
+        assert self._background_save is None, "_save has waited for it"
         began_s = time.monotonic()
-        save = session.store.prepare(self.trainer.state_dict, facts)
-        session.store.stage(save, self._buffers)
-        assert self._background is not None
-        self._flight = _Flight(session.store, save, self._background, self._saved_step, began_s)
+        save = self._prepare(run, reason)
+        run.manager.stage(save, self._buffers)
+        assert self._background_ranks is not None
+        self._background_save = _BackgroundSave(
+            run.manager, save, self._background_ranks, self._saved_step, began_s
+        )
         waited_s = time.monotonic() - began_s
-        logger.debug("step %d is being saved; training waited %.3f s", facts.step, waited_s)
-        self._flight.thread.start()
+        logger.debug("step %d is being saved; training waited %.3f s", save.step, waited_s)
+        self._background_save.thread.start()
 
     def _has_failed(self) -> bool:
-        return self._flight is not None and self._flight.error is not None
+        return self._background_save is not None and self._background_save.error is not None
 
-    def _settle(self, session: Session) -> None:
-        flight = self._flight
-        if flight is None:
+    def _settle(self, run: RunState) -> None:
+        background_save = self._background_save
+        if background_save is None:
             return
         began_s = time.monotonic()
-        flight.thread.join()
+        background_save.thread.join()
         waited_s = time.monotonic() - began_s
         if waited_s > _STALL_S and self.trainer.world.is_global_zero:
-            logger.info("waited %.1f s until step %d was written", waited_s, flight.save.facts.step)
-        self._flight = None
-        if flight.error is not None:
-            self._report(self._give_up(flight), flight.error)
+            logger.info(
+                "waited %.1f s until step %d was written", waited_s, background_save.save.step
+            )
+        self._background_save = None
+        if background_save.error is not None:
+            self._report(self._give_up(background_save), background_save.error)
 
-    def _give_up(self, flight: _Flight) -> str:
-        """Let the step of a save that failed count as not saved; return what to say of it."""
-        assert flight.error is not None
-        self._saved_step = flight.saved_step_before
-        return self._failure_text(flight.save.facts.step, flight.error)
+    def _give_up(self, background_save: _BackgroundSave) -> str:
+        """Mark the step of a failed save as not saved; the message about it."""
+        assert background_save.error is not None
+        self._saved_step = background_save.saved_step_before
+        return self._failure_text(background_save.save.step, background_save.error)
 
-    def _add_late_metrics(self, session: Session, step: int) -> None:
-        flight = self._flight
-        if flight is None or not flight.take_metrics(session.metrics):
-            super()._add_late_metrics(session, step)
+    def _add_late_metrics(self, run: RunState, step: int) -> None:
+        background_save = self._background_save
+        if background_save is None or not background_save.take_metrics(run.metrics):
+            super()._add_late_metrics(run, step)
 
 
-class _Flight:
-    """A save that is being written by a thread."""
+class _BackgroundSave:
+    """A save written and committed by a thread."""
 
     def __init__(
-        self, store: Store, save: Save, ranks: Coordination, saved_step_before: int, began_s: float
+        self,
+        manager: CheckpointManager,
+        save: PendingSave,
+        ranks: Coordination,
+        saved_step_before: int,
+        began_s: float,
     ) -> None:
         self.save = save
         self.saved_step_before = saved_step_before
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
-        self._store = store
+        self._manager = manager
         self._ranks = ranks
         self._began_s = began_s
         self._changing = threading.Lock()
@@ -136,7 +146,7 @@ class _Flight:
         self._is_committed = False
 
     def take_metrics(self, metrics: Mapping[str, float]) -> bool:
-        """Keep results for the time when the checkpoint is there; False if it is there already."""
+        """Keep metrics until the checkpoint is committed; False if it already is."""
         with self._changing:
             if not self._is_committed:
                 self._late_metrics.update(metrics)
@@ -144,13 +154,13 @@ class _Flight:
 
     def _run(self) -> None:
         try:
-            self._store.write(self.save, self._ranks)
+            self._manager.write(self.save, self._ranks)
             with self._changing:
                 self._is_committed = True
             if self._ranks.is_global_zero:
-                facts = self.save.facts
-                self._store.finish(facts, self._late_metrics, time.monotonic() - self._began_s)
+                took_s = time.monotonic() - self._began_s
+                self._manager.finish(self.save, self._late_metrics, took_s)
         except CheckpointError as error:
             self.error = error
-        except BaseException as error:  # noqa: BLE001  # a thread has nobody to raise it to
+        except BaseException as error:  # noqa: BLE001  # reported by the main thread
             self.error = CheckpointError(f"{type(error).__name__}: {error}")

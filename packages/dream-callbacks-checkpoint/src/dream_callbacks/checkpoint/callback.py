@@ -1,4 +1,4 @@
-"""CheckpointCallback: when to save, and what to continue from."""
+"""CheckpointCallback: when to save and which checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from dream_callbacks.checkpoint.config import CheckpointParameters
 from dream_callbacks.checkpoint.errors import CheckpointError, error_text
 from dream_callbacks.checkpoint.io.filesystem import below
-from dream_callbacks.checkpoint.manager import Facts, Store
+from dream_callbacks.checkpoint.manager import CheckpointManager, PendingSave
 from dream_callbacks.checkpoint.restore import load_into
 from dream_callbacks.checkpoint.retention import is_among_best
 from dream_trainer.callbacks import Cadence, Callback, Every
@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Session:
-    """What the callback has while its run lasts."""
+class RunState:
+    """State of the callback during a run."""
 
-    store: Store
+    manager: CheckpointManager
     save: Request
     time_is_up: Request
     save_failed: Request
@@ -44,16 +44,16 @@ class Session:
 
 
 class CheckpointCallback(Callback[BaseTrainer]):
-    """Saves the whole state of a run, and continues from it when the run is started again.
+    """Saves the full state of a run and resumes from it when the run is started again.
 
-    Saves between two optimizer steps, as `parameters` say, at the end of the run, also when SIGTERM
-    or SIGINT stops it, and when a rank asks for it (`trainer.request_save`, SIGUSR1). A save
-    is complete and on the disk before anything is called saved, and the ones before it stay until
-    then. Restores in `post_setup`.
+    Saves between optimizer steps: at the cadence in `parameters`, at the end of the run (also when
+    SIGTERM or SIGINT stops it) and on request (`trainer.request_save`, SIGUSR1). A step is reported
+    as saved once its checkpoint is durable; older checkpoints are deleted only after that. Restores
+    in `post_setup`.
 
-    Runs after all other callbacks that don't ask for a place after it, so that it saves what they
-    leave. Its work is collective. Steps that don't save cost no host synchronization, and wait for
-    no other rank.
+    Runs after all other callbacks, except those that are placed after it, so that it saves their
+    final state of the step. Saving and restoring are collective. Steps without a save cost no host
+    sync and no communication.
 
     Args:
         parameters: When to save, what to keep, what to resume.
@@ -61,64 +61,64 @@ class CheckpointCallback(Callback[BaseTrainer]):
 
     after: ClassVar = {Callback}
 
-    _session: Session | None = None
+    _run: RunState | None = None
     _saved_step = -1
-    """The step whose state is on the disk, as far as this run knows."""
+    """Step of the newest checkpoint that this run saved or resumed from; -1 if there is none."""
 
     def __init__(self, parameters: CheckpointParameters | None = None) -> None:
         self.parameters = CheckpointParameters() if parameters is None else parameters
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        return {k: v for k, v in state.items() if k not in ("_session", "_saved_step")}
+        return {k: v for k, v in state.items() if k not in ("_run", "_saved_step")}
 
     @property
     def directory(self) -> str | Path:
-        """Where the checkpoints are; text if that is a URL. Known once the callback is attached."""
+        """Checkpoint directory, or its URL as text. Needs an attached callback."""
         trainer = self.trainer
         root = self.parameters.root_dir
         if root is None:
             return trainer.run_dir / "checkpoints"
         return below(root, trainer.project, trainer.group, trainer.experiment, "checkpoints")
 
-    # The run's life
+    # Begin and end of a run
 
     def post_setup(self) -> None:
         if self.parameters.enable:
-            session = self._session = self._new_session()
-            session.store.open()
+            run = self._run = self._new_run()
+            run.manager.open()
             try:
-                self._restore(session)
+                self._restore(run)
             finally:
-                session.store.close()  # others may look at it until `fit`
+                run.manager.close()  # other processes may use it until `fit`
 
     def pre_fit(self) -> None:
         if not self.parameters.enable:
             return
-        session = self._session = self._session or self._new_session()
-        session.store.open()
-        self._start_counting(session)
-        session.is_between_steps = True
+        run = self._run = self._run or self._new_run()
+        run.manager.open()
+        self._start_counting(run)
+        run.is_between_steps = True
 
     def post_fit(self) -> None:
-        session = self._session
-        if session is None:
+        run = self._run
+        if run is None:
             return
         reason = self.trainer.stop_reason or "end"
         try:
             if self.trainer.exception is None:
                 self._save_if_asked(reason)
-                self._settle(session)
+                self._settle(run)
         finally:
             self._close()
 
     def on_exception(self, exception: BaseException) -> None:
-        session = self._session
-        if session is None:
+        run = self._run
+        if run is None:
             return
         is_alone = not self.trainer.world.is_distributed
         if self.parameters.save_on_exception and not isinstance(exception, CheckpointError):
-            if is_alone and session.is_between_steps:
+            if is_alone and run.is_between_steps:
                 self._save(type(exception).__name__)
             else:
                 logger.warning(
@@ -129,75 +129,75 @@ class CheckpointCallback(Callback[BaseTrainer]):
                 )
         self._close()
 
-    # Occasions to save
+    # When to save
 
     def pre_train_step(self, batch: Any, batch_idx: int) -> None:
-        if self._session is not None:
-            self._session.is_between_steps = False
+        if self._run is not None:
+            self._run.is_between_steps = False
 
     def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
-        session = self._session
-        if session is None or self.trainer.is_accumulating_gradients:
+        run = self._run
+        if run is None or self.trainer.is_accumulating_gradients:
             return
-        session.is_between_steps = True
-        if not session.knows_monitor:
-            session.step_keys = tuple(result)
-        self._ask(session)
-        if session.save_failed.take():
-            self._settle(session)
-        is_asked, is_time = session.save.take(), session.time_is_up.take()
-        if session.cadence is not None and session.cadence.due(self.trainer.global_step):
-            self._save(f"every {session.cadence.every.steps} steps")
+        run.is_between_steps = True
+        if not run.knows_monitor:
+            run.step_keys = tuple(result)
+        self._ask(run)
+        if run.save_failed.take():
+            self._settle(run)
+        is_asked, is_time = run.save.take(), run.time_is_up.take()
+        if run.cadence is not None and run.cadence.due(self.trainer.global_step):
+            self._save(f"every {run.cadence.every.steps} steps")
         elif is_time:
             self._save("time")
         elif is_asked:
-            self._save_if_asked(session.save.reason())
+            self._save_if_asked(run.save.reason())
 
-    def _ask(self, session: Session) -> None:
-        """Ask all ranks for what this one has come to know: clocks and threads differ by rank."""
-        if session.clock is not None and self.trainer.world.is_global_zero:
-            if session.clock.due(self.trainer.global_step):
-                session.time_is_up.ask()
+    def _ask(self, run: RunState) -> None:
+        """Request what only this rank knows; clocks and background threads differ by rank."""
+        if run.clock is not None and self.trainer.world.is_global_zero:
+            if run.clock.due(self.trainer.global_step):
+                run.time_is_up.ask()
         if self._has_failed():
-            session.save_failed.ask()
+            run.save_failed.ask()
 
     def post_train_epoch(self, result: dict[str, Any]) -> None:
-        session = self._session
-        if session is None:
+        run = self._run
+        if run is None:
             return
-        self._note_metrics(session, result)
+        self._note_metrics(run, result)
         every = self.parameters.checkpoint_every_n_train_epochs
         if every is not None and (self.trainer.current_epoch + 1) % every == 0:
             self._save("train epoch")
 
     def pre_validation_epoch(self) -> None:
-        if self._session is not None:
-            self._session.is_between_steps = False
+        if self._run is not None:
+            self._run.is_between_steps = False
 
     def post_validation_epoch(self, result: dict[str, Any]) -> None:
-        session, counters = self._session, self.trainer.counters
-        if session is None:
+        run, counters = self._run, self.trainer.counters
+        if run is None:
             return
-        session.is_between_steps = True
-        self._check_monitor(session, result)
+        run.is_between_steps = True
+        self._check_monitor(run, result)
         if counters.validated_step != counters.global_step:
-            return  # it was a try before training
-        self._note_metrics(session, result)
-        reason = self._reason_after_validation(session)
+            return  # a sanity check before training
+        self._note_metrics(run, result)
+        reason = self._reason_after_validation(run)
         if reason is None:
             return
         if counters.epoch_stage == "validate":
-            session.due_at_epoch_end = reason  # in a moment, when the epoch is complete
+            run.due_at_epoch_end = reason  # saved in post_epoch, when the epoch is complete
         elif self.trainer.training_parameters.val_every_n_steps is not None:
             self._save(reason)
-        # Else the run ends here, and post_fit saves: this validation must leave no trace in it.
+        # Otherwise the run ends here and post_fit saves, without a trace of this validation.
 
     def post_epoch(self) -> None:
-        session = self._session
-        if session is None:
+        run = self._run
+        if run is None:
             return
-        reason, session.due_at_epoch_end = session.due_at_epoch_end, None
-        cadence = session.cadence
+        reason, run.due_at_epoch_end = run.due_at_epoch_end, None
+        cadence = run.cadence
         epochs_done = self.trainer.current_epoch + 1
         if cadence is not None and cadence.due(self.trainer.global_step, epochs_done):
             reason = "epoch"
@@ -207,90 +207,94 @@ class CheckpointCallback(Callback[BaseTrainer]):
     # Saving
 
     def _save_if_asked(self, reason: str) -> None:
-        """Save, unless a signal asked for it that doesn't count."""
+        """Save, unless a signal requested it and `save_on_signal` is off."""
         if self.parameters.save_on_signal or reason not in RUN_SIGNALS:
             self._save(reason)
 
     def _save(self, reason: str) -> None:
-        """Save this step, unless that was done."""
-        session, trainer = self._session, self.trainer
-        assert session is not None
-        self._settle(session)
+        """Save this step, unless it is already saved."""
+        run, trainer = self._run, self.trainer
+        assert run is not None
+        self._settle(run)
         step = trainer.global_step
         if step in (0, self._saved_step):
             return
-        metrics = session.metrics if session.metrics_step == step else {}
-        facts = Facts(
-            step=step,
-            epoch=trainer.current_epoch,
-            reason=reason,
-            num_train_batches=trainer.num_train_batches,
-            metrics=dict(metrics),
-        )
-        self._start_clock(session)
-        session.time_is_up.withdraw()
+        self._start_clock(run)
+        run.time_is_up.withdraw()
         try:
-            self._write(session, facts)
+            self._write(run, reason)
         except CheckpointError as error:
             self._report(self._failure_text(step, error), error)
         else:
             self._saved_step = step
 
-    def _write(self, session: Session, facts: Facts) -> None:
-        """Save and commit before returning."""
+    def _write(self, run: RunState, reason: str) -> None:
+        """Save and commit synchronously."""
         began_s = time.monotonic()
-        store = session.store
-        store.write(store.prepare(self.trainer.state_dict, facts))
+        save = self._prepare(run, reason)
+        run.manager.write(save)
         if self.trainer.world.is_global_zero:
-            store.finish(facts, {}, time.monotonic() - began_s)
+            run.manager.finish(save, {}, time.monotonic() - began_s)
+
+    def _prepare(self, run: RunState, reason: str) -> PendingSave:
+        trainer = self.trainer
+        step = trainer.global_step
+        return run.manager.prepare(
+            trainer.state_dict,
+            step=step,
+            epoch=trainer.current_epoch,
+            reason=reason,
+            num_train_batches=trainer.num_train_batches,
+            metrics=dict(run.metrics) if run.metrics_step == step else {},
+        )
 
     def _report(self, text: str, error: BaseException | None = None) -> None:
-        """Say that a save failed, as the parameters want it. On all ranks alike."""
+        """Raise or warn about a failed save, as `on_save_error` says. Called on all ranks."""
         if self.parameters.on_save_error == "raise":
             raise CheckpointError(text) from error
         if self.trainer.world.is_global_zero:
-            logger.warning("%s; training goes on, and the next save is tried as planned", text)
+            logger.warning("%s; training continues, and the next save is as planned", text)
 
     def _failure_text(self, step: int, error: BaseException) -> str:
-        """What to say of a save that failed. Not collective."""
+        """Message about a failed save. Not collective."""
         saved = self._saved_step
         newest = f"the newest one is that of step {saved}" if saved > 0 else "there is none yet"
         advice = (
-            ""  # the text says what is wrong with the state
+            ""  # the error names the invalid value of the state
             if isinstance(error.__cause__, (TypeError, ValueError))
             else ". Make sure that there is room (keep_last and keep_top_k say how many "
-            "checkpoints stay) and that the directory can be written to"
+            "checkpoints stay) and that the directory is writable"
         )
         return (
             f"the checkpoint of step {step} couldn't be saved in {self.directory}: "
             f"{error_text(error)}; {newest}{advice}"
         )
 
-    # For saves that go on beside the training
+    # Hooks for background saves
 
     def _has_failed(self) -> bool:
-        """Whether a save in the background has failed, as far as this rank knows."""
+        """Whether a background save has failed on this rank."""
         return False
 
-    def _settle(self, session: Session) -> None:
-        """Wait for a save in the background, and report its failure. On all ranks alike."""
+    def _settle(self, run: RunState) -> None:
+        """Wait for a background save and report its failure. Called on all ranks."""
 
-    # Results
+    # Metrics
 
-    def _note_metrics(self, session: Session, result: Mapping[str, Any]) -> None:
-        """Remember the scalars of a result; add them to this step's checkpoint if there is one."""
+    def _note_metrics(self, run: RunState, result: Mapping[str, Any]) -> None:
+        """Keep the scalars of a result; add them to this step's checkpoint if it is saved."""
         step = self.trainer.global_step
-        if session.metrics_step != step:
-            session.metrics, session.metrics_step = {}, step
-        session.metrics |= _scalars(result)
+        if run.metrics_step != step:
+            run.metrics, run.metrics_step = {}, step
+        run.metrics |= _scalars(result)
         if self._saved_step == step:
-            self._add_late_metrics(session, step)
+            self._add_late_metrics(run, step)
 
-    def _add_late_metrics(self, session: Session, step: int) -> None:
+    def _add_late_metrics(self, run: RunState, step: int) -> None:
         if self.trainer.world.is_global_zero:
-            session.store.add_metrics(step, session.metrics)
+            run.manager.add_metrics(step, run.metrics)
 
-    def _reason_after_validation(self, session: Session) -> str | None:
+    def _reason_after_validation(self, run: RunState) -> str | None:
         trainer, parameters = self.trainer, self.parameters
         every = parameters.checkpoint_every_n_val_epochs
         if every is not None:
@@ -304,32 +308,33 @@ class CheckpointCallback(Callback[BaseTrainer]):
                 return "validation"
         if not parameters.keep_rules.top_k:
             return None
-        value = session.metrics.get(parameters.monitor)
-        store = session.store
-        is_best = store.ranks.on_rank_zero(
+        value = run.metrics.get(parameters.monitor)
+        manager = run.manager
+        is_best = manager.ranks.on_rank_zero(
             lambda: (
-                value is not None and is_among_best(value, store.checkpoints, parameters.keep_rules)
+                value is not None
+                and is_among_best(value, manager.checkpoints, parameters.keep_rules)
             )
         )
         return f"{parameters.monitor} among the best" if is_best else None
 
-    def _check_monitor(self, session: Session, result: Mapping[str, Any]) -> None:
-        """Raise if what the parameters go by is in no result; at the first chance to know."""
-        if session.knows_monitor or not self.parameters.goes_by_monitor:
+    def _check_monitor(self, run: RunState, result: Mapping[str, Any]) -> None:
+        """Raise as soon as it is known that no result contains `monitor`."""
+        if run.knows_monitor or not self.parameters.goes_by_monitor:
             return
         monitor = self.parameters.monitor
-        known = sorted({*_scalars(result), *session.step_keys})
+        known = sorted({*_scalars(result), *run.step_keys})
         if monitor in known:
-            session.knows_monitor = True
-        elif session.step_keys:
+            run.knows_monitor = True
+        elif run.step_keys:
             raise CheckpointError(
                 f"monitor={monitor!r} is in no result; there are {', '.join(known) or 'none'}: set "
                 "monitor to one of these, or report it from validation_step"
             )
 
-    # Sessions
+    # Begin and end
 
-    def _new_session(self) -> Session:
+    def _new_run(self) -> RunState:
         trainer = self.trainer
         for name, other in trainer.callbacks.items():
             if isinstance(other, CheckpointCallback) and other is not self:
@@ -339,28 +344,28 @@ class CheckpointCallback(Callback[BaseTrainer]):
                         "another root_dir, or leave it out"
                     )
         requests, name = trainer.requests, self._name()
-        return Session(
-            Store(self.directory, trainer.world, self.parameters.keep_rules),
+        return RunState(
+            CheckpointManager(self.directory, trainer.world, self.parameters.keep_rules),
             save=requests.register("save"),
             time_is_up=requests.register(f"{name}: time"),
             save_failed=requests.register(f"{name}: failed save"),
         )
 
     def _name(self) -> str:
-        """Its name in the collection."""
+        """Name of this callback in the collection."""
         return next(name for name, each in self.trainer.callbacks.items() if each is self)
 
     def _close(self) -> None:
-        session, self._session = self._session, None
-        if session is not None:
-            session.store.close()
+        run, self._run = self._run, None
+        if run is not None:
+            run.manager.close()
 
-    def _restore(self, session: Session) -> None:
-        store, parameters = session.store, self.parameters
+    def _restore(self, run: RunState) -> None:
+        manager, parameters = run.manager, self.parameters
         if parameters.resume_mode is None:
-            store.start_afresh()
+            manager.start_afresh()
             return
-        checkpoint = store.choose(
+        checkpoint = manager.choose(
             parameters.resume_mode,
             parameters.monitor,
             parameters.best_mode,
@@ -370,33 +375,33 @@ class CheckpointCallback(Callback[BaseTrainer]):
             return
         load_into(
             self.trainer,
-            store.disk,
+            manager.filesystem,
             checkpoint,
-            store.ranks,
+            manager.ranks,
             strict=parameters.strict_load,
             resume_data=parameters.resume_data,
         )
         self._saved_step = checkpoint.step
         if self.trainer.world.is_global_zero:
-            logger.info("continuing from %s/%s", store.disk, checkpoint.name)
+            logger.info("continuing from %s/%s", manager.filesystem, checkpoint.name)
 
-    def _start_counting(self, session: Session) -> None:
+    def _start_counting(self, run: RunState) -> None:
         every = self.parameters.cadence
         counters = self.trainer.counters
         if every is not None and (every.steps is not None or every.epochs is not None):
             epochs_done = counters.current_epoch + (counters.epoch_stage == "end")
             by_count = Every(steps=every.steps, epochs=every.epochs)
-            session.cadence = by_count.start(counters.global_step, epochs_done)
-        self._start_clock(session)
+            run.cadence = by_count.start(counters.global_step, epochs_done)
+        self._start_clock(run)
 
-    def _start_clock(self, session: Session) -> None:
+    def _start_clock(self, run: RunState) -> None:
         every = self.parameters.cadence
         if every is not None and every.seconds is not None:
-            session.clock = Every(seconds=every.seconds).start()
+            run.clock = Every(seconds=every.seconds).start()
 
 
 def _scalars(result: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a result. Waits for the device where they are tensors."""
+    """Scalars of a result as floats. Host sync for tensors on a device."""
     scalars = {}
     for name, value in result.items():
         if isinstance(value, (bool, int, float)):

@@ -1,15 +1,22 @@
-"""What is in a checkpoint directory: one look, no file but the manifests is read."""
+"""Catalog: list the checkpoints of a directory, verify their files, choose one to restore."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from dream_callbacks.checkpoint.errors import DamagedCheckpointError
+from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from dream_callbacks.checkpoint.format import file_names, json_codec
 from dream_callbacks.checkpoint.format.manifest import FileSum, Manifest, sealed, unsealed
-from dream_callbacks.checkpoint.io.filesystem import Directory
+from dream_callbacks.checkpoint.io.filesystem import Filesystem, filesystem_at, is_url
+from dream_callbacks.checkpoint.retention import ResumeMode, candidates
+
+if TYPE_CHECKING:
+    from dream_trainer.world import Coordination
 
 logger = logging.getLogger(__name__)
 
@@ -18,12 +25,12 @@ _MAX_MANIFEST_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose manifest is whole. Whether its files are is for `damage_of` to say.
+    """A checkpoint with a valid manifest. `damage_of` verifies its other files.
 
     Attributes:
-        name: Of its folder.
-        manifest: What it is.
-        late_metrics: Results that came after the save.
+        name: Name of its folder.
+        manifest: Its manifest.
+        late_metrics: Results reported after the save.
     """
 
     name: str
@@ -36,11 +43,11 @@ class Checkpoint:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Results of the validation of exactly these weights."""
+        """Validation results of these weights."""
         return {**self.manifest.metrics, **self.late_metrics}
 
     def metric(self, name: str) -> float | None:
-        """A result to compare by; None if there is none, or it is not a number."""
+        """A metric; None if it is missing or NaN."""
         value = self.metrics.get(name)
         return None if value is None or math.isnan(value) else value
 
@@ -50,8 +57,8 @@ class Catalog:
     """The checkpoints of a directory.
 
     Attributes:
-        checkpoints: Oldest first, in the order in which they were written.
-        damaged: What is wrong with the folders that look like checkpoints and aren't, by name.
+        checkpoints: In the order in which they were written, oldest first.
+        damaged: Problem of each folder named like a checkpoint without a valid manifest, by name.
     """
 
     checkpoints: tuple[Checkpoint, ...] = ()
@@ -65,9 +72,56 @@ class Catalog:
         return next((c for c in self.checkpoints if c.step == step), None)
 
 
-def read_catalog(disk: Directory) -> Catalog:
-    """Look into a directory; an empty catalog if it isn't there."""
-    names = disk.entries()
+def directory_at(path: str | Path) -> tuple[str | Path, int | None]:
+    """Find the checkpoint directory at a path; also the step if the path is a checkpoint.
+
+    Args:
+        path: A checkpoint directory, its run directory, or a checkpoint in it; or a URL of one
+            of them.
+
+    Raises:
+        CheckpointError: If it is none of them.
+    """
+    if is_url(path):
+        return _directory_at_url(str(path).rstrip("/"))
+    path = Path(path).expanduser()
+    step = file_names.step_of(path.name)
+    if step is not None and path.is_dir():
+        return path.parent, step
+    for directory in (path, path / "checkpoints"):
+        if directory.is_dir() and (
+            (directory / file_names.LOCK).exists()
+            or any(file_names.step_of(entry.name) is not None for entry in directory.iterdir())
+        ):
+            return directory, None
+    if not path.is_dir():
+        raise CheckpointError(f"{path} isn't a directory; give one that checkpoints are in")
+    below = sorted(lock.parent for lock in path.glob(f"*/*/*/checkpoints/{file_names.LOCK}"))
+    hint = f"; there are checkpoints in {', '.join(map(str, below[:5]))}" if below else ""
+    raise CheckpointError(
+        f"there are no checkpoints in {path}{hint}; give a run directory, or the folder "
+        f"checkpoints in it"
+    )
+
+
+def _directory_at_url(url: str) -> tuple[str, int | None]:
+    above, _, name = url.rpartition("/")
+    step = file_names.step_of(name)
+    if step is not None:
+        return above, step
+    for place in (url, f"{url}/checkpoints"):
+        names = filesystem_at(place).entries()
+        if file_names.LOCK in names or any(file_names.step_of(each) is not None for each in names):
+            return place, None
+    raise CheckpointError(
+        f"there are no checkpoints in {url}; give the URL of a run directory, or of the folder "
+        "checkpoints in it"
+    )
+
+
+def read_catalog(filesystem: Filesystem) -> Catalog:
+    """Read all manifests of a directory; an empty catalog if it doesn't exist."""
+    names = filesystem.entries()
     with_metrics = {file_names.step_of_metrics(name) for name in names}
     checkpoints, damaged = [], {}
     for name in names:
@@ -75,25 +129,25 @@ def read_catalog(disk: Directory) -> Catalog:
         if step is None:
             continue
         try:
-            manifest = read_manifest(disk, name)
+            manifest = read_manifest(filesystem, name)
         except (DamagedCheckpointError, OSError) as error:
             damaged[name] = str(error)
             continue
-        late = read_late_metrics(disk, manifest) if step in with_metrics else {}
+        late = read_late_metrics(filesystem, manifest) if step in with_metrics else {}
         checkpoints.append(Checkpoint(name, manifest, late))
     checkpoints.sort(key=lambda checkpoint: (checkpoint.manifest.seq, checkpoint.step))
     return Catalog(tuple(checkpoints), dict(sorted(damaged.items())))
 
 
-def read_manifest(disk: Directory, name: str) -> Manifest:
+def read_manifest(filesystem: Filesystem, name: str) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        DamagedCheckpointError: If it isn't there, or isn't what was written.
+        DamagedCheckpointError: If it is missing or corrupt.
     """
-    if not disk.is_folder(name):
+    if not filesystem.is_folder(name):
         raise DamagedCheckpointError("it isn't a folder")
-    data = disk.read(name, file_names.MANIFEST, _MAX_MANIFEST_BYTES)
+    data = filesystem.read(name, file_names.MANIFEST, _MAX_MANIFEST_BYTES)
     try:
         manifest = Manifest.decode(data)
     except DamagedCheckpointError as error:
@@ -106,22 +160,22 @@ def read_manifest(disk: Directory, name: str) -> Manifest:
 
 
 def late_metrics_document(manifest: Manifest, metrics: dict[str, float]) -> bytes:
-    """What the file of late results holds."""
+    """Content of the file of late metrics."""
     return sealed({"run": manifest.run, "seq": manifest.seq, "metrics": json_codec.encode(metrics)})
 
 
-def read_late_metrics(disk: Directory, manifest: Manifest) -> dict[str, float]:
-    """Results that came after a save; none, with a warning, if they can't be read."""
+def read_late_metrics(filesystem: Filesystem, manifest: Manifest) -> dict[str, float]:
+    """Metrics reported after a save; none, with a warning, if they can't be read."""
     name = file_names.metrics_name(manifest.step)
     try:
-        document = unsealed(disk.read("", name, _MAX_MANIFEST_BYTES))
+        document = unsealed(filesystem.read("", name, _MAX_MANIFEST_BYTES))
         if (document["run"], document["seq"]) != (manifest.run, manifest.seq):
             return {}  # of an earlier checkpoint of the same step
         return {str(k): float(v) for k, v in json_codec.decode(document["metrics"]).items()}
     except (DamagedCheckpointError, OSError, KeyError, TypeError, ValueError) as error:
         logger.warning(
-            "%s/%s can't be used: %s; the checkpoint counts as one without metrics",
-            disk,
+            "%s/%s can't be used: %s; the checkpoint is treated as one without metrics",
+            filesystem,
             name,
             error,
         )
@@ -129,34 +183,34 @@ def read_late_metrics(disk: Directory, manifest: Manifest) -> dict[str, float]:
 
 
 def damage_of(
-    disk: Directory,
+    filesystem: Filesystem,
     checkpoint: Checkpoint,
     *,
     checksums: bool,
     share: tuple[int, int] = (0, 1),
 ) -> list[str]:
-    """What is wrong with the files of a checkpoint; nothing if they are what was written.
+    """Problems of a checkpoint's files; empty if they are intact.
 
     Args:
-        disk: Where.
-        checkpoint: Which.
-        checksums: Read the files; else look at their sizes alone.
-        share: (i, n) for the i-th of n parts of the files, for ranks that share the work.
+        filesystem: Directory of the checkpoint.
+        checkpoint: The checkpoint to verify.
+        checksums: Compare checksums; otherwise only sizes.
+        share: (i, n) to verify the i-th of n parts of the files.
     """
     wrong: list[str] = []
     part, num_parts = share
     files = sorted(checkpoint.manifest.files.items(), key=lambda item: (item[1].num_bytes, item[0]))
     for name, saved in files[part::num_parts]:
-        problem = _damage_of_file(disk, checkpoint.name, name, saved, checksums=checksums)
+        problem = _damage_of_file(filesystem, checkpoint.name, name, saved, checksums=checksums)
         if problem is not None:
             wrong.append(f"{checkpoint.name}/{problem}")
     return wrong
 
 
 def _damage_of_file(
-    disk: Directory, folder: str, name: str, saved: FileSum, *, checksums: bool
+    filesystem: Filesystem, folder: str, name: str, saved: FileSum, *, checksums: bool
 ) -> str | None:
-    num_bytes = disk.size(folder, name)
+    num_bytes = filesystem.size(folder, name)
     if num_bytes is None:
         return f"{name} is missing, or isn't a regular file"
     if num_bytes != saved.num_bytes:
@@ -164,9 +218,89 @@ def _damage_of_file(
     if not checksums:
         return None
     try:
-        found = disk.sums(folder, name)
+        found = filesystem.sums(folder, name)
     except DamagedCheckpointError as error:
         return str(error)
     except OSError as error:
         return f"{name} can't be read: {error}"
     return None if found == saved else f"{name}: its checksum doesn't match"
+
+
+def choose(
+    filesystem: Filesystem,
+    catalog: Catalog,
+    ranks: Coordination,
+    resume_mode: ResumeMode,
+    monitor: str,
+    mode: Literal["min", "max"],
+    *,
+    verify: bool,
+    held: contextlib.ExitStack | None = None,
+) -> Checkpoint | None:
+    """Choose the first candidate with intact files. Rank 0 decides, all ranks verify. Collective.
+
+    Args:
+        filesystem: The checkpoint directory.
+        catalog: Its checkpoints; only rank 0's is used.
+        ranks: All ranks of the run.
+        resume_mode: Which checkpoint to prefer.
+        monitor: Metric of "best", "min" and "max".
+        mode: Whether "best" means low or high.
+        verify: Compare checksums; otherwise only sizes.
+        held: Protects the checkpoint from deletion by another run until it is closed. Not needed
+            while holding the directory's lock.
+
+    Returns:
+        The checkpoint; None if there are none.
+
+    Raises:
+        CheckpointError: If there are candidates and all are damaged.
+    """
+    chosen = ranks.on_rank_zero(lambda: candidates(catalog, resume_mode, monitor, mode))
+    if ranks.is_global_zero:
+        for text in chosen.passed_over:
+            logger.warning("%s/%s; not resumed from", filesystem, text)
+    problems: list[str] = []
+    for checkpoint in chosen.checkpoints:
+        damage = _held(filesystem, checkpoint, ranks, held) if held is not None else []
+        damage = damage or damage_seen(filesystem, checkpoint, ranks, checksums=verify)
+        if not damage:
+            return checkpoint
+        problems.append("; ".join(damage[:3]))
+        if ranks.is_global_zero:
+            logger.warning(
+                "%s is damaged: %s; trying the previous one", checkpoint.name, problems[-1]
+            )
+    if not chosen.checkpoints:
+        return None
+    raise CheckpointError(
+        f"none of the checkpoints in {filesystem} that resume_mode={resume_mode!r} allows is whole "
+        f"({'; '.join(problems[:3])}); restore one from a copy, choose another step, or move them "
+        "away to start from scratch"
+    )
+
+
+def damage_seen(
+    filesystem: Filesystem, checkpoint: Checkpoint, ranks: Coordination, *, checksums: bool
+) -> list[str]:
+    """Problems of a checkpoint's files; each rank verifies a share. Collective."""
+    share = (ranks.rank, ranks.world_size)
+    found = ranks.gather(
+        lambda: damage_of(filesystem, checkpoint, checksums=checksums, share=share)
+    )
+    return [problem for part in found for problem in part]
+
+
+def _held(
+    filesystem: Filesystem, checkpoint: Checkpoint, ranks: Coordination, held: contextlib.ExitStack
+) -> list[str]:
+    """Protect a checkpoint from deletion; the first problem, if any. Collective."""
+
+    def hold() -> str | None:
+        try:
+            held.enter_context(filesystem.reading(checkpoint.name))
+        except DamagedCheckpointError as error:
+            return str(error)
+        return None
+
+    return [problem for problem in ranks.gather(hold) if problem is not None][:1]

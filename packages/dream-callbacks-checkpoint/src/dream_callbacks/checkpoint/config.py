@@ -14,43 +14,42 @@ DEFAULT_EVERY = Every(epochs=1, seconds=1800)
 
 @dataclass(kw_only=True)
 class CheckpointParameters:
-    """When to save, what to keep, and what to resume: three separate matters.
+    """When to save, what to keep and what to resume; independent of each other.
 
-    A save also happens at the end of the run, before it ends on a signal, and, with
-    `keep_top_k`, whenever a validation gives one of the best results.
+    A save also happens at the end of the run, before a signal ends it, and, with `keep_top_k`,
+    after each validation whose result is among the best.
 
     Args:
-        root_dir: Where run directories lie: checkpoints are in
+        root_dir: Parent of the run directories: checkpoints are in
             `root_dir/project/group/experiment/checkpoints`. Default: the trainer's root_dir. May
-            be a URL that fsspec knows, such as "s3://bucket/runs".
-        every: How often to save. Default: each epoch, and every half hour.
-        checkpoint_every_n_train_epochs: Instead of `every`: after so many epochs, before their
-            validation.
-        checkpoint_every_n_val_epochs: Instead of `every`: after so many validation runs.
-        monitor: The result that tells which checkpoint is best: a name in what
-            `validation_step` or, at the end of an epoch, `training_step` returns.
-        mode: Whether a low or a high result is better.
-        keep_last: How many of the newest checkpoints stay; None for all of them. With 1 there
-            is nothing to fall back to.
-        keep_top_k: How many of the best stay besides.
-        keep_every: The first checkpoint in each span of so many steps stays besides.
-        resume_mode: What a run begins with: "last" with the newest checkpoint, "best" with that of
-            the best result, "min" or "max" with that of the lowest or highest, a number with
-            that of a step, None with nothing: what is there is moved aside. Without any
-            checkpoint the run begins from scratch.
-        strict_load: Refuse a checkpoint whose names, shapes or dtypes of weights differ from the
-            model's; else load what matches.
-        resume_data: Continue at the next batch; else begin the epoch in hand anew, as after a
-            change of the data.
+            be a URL supported by fsspec, such as "s3://bucket/runs".
+        every: How often to save. Default: every epoch and every 30 minutes.
+        checkpoint_every_n_train_epochs: Instead of `every`: save every n epochs, before validation.
+        checkpoint_every_n_val_epochs: Instead of `every`: save after every n-th validation.
+        monitor: Metric that ranks checkpoints: a key of what `validation_step` or, at the end of
+            an epoch, `training_step` returns.
+        mode: Whether a low or a high value is better.
+        keep_last: Number of newest checkpoints to keep; None for all. With 1 there is no older
+            checkpoint to fall back to.
+        keep_top_k: Number of best checkpoints to keep in addition.
+        keep_every: Also keep the first checkpoint of each interval of this many steps.
+        resume_mode: Checkpoint to resume from: "last" is the newest, "best" the one with the best
+            metric, "min" or "max" the one with the lowest or highest, a number the one of that
+            step. None starts from scratch and moves existing checkpoints aside. Without any
+            checkpoint the run starts from scratch.
+        strict_load: Refuse a checkpoint whose tensor names, shapes or dtypes differ from the
+            trainer's; otherwise load what matches.
+        resume_data: Continue at the next batch; otherwise restart the current epoch, for example
+            after a change of the data.
         save_on_signal: Save when SIGTERM or SIGINT stops the run, and on SIGUSR1.
-        save_on_exception: Save when an error ends the run between two steps. In a world of one
-            alone: with several ranks, some of them may be gone.
-        on_save_error: "warn" to train on when a save fails; "raise" to end the run.
-        verify: Compare checksums before loading; else only sizes.
-        model_weights_only: Of dream-trainer 1.x; without effect, since checkpoints are complete
-            and `LoadPartialCheckpointCallback` takes the weights alone.
-        pin_memory: Of dream-trainer 1.x; without effect, since staging pins memory where it helps.
-        enable: False for no checkpoints at all, neither saved nor resumed.
+        save_on_exception: Save when an exception ends the run between two steps. Only with one
+            rank: of several ranks, some may have exited.
+        on_save_error: "warn" to continue training when a save fails; "raise" to end the run.
+        verify: Compare checksums before loading; otherwise only sizes.
+        model_weights_only: From dream-trainer 1.x; ignored: checkpoints are always complete, and
+            `LoadPartialCheckpointCallback` loads only weights.
+        pin_memory: From dream-trainer 1.x; ignored: staging memory is pinned on CUDA.
+        enable: False to neither save nor resume.
 
     Raises:
         ValueError: If a number is out of range, or fields contradict each other.
@@ -118,7 +117,7 @@ class CheckpointParameters:
 
     @property
     def cadence(self) -> Every | None:
-        """How often to save; None if it goes by training or validation epochs of its own."""
+        """How often to save; None with `checkpoint_every_n_…_epochs`."""
         by_epochs = (self.checkpoint_every_n_train_epochs, self.checkpoint_every_n_val_epochs)
         if self.every is None and by_epochs == (None, None):
             return DEFAULT_EVERY
@@ -126,17 +125,17 @@ class CheckpointParameters:
 
     @property
     def best_mode(self) -> Literal["min", "max"]:
-        """Whether a low or a high result is better: `resume_mode="max"` says so too."""
+        """`mode`, or "max" with `resume_mode="max"`."""
         return "max" if self.resume_mode == "max" else self.mode
 
     @property
     def goes_by_monitor(self) -> bool:
-        """Whether anything depends on the monitored result."""
+        """Whether retention or resuming depends on `monitor`."""
         return self.keep_top_k > 0 or self.resume_mode in ("best", "min", "max")
 
     @property
     def keep_rules(self) -> KeepRules:
-        """What to keep; the best one also where the next start will ask for it."""
+        """Retention rules; they keep the best checkpoint if `resume_mode` needs it."""
         resumes_best = self.resume_mode in ("best", "min", "max")
         return KeepRules(
             last=self.keep_last,

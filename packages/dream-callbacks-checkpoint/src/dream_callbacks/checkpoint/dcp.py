@@ -1,4 +1,4 @@
-"""Tensors to disk and back, through torch.distributed.checkpoint: sharded, and resharded."""
+"""Write and read tensors through torch.distributed.checkpoint (DCP), with resharding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem as TorchFileSystem
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     Metadata,
     MetadataIndex,
@@ -28,18 +29,18 @@ from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.json_codec import Path as TreePath
 from dream_callbacks.checkpoint.format.manifest import FileSum
 from dream_callbacks.checkpoint.format.tensor_index import TensorIndex
-from dream_callbacks.checkpoint.io.filesystem import Directory
+from dream_callbacks.checkpoint.io.filesystem import Filesystem
 from dream_trainer.world import Coordination
 
 
 @dataclasses.dataclass
-class TensorsToWrite:
-    """What this rank is to write: its pieces of tensors, none of them twice over all ranks.
+class TensorPlan:
+    """Pieces of tensors that this rank writes; each piece is written by one rank.
 
     Attributes:
-        plan: This rank's pieces.
-        total_bytes: Of all ranks, roughly.
-        metadata: Of all ranks; on rank 0 alone.
+        plan: DCP's plan of this rank.
+        total_bytes: Approximate size of the tensors of all ranks.
+        metadata: DCP's metadata of all ranks; only on rank 0.
     """
 
     plan: SavePlan
@@ -48,15 +49,16 @@ class TensorsToWrite:
     _planner: _Planner
 
     @classmethod
-    def planned(
+    def of_state(
         cls, tensors: Mapping[str, Tensor], paths: Mapping[str, TreePath], ranks: Coordination
-    ) -> TensorsToWrite:
-        """Share the tensors out among the ranks. Collective.
+    ) -> TensorPlan:
+        """Divide the tensors among the ranks. Collective.
 
         Args:
-            tensors: By name. DTensors are saved by whoever has a shard, others by one rank.
-            paths: Places in the state, for tools that rebuild it from DCP's files.
-            ranks: Who takes part.
+            tensors: By name. Each rank writes its shards of DTensors; one rank writes a plain
+                tensor.
+            paths: Path of each tensor in the state, for tools that read DCP's files.
+            ranks: All ranks of the run.
         """
         planner = _Planner()
         planner.set_up_planner(dict(tensors), is_coordinator=ranks.is_global_zero)
@@ -85,10 +87,10 @@ class TensorsToWrite:
         return cls(final, total_bytes, found[0] if found else None, planner)
 
     def stage(self, buffers: dict[MetadataIndex, Tensor]) -> None:
-        """Copy this rank's pieces to host memory, so that training may go on.
+        """Copy this rank's pieces to host memory, so that training can continue.
 
         Args:
-            buffers: Copies of the last time, used again where they fit; filled with these.
+            buffers: Copies of the previous save, reused where shape and dtype match; updated.
         """
         staged: dict[MetadataIndex, Tensor] = {}
         for item in self.plan.items:
@@ -108,11 +110,11 @@ class TensorsToWrite:
         self._planner.state_dict = {}
 
     def has_nan(self, prefix: str) -> bool:
-        """Whether a tensor whose name begins so holds something that is not a number.
+        """Whether this rank's pieces of tensors with a name prefix contain NaN.
 
-        Looks at this rank's pieces alone; waits for the device.
+        Host sync.
         """
-        largest = []  # NaN if something is: one pass, and nothing as large as the tensor is made
+        largest = []  # max propagates NaN: one pass, no temporary of the tensor's size
         for item in self.plan.items:
             if item.index.fqn.startswith(prefix):
                 piece = cast("Tensor", self._planner.lookup_object(item.index)).detach()
@@ -120,15 +122,17 @@ class TensorsToWrite:
                     largest.append(piece.max().float().cpu())
         return bool(largest) and bool(torch.stack(largest).isnan().any())
 
-    def write(self, disk: Directory, folder: str) -> tuple[list[WriteResult], dict[str, FileSum]]:
+    def write(
+        self, filesystem: Filesystem, folder: str
+    ) -> tuple[list[WriteResult], dict[str, FileSum]]:
         """Write this rank's pieces.
 
         Returns:
-            Where each piece is, and the sums of the files.
+            Locations of the pieces, and checksums of the files.
         """
-        files = _Files(disk, folder)
-        writer = _writer(disk, folder, files)
-        # Each file's checksum is ours; torch would sum up every tensor a second time.
+        files = _Files(filesystem, folder)
+        writer = _writer(filesystem, folder, files)
+        # Files have our own checksums; torch would compute a CRC of every tensor as well.
         without_crc = config.patch("save.compute_crc32", False)  # type: ignore[attr-defined]  # is there
         with without_crc:
             results = writer.write_data(self.plan, self._planner).value()
@@ -140,34 +144,33 @@ class TensorsToWrite:
         return results, files.sums
 
     def finish(
-        self, disk: Directory, folder: str, results: Sequence[list[WriteResult]]
+        self, filesystem: Filesystem, folder: str, results: Sequence[list[WriteResult]]
     ) -> dict[str, FileSum]:
-        """Write where everything is. On rank 0, with the results of all ranks.
+        """Write the tensor index and DCP's metadata. On rank 0, with the results of all ranks.
 
         Returns:
-            The sums of the files.
+            Checksums of the files.
         """
         assert self.metadata is not None, "rank 0 has it"
-        files = _Files(disk, folder)
-        _writer(disk, folder, files).finish(self.metadata, list(results))
+        files = _Files(filesystem, folder)
+        _writer(filesystem, folder, files).finish(self.metadata, list(results))
         index = TensorIndex.of_save(self.metadata, (r for part in results for r in part))
         return {
             **files.sums,
-            file_names.INDEX: disk.write(folder, file_names.INDEX, index.encode()),
+            file_names.INDEX: filesystem.write(folder, file_names.INDEX, index.encode()),
         }
 
 
 def read_tensors(
-    disk: Directory, folder: str, index: TensorIndex, wanted: Mapping[str, Tensor]
+    filesystem: Filesystem, folder: str, index: TensorIndex, wanted: Mapping[str, Tensor]
 ) -> None:
-    """Fill tensors from a checkpoint, each rank its own shards. Not collective.
+    """Read tensors of a checkpoint in place; each rank reads its own shards. Not collective.
 
     Args:
-        disk: Where.
-        folder: Of the checkpoint.
-        index: The checkpoint's.
-        wanted: Tensors to fill in place, by name; all of them are in the index, in their shape.
-            Another dtype is cast.
+        filesystem: Directory of the checkpoint.
+        folder: Folder of the checkpoint.
+        index: Its tensor index.
+        wanted: Tensors by name, all of them in the index with the same shape; dtypes are cast.
 
     Raises:
         DamagedCheckpointError: If a piece can't be read.
@@ -176,7 +179,7 @@ def read_tensors(
         return
     metadata = index.as_metadata(wanted)
     reader = FileSystemReader("")
-    reader.fs = _Files(disk, folder)
+    reader.fs = _Files(filesystem, folder)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     planner = _TensorsOnly(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(wanted), metadata, is_coordinator=True)
@@ -185,7 +188,7 @@ def read_tensors(
         reader.read_data(plan, planner).wait()
     except OSError:
         raise
-    except Exception as error:  # what torch raises on bytes that aren't a tensor is of any kind
+    except Exception as error:  # torch raises many types for bytes that aren't a tensor
         if isinstance(error, DamagedCheckpointError):
             raise
         text = str(error).splitlines()[0] if str(error) else ""
@@ -195,7 +198,7 @@ def read_tensors(
 
 
 class _Planner(DefaultSavePlanner):
-    """Gives pieces of staged copies, once there are some."""
+    """Planner that writes staged copies if there are any."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -206,48 +209,48 @@ class _Planner(DefaultSavePlanner):
 
 
 class _TensorsOnly(DefaultLoadPlanner):
-    """Refuses to load anything but tensors: DCP would unpickle it."""
+    """Planner that refuses non-tensors, which DCP would unpickle."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         raise DamagedCheckpointError(f"{read_item.dest_index.fqn!r} isn't a tensor")
 
 
-def _writer(disk: Directory, folder: str, files: _Files) -> FileSystemWriter:
-    # Files are synced together in the end.
+def _writer(filesystem: Filesystem, folder: str, files: _Files) -> FileSystemWriter:
+    # Files are synced together at the end.
     writer = FileSystemWriter("", overwrite=False, sync_files=False)
     writer.fs = files
     writer.set_up_storage_writer(is_coordinator=True)
     return writer
 
 
-class _Files(FileSystem):
-    """DCP's view of a folder: new files that keep their sums, regular files to read.
+class _Files(TorchFileSystem):
+    """DCP's view of a checkpoint folder; records the checksums of new files.
 
-    Of DCP's paths, only the names count.
+    Only the names of DCP's paths are used.
     """
 
-    def __init__(self, disk: Directory, folder: str) -> None:
-        self._disk = disk
+    def __init__(self, filesystem: Filesystem, folder: str) -> None:
+        self._filesystem = filesystem
         self._folder = folder
         self.sums: dict[str, FileSum] = {}
 
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        # The folder gets its name last, so that no file needs a temporary one.
+        # The folder is renamed when complete, so that files need no temporary name.
         name = Path(path).name.removesuffix(".tmp")
         if mode == "rb":
-            with self._disk.open(self._folder, name) as saved:
+            with self._filesystem.open(self._folder, name) as saved:
                 yield saved
             return
-        with self._disk.create(self._folder, name) as file:
+        with self._filesystem.create(self._folder, name) as file:
             yield file
         self.sums[name] = file.sums
 
     def mkdir(self, path: str | os.PathLike[str]) -> None:
-        """The folder is there."""
+        """Does nothing: the folder exists."""
 
     def exists(self, path: str | os.PathLike[str]) -> bool:
-        return False  # it was made empty
+        return False  # the folder was created empty
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
-        """Done: it was written under its last name."""
+        """Does nothing: files are written under their final name."""

@@ -1,18 +1,18 @@
-"""Errors that a user may want to catch."""
+"""Exceptions that users may catch."""
 
 from __future__ import annotations
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint couldn't be saved or loaded. The same on all ranks."""
+    """A checkpoint couldn't be saved or loaded. Raised on all ranks."""
 
 
 class DamagedCheckpointError(ValueError):
-    """What is on disk isn't what was saved."""
+    """A checkpoint on disk is corrupt or incomplete."""
 
 
 def error_text(error: BaseException) -> str:
-    """The message of an error, after its type where the message alone says too little."""
+    """Message of an error, with its type unless it is a CheckpointError or ValueError."""
     text = str(error)
     if isinstance(error, (CheckpointError, ValueError)) and text:
         return text

@@ -1,4 +1,4 @@
-"""Weights for others: whole, in one file per model, with a checksum beside it."""
+"""ExportCallback: unsharded weights, one file per model, with a checksum file."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from dream_callbacks.checkpoint.catalog import Checkpoint
-from dream_callbacks.checkpoint.coordination import coordination
 from dream_callbacks.checkpoint.errors import CheckpointError
-from dream_callbacks.checkpoint.io.filesystem import Directory, is_url
-from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
+from dream_callbacks.checkpoint.io.filesystem import Filesystem, is_url
+from dream_callbacks.checkpoint.io.local_filesystem import LocalFilesystem
+from dream_callbacks.checkpoint.manager import coordination
 from dream_trainer.callbacks import Callback
 from dream_trainer.trainer.mixins import ModelSetupMixin
 
@@ -29,17 +29,15 @@ SUFFIXES: Mapping[Format, str] = {"safetensors": ".safetensors", "torch": ".pt"}
 
 
 class ExportCallback(Callback[ModelSetupMixin]):
-    """Writes the models' weights at the end of the run, as a plain `nn.Module` takes them.
+    """Writes the models' weights at the end of the run, loadable into a plain `nn.Module`.
 
-    Sharded weights are put together; rank 0 writes. Collective; rank 0 needs host memory for a
-    whole model. Nothing is written after an error. Beside each file lies `<file>.sha256`, for
+    Sharded weights are gathered; rank 0 writes. Collective; rank 0 needs host memory for a full
+    model. Nothing is written after an error. Each file has a `<file>.sha256` for
     `sha256sum --check`.
 
     Args:
-        path: A file, or, for several models, a folder that gets a file for each. Relative to the
-            run directory.
-        format: "safetensors", or "torch" for `torch.save`, which `torch.load(weights_only=True)`
-            reads.
+        path: A file, or a folder with one file per model. Relative to the run directory.
+        format: "safetensors", or "torch" for `torch.load(weights_only=True)`.
 
     Raises:
         ValueError: If the format is unknown.
@@ -82,11 +80,11 @@ class ExportCallback(Callback[ModelSetupMixin]):
 
 
 def files_of(path: Path, models: tuple[str, ...], kind: Format) -> dict[str, Path]:
-    """The file of each model.
+    """Output file of each model.
 
     Raises:
-        ValueError: If several models would get one file, or one would get a file elsewhere: names
-            may be those that someone has written into a checkpoint.
+        ValueError: If several models would share one file, or a name would lead outside of the
+            folder: names in a checkpoint are untrusted.
     """
     for name in models:
         if Path(name).name != name:
@@ -104,17 +102,17 @@ def files_of(path: Path, models: tuple[str, ...], kind: Format) -> dict[str, Pat
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], kind: Format) -> None:
-    """Write tensors to a file that is there whole or not at all, and its checksum beside it.
+    """Write tensors to a file atomically, and its checksum file.
 
     Raises:
-        ImportError: If safetensors is wanted and not installed.
+        ImportError: If safetensors is required and not installed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     whole: dict[str, Tensor] = {}
     memory: set[int] = set()
     for name, tensor in tensors.items():
         own = tensor.detach().cpu().contiguous()
-        # Tensors that share memory, as tied weights do, are written under each name.
+        # Tied weights are written under each name.
         if own.untyped_storage().data_ptr() in memory:
             own = own.clone()
         memory.add(own.untyped_storage().data_ptr())
@@ -132,26 +130,26 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], kind: Format) -> No
     finally:
         temporary.unlink(missing_ok=True)
     path.with_name(f"{path.name}.sha256").write_text(f"{digest}  {path.name}\n")
-    LocalDisk(path.parent).sync()
+    LocalFilesystem(path.parent).sync()
 
 
 def export_checkpoint(
-    disk: Directory,
+    filesystem: Filesystem,
     checkpoint: Checkpoint,
     path: Path,
     kind: Format,
 ) -> list[Path]:
-    """Write the weights of a checkpoint whose files are known to be whole; no model is needed.
+    """Write the weights of a verified checkpoint; needs no model.
 
     Returns:
         The files.
 
     Raises:
-        CheckpointError: If there are no weights in it.
+        CheckpointError: If the checkpoint has no models.
     """
     from dream_callbacks.checkpoint.restore import SavedState
 
-    saved = SavedState(disk, checkpoint)
+    saved = SavedState(filesystem, checkpoint)
     models = tuple(saved.shared["models"])
     if not models:
         raise CheckpointError(f"{checkpoint.name} holds no model; choose another checkpoint")

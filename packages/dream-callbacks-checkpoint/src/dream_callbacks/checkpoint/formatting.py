@@ -1,4 +1,4 @@
-"""How sizes and tables are written for people, and numbers for machines."""
+"""Formatting of sizes, tables and JSON for the command line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def spelled_bytes(num_bytes: float) -> str:
-    """A size for people: "1.9 GiB"."""
+    """Format a size, such as "1.9 GiB"."""
     units = ("bytes", "KiB", "MiB", "GiB", "TiB")
     power = 0
     while num_bytes >= 1024 and power + 1 < len(units):
@@ -17,7 +17,7 @@ def spelled_bytes(num_bytes: float) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns side by side; those of numbers flush right."""
+    """Format rows as aligned columns; numeric columns are right-aligned."""
     columns = list(zip(head, *rows, strict=True))
     lines = [[] for _ in columns[0]] if columns else []  # type: list[list[str]]
     for column in columns:
@@ -29,7 +29,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def json_value(value: Any) -> Any:
-    """The value with what JSON has no number for as text: "nan", "inf", "-inf"."""
+    """Replace NaN and infinities, which JSON lacks, by "nan", "inf" and "-inf"."""
     if isinstance(value, Mapping):
         return {str(key): json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Store: a checkpoint directory of a run: opened, written to, tidied, chosen from. No policy."""
+"""CheckpointManager: save to a checkpoint directory, and choose from it. No policy."""
 
 from __future__ import annotations
 
@@ -10,122 +10,109 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
 from dream_callbacks.checkpoint.catalog import (
     Catalog,
     Checkpoint,
+    choose,
     damage_of,
     late_metrics_document,
     read_catalog,
 )
-from dream_callbacks.checkpoint.choosing import choose
-from dream_callbacks.checkpoint.coordination import coordination
 from dream_callbacks.checkpoint.errors import CheckpointError, error_text
 from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import FileSum, Manifest
-from dream_callbacks.checkpoint.format.state_codec import Split, split
-from dream_callbacks.checkpoint.formatting import spelled_bytes
+from dream_callbacks.checkpoint.format.state_codec import EncodedState, encode
 from dream_callbacks.checkpoint.io import atomic_commit
-from dream_callbacks.checkpoint.io.filesystem import directory_of
-from dream_callbacks.checkpoint.resume import ResumeMode
-from dream_callbacks.checkpoint.retention import KeepRules, to_delete
-from dream_trainer.world import Coordination, World
+from dream_callbacks.checkpoint.io.filesystem import filesystem_at
+from dream_callbacks.checkpoint.retention import KeepRules, ResumeMode, to_delete
+from dream_trainer.world import Coordination, RankFailure, World
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.distributed.checkpoint.metadata import MetadataIndex
     from torch.distributed.checkpoint.storage import WriteResult
 
-    from dream_callbacks.checkpoint.dcp import TensorsToWrite
+    from dream_callbacks.checkpoint.dcp import TensorPlan
+
+    _Written: TypeAlias = tuple[list[WriteResult], dict[str, FileSum], bool]
+    """From one rank: locations of its pieces, checksums of its files, whether a weight is NaN."""
 
 logger = logging.getLogger(__name__)
 
-_SPARE_BYTES = 1 << 20
-"""Room for what isn't a tensor."""
 
-_VISIBLE_WITHIN_S = 60.0
-"""How long a shared file system may take to show a folder on another machine."""
+@dataclass(kw_only=True)
+class PendingSave:
+    """A save from `prepare` to the commit.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What a save knows about the run, for the manifest."""
+    Attributes:
+        step, epoch, reason, num_train_batches, metrics: As in the manifest.
+        state: State as JSON and tensors.
+        tensors: Tensors that this rank writes.
+        folder: Temporary folder that it is written to.
+    """
 
     step: int
     epoch: int
     reason: str
     num_train_batches: int | None
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class Save:
-    """A save on its way.
-
-    Attributes:
-        facts: About it.
-        parts: The state, taken apart.
-        tensors: This rank's share of the tensors.
-        folder: Where it is written.
-    """
-
-    facts: Facts
-    parts: Split
-    tensors: TensorsToWrite
+    metrics: Mapping[str, float]
+    state: EncodedState
+    tensors: TensorPlan
     folder: str
 
 
-class Store:
-    """A checkpoint directory, for the ranks of one run. Methods are collective unless they say so.
+class CheckpointManager:
+    """Saves to a checkpoint directory and restores from it. Methods are collective unless noted.
 
     Args:
-        root: The directory, or its URL.
-        world: Launched.
-        rules: What to keep.
+        root: Checkpoint directory or its URL.
+        world: A launched world.
+        rules: Retention rules.
     """
 
     def __init__(self, root: str | Path, world: World, rules: KeepRules) -> None:
-        self.disk = directory_of(root)
+        self.filesystem = filesystem_at(root)
         self.world = world
         self.rules = rules
         self.ranks = coordination(world)
         self.run = self.ranks.on_rank_zero(lambda: uuid.uuid4().hex)
-        self.lock = self.disk.lock(self.run)
+        self.lock = self.filesystem.lock(self.run)
         self._dp_ranks = tuple(self.ranks.gather(lambda: world.dp_rank))
         self._catalog = Catalog()
         self._was_opened = False
-        self._changing = threading.Lock()  # a save may run beside the training
+        self._changing = threading.Lock()  # a background save may run
         self._known_whole: set[tuple[str, int]] = set()
 
-    # Life
+    # Opening and closing
 
     def open(self) -> None:
-        """Make the directory, lock it, and tidy up what an earlier run left.
+        """Create and lock the directory, and delete leftovers of earlier runs.
 
-        Opened again, it makes sure that nobody else has written to it since.
+        When opened again, check that no other run has saved to it since.
 
         Raises:
-            CheckpointError: If another run has the lock, or nothing can be written there.
+            CheckpointError: If another run holds the lock, or the directory isn't writable.
         """
 
         def prepare() -> None:
-            self.disk.make_root()
+            self.filesystem.make_root()
             fence = self.lock.fence
             self.lock.acquire()
-            atomic_commit.probe(self.disk)
-            atomic_commit.recover(self.disk)
+            atomic_commit.probe(self.filesystem)
+            atomic_commit.recover(self.filesystem)
             if self._was_opened and self.lock.fence - fence <= 1:
-                return  # nobody else has held the lock since
-            catalog = read_catalog(self.disk)
+                return  # no other run has held the lock since
+            catalog = read_catalog(self.filesystem)
             if self._was_opened and catalog.next_seq != self._catalog.next_seq:
                 raise CheckpointError(
                     "another run has saved there since this trainer was set up; set up a new "
-                    "trainer, which continues from what is there now"
+                    "trainer, which resumes from its checkpoint"
                 )
             self._catalog, self._was_opened = catalog, True
 
@@ -134,92 +121,99 @@ class Store:
         except (CheckpointError, OSError) as error:
             self.lock.release()
             raise CheckpointError(
-                f"checkpoints can't be written to {self.disk}: {error_text(error)}. If it isn't a "
-                "matter of another run, give root_dir a directory that this user may write to"
+                f"checkpoints can't be written to {self.filesystem}: {error_text(error)}. Unless "
+                "another run is the cause, set root_dir to a directory that this user may write "
+                "to"
             ) from error
 
     def start_afresh(self) -> None:
-        """Move the checkpoints that are there aside, if there are any."""
+        """Move existing checkpoints into a folder `before-N`."""
 
         def move_aside() -> None:
-            present = [n for n in self.disk.entries() if file_names.step_of(n) is not None]
-            if not present:
-                return
-            taken = self.disk.entries()
-            aside = next(
-                f"before-{n}" for n in range(1, len(taken) + 2) if f"before-{n}" not in taken
-            )
-            self.disk.make(aside)
-            for name in self.disk.entries():
-                if (
-                    file_names.step_of(name) is not None
-                    or file_names.step_of_metrics(name) is not None
-                ):
-                    self.disk.rename(name, f"{aside}/{name}")
-            self._catalog = read_catalog(self.disk)
-            logger.warning(
-                "resume_mode=None: the run begins from scratch; %d checkpoints that were in %s "
-                "are in %s now",
-                len(present), self.disk, aside,
-            )  # fmt: skip
+            if atomic_commit.move_aside(self.filesystem):
+                self._catalog = read_catalog(self.filesystem)
 
         self.ranks.on_rank_zero(move_aside)
 
     def close(self) -> None:
-        """Let go of the lock. Not collective."""
+        """Release the lock. Not collective."""
         self.lock.release()
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """What is there, oldest first. On rank 0 alone."""
+        """Checkpoints in the directory, oldest first. Only on rank 0."""
         return self._catalog.checkpoints
 
     # Writing
 
-    def prepare(self, take_state: Callable[[], Mapping[str, Any]], facts: Facts) -> Save:
-        """Share out a state among the ranks and make room for it.
+    def prepare(
+        self,
+        take_state: Callable[[], Mapping[str, Any]],
+        *,
+        step: int,
+        epoch: int,
+        reason: str,
+        num_train_batches: int | None,
+        metrics: Mapping[str, float],
+    ) -> PendingSave:
+        """Plan a save: divide the state among the ranks and create the temporary folder.
 
         Args:
-            take_state: Gives the state.
-            facts: About the save.
+            take_state: Returns the state dict.
+            step: Optimizer steps done.
+            epoch: Number of the current epoch, from 0.
+            reason: Why the save happens.
+            num_train_batches: Batches per epoch on each rank.
+            metrics: Validation results of these weights.
 
         Raises:
-            CheckpointError: If the state holds what can't be saved, or there is no room.
+            CheckpointError: If the state can't be serialized, or there is too little free space.
         """
-        from dream_callbacks.checkpoint.dcp import TensorsToWrite
+        from dream_callbacks.checkpoint.dcp import TensorPlan
 
-        parts = self.ranks.each(lambda: split(take_state(), self.ranks.rank))
-        tensors = TensorsToWrite.planned(parts.tensors, parts.paths, self.ranks)
-        folder = self.ranks.on_rank_zero(lambda: self._begin(facts.step, tensors.total_bytes))
-        return Save(facts, parts, tensors, folder)
+        state = self.ranks.each(lambda: encode(take_state(), self.ranks.rank))
+        tensors = TensorPlan.of_state(state.tensors, state.paths, self.ranks)
+        folder = self.ranks.on_rank_zero(
+            lambda: atomic_commit.begin(self.filesystem, step, self.run, tensors.total_bytes)
+        )
+        return PendingSave(
+            step=step,
+            epoch=epoch,
+            reason=reason,
+            num_train_batches=num_train_batches,
+            metrics=metrics,
+            state=state,
+            tensors=tensors,
+            folder=folder,
+        )
 
-    def stage(self, save: Save, buffers: dict[MetadataIndex, Tensor]) -> None:
-        """Copy what the training will change, so that writing may go on beside it.
+    def stage(self, save: PendingSave, buffers: dict[MetadataIndex, Tensor]) -> None:
+        """Copy this rank's tensors to host memory, so that training can continue during the write.
 
         Args:
-            save: Prepared.
-            buffers: Memory of the last time, used again.
+            save: From `prepare`.
+            buffers: Host buffers of the previous save, reused.
 
         Raises:
-            CheckpointError: If there isn't enough memory on some rank.
+            CheckpointError: If a rank runs out of memory.
         """
         with self._abandoning(save, self.ranks):
             self.ranks.each(lambda: save.tensors.stage(buffers))
-        save.parts.tensors.clear()
+        save.state.tensors.clear()
 
-    def write(self, save: Save, ranks: Coordination | None = None) -> None:
-        """Write a prepared save and commit it: when this returns, it lasts.
+    def write(self, save: PendingSave, ranks: Coordination | None = None) -> None:
+        """Write and commit a save. It is durable when this returns.
 
         Args:
-            save: Prepared.
-            ranks: The group to use, if this runs beside the training.
+            save: From `prepare`.
+            ranks: Process group of the background thread; default: the main one.
 
         Raises:
-            CheckpointError: If some rank couldn't write; nothing of it is left then.
+            CheckpointError: If a rank failed to write; the temporary folder is deleted.
         """
         ranks = ranks or self.ranks
 
-        def commit_all(parts: Sequence[_Part]) -> list[None]:
+        def commit_all(parts: Sequence[_Written]) -> list[None]:
             self._commit(save, parts)
             return [None] * ranks.world_size
 
@@ -228,7 +222,7 @@ class Store:
             ranks.via_rank_zero(part, commit_all)
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Note results of a validation that came after the save of a step. On rank 0 alone."""
+        """Add validation results to a saved step. Only on rank 0."""
         with self._changing:
             checkpoint = self._catalog.of_step(step)
             if checkpoint is None or checkpoint.manifest.run != self.run:
@@ -239,40 +233,40 @@ class Store:
             late = {**checkpoint.late_metrics, **news}
             document = late_metrics_document(checkpoint.manifest, late)
             try:
-                self.disk.replace(file_names.metrics_name(step), document, uuid.uuid4().hex)
+                self.filesystem.replace(file_names.metrics_name(step), document, uuid.uuid4().hex)
             except OSError as error:
-                logger.warning("the results of step %d can't be noted: %s", step, error)
+                logger.warning("the metrics of step %d can't be saved: %s", step, error)
             self._take_in(dataclasses.replace(checkpoint, late_metrics=late))
 
-    def finish(self, facts: Facts, late_metrics: Mapping[str, float], took_s: float) -> None:
-        """Say that a step is saved, and delete what needn't be kept. On rank 0, after `write`.
+    def finish(self, save: PendingSave, late_metrics: Mapping[str, float], took_s: float) -> None:
+        """Log the save and apply retention. Only on rank 0, after `write`.
 
         Args:
-            facts: About the save.
-            late_metrics: Results that came while it was written.
-            took_s: Seconds from the first copy to the commit.
+            save: Committed by `write`.
+            late_metrics: Results reported during the write.
+            took_s: Seconds from `prepare` to the commit.
         """
-        logger.info("saved step %d (%s) in %.2f s", facts.step, facts.reason, took_s)
-        self.add_metrics(facts.step, late_metrics)
+        logger.info("saved step %d (%s) in %.2f s", save.step, save.reason, took_s)
+        self.add_metrics(save.step, late_metrics)
         try:
             self._tidy()
         except OSError as error:
-            logger.warning("an old checkpoint in %s can't be deleted: %s", self.disk, error)
+            logger.warning("an old checkpoint in %s can't be deleted: %s", self.filesystem, error)
 
     def _tidy(self) -> None:
-        """Delete what the rules don't keep."""
+        """Delete the checkpoints that no retention rule keeps."""
         with self._changing:
-            present = self.disk.entries()  # a user may have deleted some of them
+            present = self.filesystem.entries()  # a user may have deleted some of them
             known = self._catalog.checkpoints
             whole = [c for c in known if c.name in present and self._is_whole(c)]
             for checkpoint in to_delete(whole, self.rules):
-                if self.disk.is_being_read(checkpoint.name):
-                    continue  # until the next time
-                atomic_commit.discard(self.disk, checkpoint.name)
+                if self.filesystem.is_being_read(checkpoint.name):
+                    continue  # deleted after a later save
+                atomic_commit.discard(self.filesystem, checkpoint.name)
                 remaining = (c for c in self._catalog.checkpoints if c.name != checkpoint.name)
                 self._catalog = dataclasses.replace(self._catalog, checkpoints=tuple(remaining))
 
-    # Choosing
+    # Restoring
 
     def choose(
         self,
@@ -282,87 +276,60 @@ class Store:
         *,
         verify: bool,
     ) -> Checkpoint | None:
-        """The checkpoint to load: the first candidate whose files are what was written.
-
-        Returns:
-            The checkpoint; None if there is none at all.
-
-        Raises:
-            CheckpointError: If there are some, and none is whole.
-        """
+        """Choose the checkpoint to restore; see `catalog.choose`."""
         return choose(
-            self.disk, self._catalog, self.ranks, resume_mode, monitor, mode, verify=verify
+            self.filesystem, self._catalog, self.ranks, resume_mode, monitor, mode, verify=verify
         )
 
-    # Inside
-
-    def _begin(self, step: int, num_bytes: int) -> str:
-        free = self.disk.free_bytes()
-        if free < num_bytes + _SPARE_BYTES:
-            raise OSError(
-                f"no space left for it: it needs {spelled_bytes(num_bytes + _SPARE_BYTES)}, and "
-                f"{spelled_bytes(free)} are free"
-            )
-        return atomic_commit.begin(self.disk, step, self.run)
+    # Private
 
     @contextlib.contextmanager
-    def _abandoning(self, save: Save, ranks: Coordination) -> Iterator[None]:
-        """After an error, delete what was written."""
+    def _abandoning(self, save: PendingSave, ranks: Coordination) -> Iterator[None]:
+        """Delete the temporary folder after an error."""
         try:
             yield
         except BaseException:
             if ranks.is_global_zero:
-                atomic_commit.abandon(self.disk, save.folder)
+                atomic_commit.abandon(self.filesystem, save.folder)
             raise
 
-    def _write_own_part(self, save: Save) -> _Part:
-        self._wait_until_visible(save.folder)
-        results, sums = save.tensors.write(self.disk, save.folder)
+    def _write_own_part(self, save: PendingSave) -> _Written:
+        atomic_commit.wait_until_visible(self.filesystem, save.folder)
+        results, sums = save.tensors.write(self.filesystem, save.folder)
         name = file_names.rank_name(self.ranks.rank)
-        sums[name] = self.disk.write(save.folder, name, _json(save.parts.local))
-        self.disk.sync(save.folder, sums)
-        return _Part(results, sums, save.tensors.has_nan("models."))
+        sums[name] = self.filesystem.write(save.folder, name, _json(save.state.local))
+        self.filesystem.sync(save.folder, sums)
+        return results, sums, save.tensors.has_nan("models.")
 
-    def _commit(self, save: Save, parts: Sequence[_Part]) -> None:
+    def _commit(self, save: PendingSave, parts: Sequence[_Written]) -> None:
         sums: dict[str, FileSum] = {}
-        for part in parts:
-            sums.update(part.sums)
-        own = save.tensors.finish(self.disk, save.folder, [part.results for part in parts])
-        own[file_names.STATE] = self.disk.write(
-            save.folder, file_names.STATE, _json(save.parts.shared)
+        for _, part_sums, _ in parts:
+            sums.update(part_sums)
+        own = save.tensors.finish(self.filesystem, save.folder, [part[0] for part in parts])
+        own[file_names.STATE] = self.filesystem.write(
+            save.folder, file_names.STATE, _json(save.state.shared)
         )
         sums.update(own)
-        facts = save.facts
         manifest = Manifest(
-            step=facts.step,
-            epoch=facts.epoch,
+            step=save.step,
+            epoch=save.epoch,
             seq=self._catalog.next_seq,
             run=self.run,
             fence=self.lock.fence,
             created_unix=time.time(),
-            reason=facts.reason,
+            reason=save.reason,
             world_size=self.ranks.world_size,
             shape=dataclasses.asdict(self.world.shape),
             dp_ranks=self._dp_ranks,
-            num_train_batches=facts.num_train_batches,
-            metrics=dict(facts.metrics),
-            has_nan=any(part.has_nan for part in parts),
+            num_train_batches=save.num_train_batches,
+            metrics=dict(save.metrics),
+            has_nan=any(has_nan for _, _, has_nan in parts),
             torch_version=torch.__version__,
             files=sums,
         )
-        name = atomic_commit.publish(self.disk, save.folder, manifest, self.lock, own)
+        name = atomic_commit.publish(self.filesystem, save.folder, manifest, self.lock, own)
         with self._changing:
             self._take_in(Checkpoint(name, manifest))
-
-    def _wait_until_visible(self, folder: str) -> None:
-        deadline = time.monotonic() + _VISIBLE_WITHIN_S
-        while not self.disk.is_folder(folder):
-            if time.monotonic() > deadline:
-                raise FileNotFoundError(
-                    f"rank 0 made {self.disk}/{folder}, and this rank can't see it; all ranks must "
-                    "share the file system that root_dir is on"
-                )
-            time.sleep(0.05)
 
     def _take_in(self, checkpoint: Checkpoint) -> None:
         others = (c for c in self._catalog.checkpoints if c.name != checkpoint.name)
@@ -371,21 +338,27 @@ class Store:
         self._catalog = Catalog(tuple(ordered), damaged)
 
     def _is_whole(self, checkpoint: Checkpoint) -> bool:
-        """Whether the files have their sizes; looked up once."""
+        """Whether all files have the right size; a positive result is cached."""
         key = (checkpoint.name, checkpoint.manifest.seq)
         if key not in self._known_whole:
-            if damage_of(self.disk, checkpoint, checksums=False):
+            if damage_of(self.filesystem, checkpoint, checksums=False):
                 return False
             self._known_whole.add(key)
         return True
 
 
-class _Part(NamedTuple):
-    """What a rank wrote."""
+class RankCheckpointError(CheckpointError, RankFailure):
+    """A checkpoint couldn't be saved or loaded; the message names the ranks."""
 
-    results: list[WriteResult]
-    sums: dict[str, FileSum]
-    has_nan: bool
+
+def coordination(world: World, kind: str = "checkpoint") -> Coordination:
+    """Coordination whose errors are CheckpointErrors. The first call per `kind` is collective.
+
+    Args:
+        world: A launched world.
+        kind: Name of the process group; each thread needs its own.
+    """
+    return Coordination(world, kind, raises=RankCheckpointError, describe=error_text)
 
 
 def _json(document: Any) -> bytes:

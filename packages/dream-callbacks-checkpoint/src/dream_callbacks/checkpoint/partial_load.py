@@ -1,4 +1,4 @@
-"""LoadPartialCheckpointCallback: begin with the weights of another run."""
+"""LoadPartialCheckpointCallback: start with the weights of another run."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from dream_callbacks.checkpoint.catalog import read_catalog
-from dream_callbacks.checkpoint.choosing import choose, directory_at
-from dream_callbacks.checkpoint.coordination import coordination
+from dream_callbacks.checkpoint.catalog import choose, directory_at, read_catalog
 from dream_callbacks.checkpoint.errors import CheckpointError
-from dream_callbacks.checkpoint.format.state_codec import split
-from dream_callbacks.checkpoint.io.filesystem import below, directory_of
+from dream_callbacks.checkpoint.format.state_codec import encode
+from dream_callbacks.checkpoint.io.filesystem import below, filesystem_at
+from dream_callbacks.checkpoint.manager import coordination
 from dream_callbacks.checkpoint.restore import SavedState
-from dream_callbacks.checkpoint.resume import ResumeMode
+from dream_callbacks.checkpoint.retention import ResumeMode
 from dream_trainer.callbacks import Callback
 from dream_trainer.trainer.mixins import ModelSetupMixin
 from dream_trainer.world import Coordination
@@ -27,14 +26,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PartialLoad:
-    """What came of a partial load; names as "model.blocks.0.weight".
+    """Report of a partial load; names such as "model.blocks.0.weight".
 
     Attributes:
-        checkpoint: Where the weights came from.
+        checkpoint: Path of the checkpoint.
         loaded: Tensors that were loaded.
-        missing: Tensors of the trainer that the checkpoint doesn't have.
-        unused: Tensors of the checkpoint that the trainer doesn't have.
-        mismatched: Tensors of another shape: saved shape and live shape, by name.
+        missing: Tensors of the trainer that aren't in the checkpoint.
+        unused: Tensors of the checkpoint that aren't in the trainer.
+        mismatched: Saved and live shape of tensors whose shapes differ, by name.
     """
 
     checkpoint: str | Path
@@ -46,10 +45,10 @@ class PartialLoad:
     def __str__(self) -> str:
         lines = [
             f"{len(self.loaded)} tensors were loaded from {self.checkpoint}",
-            *_named("not in it, left as they were", self.missing),
-            *_named("not in the trainer, not used", self.unused),
+            *_named("not in the checkpoint, unchanged", self.missing),
+            *_named("not in the trainer, unused", self.unused),
             *_named(
-                "of another shape, left as they were",
+                "of another shape, unchanged",
                 [f"{n} {list(was)} → {list(now)}" for n, (was, now) in self.mismatched.items()],
             ),
         ]
@@ -57,20 +56,20 @@ class PartialLoad:
 
 
 class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
-    """Loads the weights of a checkpoint that match by name and shape, and nothing else.
+    """Loads only the weights of a checkpoint that match by name and shape.
 
-    No counters, optimizer, scheduler or position in the data: the run begins anew with these
-    weights, in any layout. Acts in `post_setup`, before other callbacks; where a
-    CheckpointCallback then continues the run from a checkpoint of its own, that one counts. The
-    source is only read, and verified before; no run deletes it meanwhile. `report` says what was
+    Counters, optimizers, schedulers and position in the data are not loaded: the run starts from
+    step 0 with these weights, in any layout. Acts in `post_setup`, before other callbacks; a
+    CheckpointCallback that resumes from a checkpoint of this run overwrites the weights. The source
+    is verified, only read, and protected from deletion while it is read. `report` lists what was
     loaded and what wasn't.
 
     Args:
         path: A checkpoint, a directory of checkpoints, or a run directory; or a URL of one.
-        resume_mode: Which of several: "last", "best", "min", "max" or a step.
-        monitor: The result that "best", "min" and "max" go by.
+        resume_mode: Which checkpoint of a directory: "last", "best", "min", "max" or a step.
+        monitor: Metric of "best", "min" and "max".
         mode: Whether "best" means low or high.
-        verify: Compare checksums before loading; else only sizes.
+        verify: Compare checksums before loading; otherwise only sizes.
     """
 
     before: ClassVar = {Callback}
@@ -95,11 +94,11 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
     def post_setup(self) -> None:
         ranks = coordination(self.trainer.world)
         root, step = ranks.on_rank_zero(lambda: directory_at(self.path))
-        disk = directory_of(root)
+        filesystem = filesystem_at(root)
         with contextlib.ExitStack() as held:
             checkpoint = choose(
-                disk,
-                ranks.on_rank_zero(lambda: read_catalog(disk)),
+                filesystem,
+                ranks.on_rank_zero(lambda: read_catalog(filesystem)),
                 ranks,
                 self.resume_mode if step is None else step,
                 self.monitor,
@@ -108,13 +107,13 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
                 held=held,
             )
             if checkpoint is None:
-                raise CheckpointError(f"there is no checkpoint in {disk}; give another path")
-            saved = ranks.each(lambda: SavedState(disk, checkpoint))
+                raise CheckpointError(f"there is no checkpoint in {filesystem}; give another path")
+            saved = ranks.each(lambda: SavedState(filesystem, checkpoint))
             self._load(below(root, checkpoint.name), saved, ranks)
 
     def _load(self, path: str | Path, saved: SavedState, ranks: Coordination) -> None:
         models = self.trainer.named_models()
-        live = split({"models": ranks.each(self.trainer.model_state_dict)}, ranks.rank).tensors
+        live = encode({"models": ranks.each(self.trainer.model_state_dict)}, ranks.rank).tensors
         names = _matching_names(saved, set(models))
         fits = {
             name: tensor
@@ -134,7 +133,7 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
         )
         if not fits:
             raise CheckpointError(
-                f"nothing of {path} fits the trainer; give a checkpoint of a "
+                f"nothing in {path} matches the trainer; give a checkpoint of a "
                 f"model like this one.\n{self.report}"
             )
         ranks.each_without_timeout(lambda: saved.read({names[name]: t for name, t in fits.items()}))
@@ -143,7 +142,7 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
             logger.info("%s", self.report)
 
     def _give(self, tensors: dict[str, Tensor]) -> None:
-        """Put tensors into the models, which needn't have given us their own."""
+        """Load tensors into the models, whose state dict may hold copies."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
         for name, model in self.trainer.named_models().items():
@@ -158,9 +157,9 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
 
 
 def _matching_names(saved: SavedState, models: set[str]) -> dict[str, str]:
-    """Names of saved weights, by the names that they would have in the trainer.
+    """Saved names of weights, by their names in the trainer.
 
-    A single model may have been called differently.
+    If both have a single model, its name may differ.
     """
     names = [name for name in saved.index if name.startswith("models.")]
     there = set(saved.shared["models"])

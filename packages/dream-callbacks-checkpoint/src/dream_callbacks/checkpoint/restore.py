@@ -1,23 +1,22 @@
-"""From a checkpoint into a trainer: the same layout bit for bit, another one resharded."""
+"""Restore a checkpoint into a trainer: bit-exact, or resharded for another number of ranks."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dream_callbacks.checkpoint import reshard
 from dream_callbacks.checkpoint.catalog import Checkpoint
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import parsed_json
-from dream_callbacks.checkpoint.format.state_codec import Split, decode, split, tensor_names
+from dream_callbacks.checkpoint.format.state_codec import EncodedState, decode, encode, tensor_names
 from dream_callbacks.checkpoint.format.tensor_index import TensorIndex
-from dream_callbacks.checkpoint.io.filesystem import Directory
-from dream_callbacks.checkpoint.reshard import Source
+from dream_callbacks.checkpoint.io.filesystem import Filesystem
 from dream_trainer.world import Coordination
 
 if TYPE_CHECKING:
@@ -26,79 +25,79 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _IN_PLACE = ("models", "optimizers")
-"""Sections whose tensors are loaded into the live ones."""
+"""Sections whose tensors are loaded in place."""
 
 _SHOWN = 10
-"""How many names an error lists of each kind."""
+"""Names listed per kind in an error."""
 
 
 class SavedState:
-    """What is in a checkpoint, apart from the values of its tensors. Reading isn't collective.
+    """State and tensor index of a checkpoint. Not collective.
 
     Args:
-        disk: Where.
-        checkpoint: Which; its files are known to be whole.
+        filesystem: Directory of the checkpoint.
+        checkpoint: A verified checkpoint.
 
     Raises:
-        DamagedCheckpointError: If a file isn't what it should be.
+        DamagedCheckpointError: If a file is malformed.
     """
 
-    def __init__(self, disk: Directory, checkpoint: Checkpoint) -> None:
-        self.disk = disk
+    def __init__(self, filesystem: Filesystem, checkpoint: Checkpoint) -> None:
+        self.filesystem = filesystem
         self.checkpoint = checkpoint
-        self.shared = parsed_json(disk.read(checkpoint.name, file_names.STATE))
+        self.shared = parsed_json(filesystem.read(checkpoint.name, file_names.STATE))
         self.index = TensorIndex.decode(
-            disk.read(checkpoint.name, file_names.INDEX), checkpoint.manifest.files
+            filesystem.read(checkpoint.name, file_names.INDEX), checkpoint.manifest.files
         )
 
     def local(self, rank: int) -> dict[str, Any]:
-        """JSON of the values of one rank alone, by place."""
-        return parsed_json(self.disk.read(self.checkpoint.name, file_names.rank_name(rank)))
+        """JSON of the rank-local values of a rank, by path in the state."""
+        return parsed_json(self.filesystem.read(self.checkpoint.name, file_names.rank_name(rank)))
 
     def read(self, wanted: Mapping[str, Tensor]) -> None:
-        """Fill tensors in place, by name."""
+        """Read tensors in place, by name."""
         from dream_callbacks.checkpoint.dcp import read_tensors
 
-        read_tensors(self.disk, self.checkpoint.name, self.index, wanted)
+        read_tensors(self.filesystem, self.checkpoint.name, self.index, wanted)
 
     def new_tensor(self, name: str) -> Tensor:
-        """A whole tensor on the CPU, to be filled."""
+        """An uninitialized, unsharded CPU tensor for a saved tensor."""
         stored = self.index[name]
         return torch.empty(stored.shape, dtype=stored.dtype)
 
 
 def load_into(
     trainer: BaseTrainer,
-    disk: Directory,
+    filesystem: Filesystem,
     checkpoint: Checkpoint,
     ranks: Coordination,
     *,
     strict: bool,
     resume_data: bool,
 ) -> None:
-    """Let a trainer continue from a checkpoint whose files are known to be whole. Collective.
+    """Restore a verified checkpoint into a trainer. Collective.
 
-    Nothing of the trainer changes before everything but the tensors' values has been read, and
-    names, shapes and dtypes have been compared.
+    The trainer is unchanged until all state except tensor values has been read and the names,
+    shapes and dtypes have been compared.
 
     Args:
-        trainer: Set up.
-        disk: Where.
-        checkpoint: Which.
-        ranks: Of the run.
-        strict: Refuse names, shapes and dtypes that don't match; else load what matches.
-        resume_data: Continue at the next batch; else begin the epoch in hand anew.
+        trainer: A trainer that is set up.
+        filesystem: Directory of the checkpoint.
+        checkpoint: A verified checkpoint.
+        ranks: All ranks of the run.
+        strict: Refuse tensor names, shapes and dtypes that differ; otherwise load what matches.
+        resume_data: Continue at the next batch; otherwise restart the current epoch.
 
     Raises:
-        CheckpointError: On all ranks, with all differences at once.
+        CheckpointError: On all ranks, listing all differences.
     """
     world = trainer.world
-    saved = ranks.each(lambda: SavedState(disk, checkpoint))
-    source = reshard.source_of(world.dp_rank, world.dp_size, checkpoint.manifest.dp_ranks)
+    saved = ranks.each(lambda: SavedState(filesystem, checkpoint))
+    source = source_of(world.dp_rank, world.dp_size, checkpoint.manifest.dp_ranks)
     local = ranks.each(lambda: saved.local(source.rank))
     has_stepped = any(o["param_groups"] for o in saved.shared["optimizers"].values())
     target = ranks.each(lambda: trainer.state_dict(as_target=has_stepped))
-    live = split(target, ranks.rank)
+    live = encode(target, ranks.rank)
     appearing = _appearing(saved, live)
     wanted, differences = _matched(saved, live, appearing)
     if differences and strict:
@@ -128,9 +127,9 @@ def load_into(
 
 
 def _matched(
-    saved: SavedState, live: Split, appearing: Collection[str]
+    saved: SavedState, live: EncodedState, appearing: Collection[str]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Live tensors to load into, and what doesn't match."""
+    """Live tensors to load in place, and the differences."""
     not_there_yet = set(_without_state(saved, live))
     here = {
         name: tensor
@@ -143,8 +142,8 @@ def _matched(
     wrong_shape = [n for n in here if n in there and index[n].shape != here[n].shape]
     wrong_dtype = [n for n in here if n in there and index[n].dtype != here[n].dtype]
     differences = [
-        *_listed("in the checkpoint alone", sorted(there - set(here))),
-        *_listed("in the trainer alone", sorted(set(here) - there)),
+        *_listed("only in the checkpoint", sorted(there - set(here))),
+        *_listed("only in the trainer", sorted(set(here) - there)),
         *_listed(
             "of another shape",
             [f"{n} {list(index[n].shape)} → {list(here[n].shape)}" for n in wrong_shape],
@@ -157,11 +156,10 @@ def _matched(
     return loadable, differences
 
 
-def _without_state(saved: SavedState, live: Split) -> Iterator[str]:
-    """Tensors of optimizers that torch made up for a target, for parameters that had none.
+def _without_state(saved: SavedState, live: EncodedState) -> Iterator[str]:
+    """Optimizer tensors that torch initialized for the target and that were not saved.
 
-    Before its first step an optimizer has no state, and a parameter that never had a gradient
-    none later either.
+    An optimizer has no state before its first step, nor for parameters without a gradient.
     """
     for name, optimizer in saved.shared["optimizers"].items():
         here = live.shared["optimizers"].get(name, {"state": {}})["state"]
@@ -171,10 +169,10 @@ def _without_state(saved: SavedState, live: Split) -> Iterator[str]:
                 yield from tensor_names(state)
 
 
-def _appearing(saved: SavedState, live: Split) -> dict[str, Tensor]:
-    """New tensors for states of optimizers that appear only in the course of training.
+def _appearing(saved: SavedState, live: EncodedState) -> dict[str, Tensor]:
+    """New tensors for optimizer state that is only created during training.
 
-    One of its parameter's shape is sharded as that is; another is whole on each rank.
+    A tensor of its parameter's shape is sharded like the parameter; others are replicated.
     """
     fresh: dict[str, Tensor] = {}
     for name, optimizer in saved.shared["optimizers"].items():
@@ -195,8 +193,8 @@ def _appearing(saved: SavedState, live: Split) -> dict[str, Tensor]:
     return fresh
 
 
-def _parameter(fqn: str, live: Split) -> Tensor | None:
-    """The live parameter that an optimizer knows by a name; with several models, theirs first."""
+def _parameter(fqn: str, live: EncodedState) -> Tensor | None:
+    """Live parameter of a name in an optimizer; `models.<fqn>` first, then each model."""
     names = [f"models.{fqn}", *(f"models.{model}.{fqn}" for model in live.shared["models"])]
     return next((live.tensors[name] for name in names if name in live.tensors), None)
 
@@ -204,10 +202,9 @@ def _parameter(fqn: str, live: Split) -> Tensor | None:
 def _own_tensors(
     saved: SavedState, local: Mapping[str, Any], live: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Fresh tensors for all that isn't a model's or an optimizer's.
+    """New tensors for everything except models and optimizers.
 
-    A callback that has a tensor of the name already, perhaps sharded, gets one like it; another
-    gets the whole tensor.
+    They are sharded like a live tensor of the same name and shape, otherwise unsharded.
     """
     sections = [part for key, part in saved.shared.items() if key not in _IN_PLACE]
     names = {name for part in [*sections, dict(local)] for name in tensor_names(part)}
@@ -220,7 +217,7 @@ def _own_tensors(
 
 
 def _overlaid(live: Any, saved: Any) -> Any:
-    """What is saved, in the form of what is there: for loading what matches."""
+    """Saved values where keys match, live values elsewhere."""
     live, saved = _as_dict(live), _as_dict(saved)
     if not isinstance(live, dict) or not isinstance(saved, dict):
         return saved
@@ -248,12 +245,11 @@ def _reshard_data(
     trainer: BaseTrainer,
     ranks: Coordination,
 ) -> None:
-    """Change what belongs to one rank alone so that it fits another number of data ranks.
+    """Adapt rank-local state to another number of data-parallel ranks.
 
-    Position in the epoch: the same part of it is done. Sums of the epoch so far: on rank 0. Random
-    state: of the saved rank that read this part of the data; ranks beyond those begin with their
-    seeds. Everything else that is kept per rank: of the saved rank that this one's number, modulo
-    theirs, gives.
+    Position in the epoch: the same fraction is done. Sums of the epoch so far: all on rank 0.
+    Random state: from the saved rank with the same dp rank; additional ranks keep their seeds.
+    Other rank-local values: from the saved rank with this dp rank modulo the saved dp size.
     """
     manifest = saved.checkpoint.manifest
     counters = state["trainer"]["counters"]
@@ -261,14 +257,16 @@ def _reshard_data(
     done, is_exact = counters["epoch_batches"], True
     if before and num_batches:
         accumulation = trainer.training_parameters.gradient_accumulation_steps
-        counters["epoch_batches"], is_exact = reshard.position(
+        counters["epoch_batches"], is_exact = resharded_position(
             done, before, num_batches, accumulation
         )
-    state["dataloaders"] = {name: {} for name in state["dataloaders"]}  # counted from the start
+    state["dataloaders"] = {
+        name: {} for name in state["dataloaders"]
+    }  # loaders skip `epoch_batches`
     dp_ranks = manifest.dp_ranks
     firsts = [dp_ranks.index(dp_rank) for dp_rank in sorted(set(dp_ranks))]
     means = [saved.local(rank).get(_EPOCH_MEANS) or {} for rank in firsts]
-    state["trainer"]["epoch_means"] = reshard.totals(
+    state["trainer"]["epoch_means"] = resharded_totals(
         [decode(part, {}, {}) for part in means],
         ranks.rank,
         trainer.world.world_size // trainer.world.dp_size,
@@ -286,12 +284,13 @@ def _reshard_data(
     if not is_exact:
         logger.warning(
             "the %d batches of the epoch that were done don't fit a whole number of the new ones: "
-            "a few samples will come again", done,
+            "a few samples are repeated", done,
         )  # fmt: skip
     callbacks = sorted(p for p in saved.local(0) if p.startswith("trainer.callbacks."))
     if callbacks:
         logger.warning(
-            "kept per rank, and given to the ranks in turn: %s", ", ".join(callbacks[:_SHOWN])
+            "rank-local states, given to the new ranks in turn: %s",
+            ", ".join(callbacks[:_SHOWN]),
         )
 
 
@@ -299,20 +298,20 @@ _EPOCH_MEANS = "trainer.epoch_means"
 
 
 def _refuse_other_data(manifest: Any, counters: Mapping[str, Any], trainer: BaseTrainer) -> None:
-    """Raise if the position in the epoch can't be one of the loader that is there."""
+    """Raise if the position in the epoch is beyond the current loader."""
     before, now = manifest.num_train_batches, trainer.num_train_batches
     if before == now or now is None or counters["epoch_stage"] != "train":
         return
     if counters["epoch_batches"] > now:
         raise CheckpointError(
             f"{counters['epoch_batches']} batches of the epoch are done, and an epoch has {now} "
-            f"now (it had {before}); the data changed: set resume_data=False to begin the epoch "
-            "anew with it"
+            f"now (it had {before}); the data changed: set resume_data=False to restart the "
+            "epoch with it"
         )
     if counters["epoch_batches"]:
         logger.warning(
-            "an epoch had %s batches and has %s now; it goes on after batch %s. If the data "
-            "changed, set resume_data=False to begin the epoch anew",
+            "an epoch had %s batches and has %s now; it continues after batch %s. If the data "
+            "changed, set resume_data=False to restart the epoch",
             before, now, counters["epoch_batches"],
         )  # fmt: skip
 
@@ -321,3 +320,79 @@ def _listed(what: str, names: list[str]) -> Iterator[str]:
     if names:
         more = f" … and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         yield f"  {what}: {', '.join(names[:_SHOWN])}{more}"
+
+
+# Pure rules for another number of data-parallel ranks
+
+
+@dataclass(frozen=True)
+class Source:
+    """Saved rank whose rank-local values a rank restores.
+
+    Attributes:
+        rank: Rank that saved them.
+        is_same: Whether the data-parallel size is unchanged: resuming is then bit-exact.
+        is_own: Whether no other dp rank restores the same values.
+    """
+
+    rank: int
+    is_same: bool
+    is_own: bool
+
+
+def source_of(dp_rank: int, dp_size: int, saved_dp_ranks: Sequence[int]) -> Source:
+    """Saved rank whose rank-local values a rank restores.
+
+    Args:
+        dp_rank: Data-parallel rank of this rank.
+        dp_size: Number of data-parallel ranks.
+        saved_dp_ranks: Data-parallel rank of each saved rank.
+    """
+    saved_size = max(saved_dp_ranks, default=0) + 1
+    rank = list(saved_dp_ranks).index(dp_rank % saved_size)
+    return Source(rank, is_same=saved_size == dp_size, is_own=dp_rank < saved_size)
+
+
+def resharded_position(
+    epoch_batches: int, saved_num_batches: int, num_batches: int, accumulation: int
+) -> tuple[int, bool]:
+    """Batches of the epoch that are done if an epoch now has another number of batches.
+
+    Keeps the fraction of the epoch. With an interleaving sampler, such as DistributedSampler, the
+    same samples are done.
+
+    Args:
+        epoch_batches: Batches done on each rank when it was saved.
+        saved_num_batches: Batches per epoch when it was saved.
+        num_batches: Batches per epoch now.
+        accumulation: Batches per optimizer step now; the result is a multiple of it or all
+            batches.
+
+    Returns:
+        Batches, rounded down, and whether the result is exact.
+    """
+    batches, rest = divmod(epoch_batches * num_batches, saved_num_batches)
+    if batches == num_batches:
+        return batches, rest == 0
+    return batches - batches % accumulation, rest == 0 and batches % accumulation == 0
+
+
+def resharded_totals(saved: Sequence[Any], rank: int, ranks_per_part: int) -> dict[str, Any]:
+    """Sums of the epoch so far, with the same mean over all ranks as before.
+
+    Args:
+        saved: `epoch_means` of one rank per saved dp rank.
+        rank: Rank 0 gets the totals; the others get zeros.
+        ranks_per_part: Ranks per dp rank now; each of them contributes to the mean.
+    """
+    merged: dict[str, Any] = {}
+    for means in saved:
+        for key, (total, weight) in means.items():
+            before = merged.get(key, [0.0, 0])
+            merged[key] = [
+                before[0] + total * ranks_per_part,
+                before[1] + weight * ranks_per_part,
+            ]
+    if rank == 0:
+        return merged
+    return {key: [0.0, 0] for key in merged}

@@ -1,1 +1,1 @@
-"""The files of a checkpoint: their names, the manifest, the index of tensors, state as JSON."""
+"""File format of a checkpoint: file names, manifest, tensor index, state as JSON."""

@@ -1,6 +1,6 @@
-"""Plain data as JSON, and back: no pickle is needed, written or read, and no torch.
+"""Encode plain data as JSON and decode it, without pickle and without torch.
 
-What JSON can't say is a tagged object, such as `{"$tuple": [1, 2]}`.
+Types that JSON lacks are tagged objects, such as `{"$tuple": [1, 2]}`.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from typing import Any, TypeAlias
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 
 Path: TypeAlias = tuple[str | int, ...]
-"""Place of a value in a structure: the keys that lead to it."""
+"""Path of a value in a structure: the keys that lead to it."""
 
 Foreign: TypeAlias = Callable[[Any, Path], Any]
 """Encodes a value that isn't plain data, or returns NotImplemented."""
 
 
 def encode(value: Any, path: Path = (), foreign: Foreign | None = None) -> Any:
-    """Plain data as JSON.
+    """Encode plain data as JSON.
 
     Args:
         value: Numbers, strings, bytes, and lists, tuples, sets and dicts of them.
-        path: Where it is, for errors.
-        foreign: Asked about what isn't plain data.
+        path: Path of the value, for errors.
+        foreign: Encodes values that aren't plain data.
 
     Raises:
-        TypeError: If a value can't be saved; it names the place.
+        TypeError: If a value can't be saved; it names the path.
     """
     kind = type(value)
     if value is None or kind is bool or kind is int or kind is str:
@@ -63,14 +63,14 @@ def encode(value: Any, path: Path = (), foreign: Foreign | None = None) -> Any:
 
 
 def decode(document: Any, foreign: Mapping[str, Callable[[Any], Any]] | None = None) -> Any:
-    """The data again.
+    """Decode what `encode` returned.
 
     Args:
-        document: What `encode` returned.
-        foreign: By tag, what makes of its content what wasn't plain data.
+        document: Parsed JSON.
+        foreign: Decoders by tag, for values that aren't plain data.
 
     Raises:
-        DamagedCheckpointError: If the document isn't one.
+        DamagedCheckpointError: If the document is malformed.
     """
     if isinstance(document, list):
         return [decode(item, foreign) for item in document]
@@ -89,7 +89,7 @@ def decode(document: Any, foreign: Mapping[str, Callable[[Any], Any]] | None = N
 
 
 def spelled(path: Path) -> str:
-    """A place, as in `state['a'][0]`."""
+    """Format a path, as in `state['a'][0]`."""
     return "state" + "".join(f"[{key!r}]" for key in path)
 
 

@@ -1,4 +1,4 @@
-"""Manifest: what a checkpoint is, with size and checksum of each file; any changed bit shows."""
+"""Manifest: description of a checkpoint with size and checksum of each file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.format import file_names, json_codec
 
 FORMAT = 1
-"""Grows when older readers can't read what is written any more."""
+"""Incremented when older readers can't read the format."""
 
 _NUMBERS: Mapping[str, Callable[[Any], float]] = {
     "step": int,
@@ -37,25 +37,25 @@ class FileSum(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Written last, so that a folder with a manifest is complete.
+    """Description of a checkpoint. Written last: a folder with a manifest is complete.
 
     Args:
         step: Optimizer steps done.
-        epoch: Number of the epoch that ran, from 0.
-        seq: Grows with each checkpoint of a directory, also after going back to an earlier
-            step: the newest checkpoint is the one with the highest.
-        run: Which start of the training script wrote it.
-        fence: Which holder of the directory's lock wrote it.
-        created_unix: Seconds since 1970. Nothing depends on it.
-        reason: Why it was saved then.
+        epoch: Number of the current epoch, from 0.
+        seq: Increases with each save to a directory, also after resuming from an earlier step:
+            the newest checkpoint has the highest.
+        run: Id of the start of the script that wrote it.
+        fence: Fence of the directory lock when it was written.
+        created_unix: Unix time; informational.
+        reason: Why it was saved.
         world_size: Number of ranks that wrote it.
         shape: Size of each axis of the mesh.
-        dp_ranks: Which part of the data each rank read, by rank.
-        num_train_batches: Batches in an epoch on each rank.
-        metrics: Results of the validation of exactly these weights.
-        has_nan: Whether some weight is not a number.
-        torch_version: As `torch.__version__`.
-        files: Sums of all files but the manifest, by name.
+        dp_ranks: Data-parallel rank of each rank.
+        num_train_batches: Batches per epoch on each rank.
+        metrics: Validation results of these weights.
+        has_nan: Whether a weight is NaN.
+        torch_version: `torch.__version__`.
+        files: Size and checksum of all files except the manifest, by name.
     """
 
     step: int
@@ -76,11 +76,11 @@ class Manifest:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the checkpoint, without the manifest."""
+        """Size of the checkpoint without the manifest."""
         return sum(file.num_bytes for file in self.files.values())
 
     def encode(self) -> bytes:
-        """As it is written."""
+        """Content of the manifest file."""
         document = {"format": FORMAT, **_shallow_dict(self)}
         document["dp_ranks"] = list(self.dp_ranks)
         document["metrics"] = json_codec.encode(dict(self.metrics))
@@ -89,10 +89,10 @@ class Manifest:
 
     @classmethod
     def decode(cls, data: bytes) -> Manifest:
-        """The manifest that was encoded.
+        """Decode the content of a manifest file.
 
         Raises:
-            DamagedCheckpointError: If a bit of it was changed, or it isn't one.
+            DamagedCheckpointError: If it is corrupt or malformed.
         """
         document = unsealed(data)
         if document.get("format") != FORMAT:
@@ -115,7 +115,7 @@ class Manifest:
             }
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DamagedCheckpointError(
-                f"{file_names.MANIFEST} lacks something or holds it in another form: {error!r:.200}"
+                f"{file_names.MANIFEST} lacks a field or has one of the wrong type: {error!r:.200}"
             ) from error
         strange = [name for name in known["files"] if not file_names.is_file_name(name)]
         if strange:
@@ -127,16 +127,16 @@ class Manifest:
 
 
 def sealed(document: Mapping[str, Any]) -> bytes:
-    """A JSON object that holds the SHA-256 of the rest of itself."""
+    """Encode a JSON object with the SHA-256 of its content."""
     body = json.dumps(document, separators=(",", ":")).encode()[1:] + b"\n"
     return b'{"sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'",\n' + body
 
 
 def unsealed(data: bytes) -> dict[str, Any]:
-    """The JSON object without its seal.
+    """Decode what `sealed` returned and check the SHA-256.
 
     Raises:
-        DamagedCheckpointError: If a bit was changed.
+        DamagedCheckpointError: If it is corrupt.
     """
     seal = _SEAL.match(data)
     if seal is None or hashlib.sha256(data[seal.end() :]).hexdigest().encode() != seal[1]:
@@ -147,10 +147,10 @@ def unsealed(data: bytes) -> dict[str, Any]:
 
 
 def parsed_json(data: bytes) -> dict[str, Any]:
-    """A JSON object.
+    """Parse a JSON object.
 
     Raises:
-        DamagedCheckpointError: If it isn't one.
+        DamagedCheckpointError: If the data isn't a JSON object.
     """
     try:
         document = json.loads(data)

@@ -1,7 +1,6 @@
-"""A state as JSON and tensors, and back: plain data, and what torch adds to it.
+"""Encode a state dict as JSON and tensors, and decode it: plain data and torch types.
 
-A tensor is a reference to its name, and a value of one rank alone (RankLocal) a reference into
-that rank's own file.
+The JSON refers to a tensor by its name, and to a RankLocal value by its path in the rank's file.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from dream_trainer.callbacks import RankLocal
 
 
 @dataclass
-class Split:
-    """A state taken apart.
+class EncodedState:
+    """A state dict as JSON and tensors.
 
     Attributes:
-        shared: JSON of what is the same on all ranks.
-        local: JSON of what belongs to this rank, by its place in the state.
-        tensors: Tensors by name, those of this rank's values too.
-        paths: Place in the state of each tensor, by name.
+        shared: JSON of the values that are equal on all ranks.
+        local: JSON of this rank's RankLocal values, by path in the state.
+        tensors: Tensors by name, including those in RankLocal values.
+        paths: Path of each tensor in the state, by name.
     """
 
     shared: Any = None
@@ -35,19 +34,18 @@ class Split:
     paths: dict[str, Path] = field(default_factory=dict)
 
 
-def split(state: Any, rank: int) -> Split:
-    """Take a state apart.
+def encode(state: Any, rank: int) -> EncodedState:
+    """Encode a state dict.
 
     Args:
         state: Plain data, tensors and RankLocal values.
-        rank: Whose RankLocal values these are; their tensors are named after it.
+        rank: This rank; names of tensors in RankLocal values begin with it.
 
     Raises:
-        TypeError: If a value isn't plain data, so that it couldn't be loaded safely; it names
-            the place.
+        TypeError: If a value isn't plain data; it names the path.
         ValueError: If two tensors would get the same name.
     """
-    result = Split()
+    result = EncodedState()
 
     def add_tensor(tensor: Tensor, path: Path) -> Any:
         name = ".".join(map(str, path))
@@ -70,25 +68,25 @@ def split(state: Any, rank: int) -> Split:
 
 
 def encode_plain(value: Any) -> Any:
-    """Plain data, and sizes, dtypes and devices, as JSON."""
+    """Encode plain data, sizes, dtypes and devices as JSON."""
     return _encode(value, (), _no_tensor, _no_local)
 
 
 def decode_plain(document: Any) -> Any:
-    """The inverse of `encode_plain`."""
+    """Decode what `encode_plain` returned."""
     return decode(document, {}, {})
 
 
 def decode(document: Any, tensors: Mapping[str, Tensor], local: Mapping[str, Any]) -> Any:
-    """The state again. RankLocal values come back bare.
+    """Decode a state dict. RankLocal values are returned unwrapped.
 
     Args:
-        document: `Split.shared`, or a part of it.
-        tensors: By name.
-        local: JSON of a rank's own values, by place.
+        document: `EncodedState.shared` or a part of it.
+        tensors: Tensors by name.
+        local: `EncodedState.local` of a rank.
 
     Raises:
-        DamagedCheckpointError: If the document refers to what isn't there, or isn't one.
+        DamagedCheckpointError: If the document is malformed or has a dangling reference.
     """
     foreign = {
         "$tensor": tensors.__getitem__,

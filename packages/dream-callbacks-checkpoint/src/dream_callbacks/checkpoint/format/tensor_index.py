@@ -1,6 +1,6 @@
-"""TensorIndex: where in which file each piece of each tensor is, as JSON.
+"""TensorIndex: location of each piece of each tensor, as JSON.
 
-The same is in DCP's own `.metadata`, which is a pickle and therefore for other tools alone.
+DCP's `.metadata` has the same content, but is a pickle: it is only for other tools.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor, and where it is.
+    """A piece of a tensor and its location.
 
-    The names of the last fields are those that DCP's reader asks for.
+    DCP's reader prescribes the names of the last four fields.
     """
 
     offsets: tuple[int, ...]
@@ -46,9 +46,9 @@ class StoredTensor:
     """A tensor of a checkpoint.
 
     Attributes:
-        dtype: As it is stored.
-        shape: Of the whole tensor.
-        chunks: Pieces that fill it.
+        dtype: Stored dtype.
+        shape: Global shape.
+        chunks: Pieces that tile the tensor.
     """
 
     dtype: torch.dtype
@@ -61,10 +61,10 @@ class StoredTensor:
 
 
 class TensorIndex(Mapping[str, StoredTensor]):
-    """The tensors of a checkpoint, by name.
+    """Tensors of a checkpoint by name.
 
     Args:
-        tensors: By name.
+        tensors: Tensors by name.
     """
 
     def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
@@ -81,11 +81,11 @@ class TensorIndex(Mapping[str, StoredTensor]):
 
     @classmethod
     def of_save(cls, metadata: Metadata, results: Iterable[Any]) -> TensorIndex:
-        """The index of what DCP has just written.
+        """Index of what DCP has written.
 
         Args:
-            metadata: The global plan's.
-            results: WriteResult of every piece, of all ranks.
+            metadata: Metadata of the global plan.
+            results: WriteResult of every piece of all ranks.
         """
         places = {result.index: result.storage_data for result in results}
         tensors = {}
@@ -111,7 +111,7 @@ class TensorIndex(Mapping[str, StoredTensor]):
         return cls(tensors)
 
     def encode(self) -> bytes:
-        """As it is written."""
+        """Content of the index file."""
         files = sorted({c.relative_path for tensor in self.values() for c in tensor.chunks})
         numbers = {name: number for number, name in enumerate(files)}
         tensors = {
@@ -129,16 +129,15 @@ class TensorIndex(Mapping[str, StoredTensor]):
 
     @classmethod
     def decode(cls, data: bytes, files: Mapping[str, FileSum]) -> TensorIndex:
-        """The index that was encoded, checked: its pieces are where they can be, and fill it all.
+        """Decode and validate an index file.
 
         Args:
-            data: What `encode` returned.
-            files: The files that there are, with their sizes.
+            data: Content of the file.
+            files: Sizes of the checkpoint's files, by name.
 
         Raises:
-            DamagedCheckpointError: If it isn't an index, a piece lies outside of its tensor or
-                file or is larger than its bytes there, pieces overlap, or a part of a tensor is
-                missing.
+            DamagedCheckpointError: If it is malformed, a piece lies outside of its tensor or file
+                or is larger than its bytes, pieces overlap, or a part of a tensor is missing.
         """
         document = parsed_json(data)
         try:
@@ -162,12 +161,12 @@ class TensorIndex(Mapping[str, StoredTensor]):
             if isinstance(error, DamagedCheckpointError):
                 raise
             raise DamagedCheckpointError(
-                f"{file_names.INDEX} lacks something or holds it in another form: {error!r:.200}"
+                f"{file_names.INDEX} lacks a field or has one of the wrong type: {error!r:.200}"
             ) from error
         return cls(tensors)
 
     def as_metadata(self, names: Iterable[str]) -> Metadata:
-        """What DCP would have unpickled, of some tensors."""
+        """DCP's metadata for some tensors, which DCP itself would unpickle."""
         from torch.distributed.checkpoint.metadata import (
             ChunkStorageMetadata,
             Metadata,
@@ -206,24 +205,24 @@ def _check_place(name: str, chunk: Chunk, dtype: torch.dtype, files: Mapping[str
     file = files.get(chunk.relative_path)
     if file is None:
         raise DamagedCheckpointError(
-            f"{file_names.INDEX}: {name!r} is said to be in {chunk.relative_path!r:.200}, which is "
+            f"{file_names.INDEX}: {name!r} is located in {chunk.relative_path!r:.200}, which is "
             "no file of the checkpoint"
         )
     if not 0 <= chunk.offset <= chunk.offset + chunk.length <= file.num_bytes:
         raise DamagedCheckpointError(
-            f"{file_names.INDEX}: {name!r} is said to be at bytes {chunk.offset} to "
+            f"{file_names.INDEX}: {name!r} is located at bytes {chunk.offset} to "
             f"{chunk.offset + chunk.length} of {chunk.relative_path}, which has {file.num_bytes}"
         )
-    # So that no more memory is taken than the checkpoint has bytes.
+    # An index can't make us allocate more memory than the checkpoint has bytes.
     if chunk.volume * dtype.itemsize > chunk.length:
         raise DamagedCheckpointError(
-            f"{file_names.INDEX}: a piece of {name!r} of sizes {chunk.sizes} is said to be in "
+            f"{file_names.INDEX}: a piece of {name!r} of sizes {chunk.sizes} is located in "
             f"{chunk.length} bytes, which can't hold it"
         )
 
 
 def _check_filled(name: str, tensor: StoredTensor) -> None:
-    """Raise unless the chunks fill the tensor: inside, apart from each other, of its volume."""
+    """Raise unless the chunks tile the tensor: inside it, disjoint, of its volume."""
     if not isinstance(tensor.dtype, torch.dtype):
         raise DamagedCheckpointError(f"{file_names.INDEX}: {name!r} has no dtype")
     num_dims = len(tensor.shape)
@@ -247,7 +246,7 @@ def _check_filled(name: str, tensor: StoredTensor) -> None:
 
 
 def _overlap(chunks: Sequence[Chunk]) -> bool:
-    """Whether two boxes share an element. Fast where boxes are slices along one axis."""
+    """Whether two chunks overlap. Fast if they are slices along one axis."""
     boxes = [chunk for chunk in chunks if chunk.volume]
     if len(boxes) < 2:
         return False

@@ -1,1 +1,1 @@
-"""File systems: the protocol and its two implementations, the lock, the atomic commit."""
+"""File systems: protocol, two implementations, directory lock, atomic commit."""

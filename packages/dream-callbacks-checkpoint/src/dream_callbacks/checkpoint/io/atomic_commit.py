@@ -1,90 +1,150 @@
-"""How a checkpoint comes into being and goes: each moment leaves a directory that can be used."""
+"""Atomic commit and deletion of checkpoints: a crash at any point leaves a usable directory."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import time
 import uuid
 from collections.abc import Collection
 
 from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import Manifest
-from dream_callbacks.checkpoint.io.filesystem import Directory, Lock
+from dream_callbacks.checkpoint.formatting import spelled_bytes
+from dream_callbacks.checkpoint.io.filesystem import Filesystem, Lock
 
 logger = logging.getLogger(__name__)
 
 
-def begin(disk: Directory, step: int, run: str) -> str:
-    """Make the folder in which a checkpoint is written, and return its name."""
+_SPARE_BYTES = 1 << 20
+"""Space for everything except tensors."""
+
+_VISIBLE_WITHIN_S = 60.0
+"""How long a shared file system may take to show a folder on another machine."""
+
+
+def begin(filesystem: Filesystem, step: int, run: str, num_bytes: int) -> str:
+    """Create the temporary folder of a checkpoint; its name.
+
+    Args:
+        filesystem: The checkpoint directory.
+        step: Step of the checkpoint.
+        run: Id of this start of the script.
+        num_bytes: Size of its tensors.
+
+    Raises:
+        OSError: If there is too little free space.
+    """
+    free = filesystem.free_bytes()
+    if free < num_bytes + _SPARE_BYTES:
+        raise OSError(
+            f"no space left for it: it needs {spelled_bytes(num_bytes + _SPARE_BYTES)}, and "
+            f"{spelled_bytes(free)} are free"
+        )
     name = file_names.temporary_name(step, run)
-    disk.delete(name)  # of an attempt that failed
-    disk.make(name)
+    filesystem.delete(name)  # left by a failed attempt
+    filesystem.make(name)
     return name
 
 
+def wait_until_visible(filesystem: Filesystem, temporary: str) -> None:
+    """Wait until this rank sees the folder that rank 0 created.
+
+    Raises:
+        FileNotFoundError: If it doesn't within a minute.
+    """
+    deadline = time.monotonic() + _VISIBLE_WITHIN_S
+    while not filesystem.is_folder(temporary):
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(
+                f"rank 0 made {filesystem}/{temporary}, and this rank can't see it; all ranks must "
+                "share the file system that root_dir is on"
+            )
+        time.sleep(0.05)
+
+
 def publish(
-    disk: Directory,
+    filesystem: Filesystem,
     temporary: str,
     manifest: Manifest,
     lock: Lock,
     unsynced: Collection[str],
 ) -> str:
-    """Make a written folder a checkpoint, by giving it its name.
+    """Commit a written folder by renaming it.
 
-    Another checkpoint of the same step, of a run that went on from an earlier one, is replaced.
+    Replaces an existing checkpoint of the same step, which exists after resuming from an earlier
+    step.
 
     Args:
-        disk: Where.
-        temporary: The folder.
-        manifest: What is in it.
-        lock: Held.
-        unsynced: Files that the disk may not have yet. It has all the others.
+        filesystem: The checkpoint directory.
+        temporary: The written folder.
+        manifest: Its manifest.
+        lock: The held lock.
+        unsynced: Files to sync; all others are synced already.
 
     Returns:
-        The name. The disk has it when this returns.
+        The name of the checkpoint, which is durable.
 
     Raises:
         CheckpointError: If the lock was lost.
     """
-    disk.write(temporary, file_names.MANIFEST, manifest.encode())
-    disk.sync(temporary, [*unsynced, file_names.MANIFEST])
+    filesystem.write(temporary, file_names.MANIFEST, manifest.encode())
+    filesystem.sync(temporary, [*unsynced, file_names.MANIFEST])
     lock.check()
     name = file_names.checkpoint_name(manifest.step)
     replaced = file_names.replaced_name(manifest.step, uuid.uuid4().hex)
-    if name in disk.entries():
-        # Two renames: after a crash between them, `recover` gives the old one its name again.
-        disk.rename(name, replaced)
-        disk.rename(temporary, name)
-        discard(disk, replaced)
+    if name in filesystem.entries():
+        # Two renames: after a crash between them, `recover` undoes the first.
+        filesystem.rename(name, replaced)
+        filesystem.rename(temporary, name)
+        discard(filesystem, replaced)
     else:
-        disk.rename(temporary, name)
+        filesystem.rename(temporary, name)
     return name
 
 
-def discard(disk: Directory, name: str) -> None:
-    """Delete a checkpoint: it is gone at once, or still whole."""
-    trash = name  # the manifest goes first
-    if disk.renames_at_once:
+def discard(filesystem: Filesystem, name: str) -> None:
+    """Delete a checkpoint atomically: after a crash it is either complete or gone."""
+    trash = name  # `delete` removes the manifest first
+    if filesystem.renames_at_once:
         trash = file_names.trash_name(uuid.uuid4().hex)
-        disk.rename(name, trash)
+        filesystem.rename(name, trash)
     step = file_names.step_of(name)
     if step is not None:
-        disk.unlink(file_names.metrics_name(step))
-    disk.delete(trash)
+        filesystem.unlink(file_names.metrics_name(step))
+    filesystem.delete(trash)
 
 
-def abandon(disk: Directory, temporary: str) -> None:
-    """Delete what a failed save has written; what can't be deleted now is left for `recover`."""
+def abandon(filesystem: Filesystem, temporary: str) -> None:
+    """Delete the folder of a failed save; what can't be deleted is left for `recover`."""
     with contextlib.suppress(OSError):
-        disk.delete(temporary)
+        filesystem.delete(temporary)
 
 
-def recover(disk: Directory) -> None:
-    """Finish or undo what an earlier run left unfinished. Needs the directory's lock."""
-    names = set(disk.entries())
-    if not disk.renames_at_once:
-        for name in [name for name in names if _is_unfinished(disk, name)]:
-            disk.delete(name)
+def move_aside(filesystem: Filesystem) -> bool:
+    """Move all checkpoints into a folder `before-N`; False if there are none."""
+    names = filesystem.entries()
+    num_checkpoints = sum(file_names.step_of(name) is not None for name in names)
+    if not num_checkpoints:
+        return False
+    aside = next(f"before-{n}" for n in range(1, len(names) + 2) if f"before-{n}" not in names)
+    filesystem.make(aside)
+    for name in names:
+        if file_names.step_of(name) is not None or file_names.step_of_metrics(name) is not None:
+            filesystem.rename(name, f"{aside}/{name}")
+    logger.warning(
+        "resume_mode=None: the run starts from scratch; %d checkpoints that were in %s are in %s "
+        "now", num_checkpoints, filesystem, aside,
+    )  # fmt: skip
+    return True
+
+
+def recover(filesystem: Filesystem) -> None:
+    """Finish or undo interrupted saves and deletions of earlier runs. Needs the lock."""
+    names = set(filesystem.entries())
+    if not filesystem.renames_at_once:
+        for name in [name for name in names if _is_unfinished(filesystem, name)]:
+            filesystem.delete(name)
             names.remove(name)
     for name in sorted(names):
         replaced_step = file_names.step_of_replaced(name)
@@ -92,39 +152,41 @@ def recover(disk: Directory) -> None:
         if replaced_step is not None:
             original = file_names.checkpoint_name(replaced_step)
             if original in names:
-                discard(disk, name)
+                discard(filesystem, name)
             else:
-                disk.rename(name, original)
+                filesystem.rename(name, original)
                 names.add(original)
         elif file_names.is_leftover(name):
-            logger.info("%s/%s was left by a run that ended while it wrote; deleted", disk, name)
-            if disk.is_folder(name):
-                disk.delete(name)
+            logger.info(
+                "%s/%s was left by a run that ended while it wrote; deleted", filesystem, name
+            )
+            if filesystem.is_folder(name):
+                filesystem.delete(name)
             else:
-                disk.unlink(name)
+                filesystem.unlink(name)
         elif metrics_step is not None and file_names.checkpoint_name(metrics_step) not in names:
-            disk.unlink(name)
+            filesystem.unlink(name)
 
 
-def _is_unfinished(disk: Directory, name: str) -> bool:
-    """Whether a checkpoint's folder has no manifest, where nothing but that makes it one."""
+def _is_unfinished(filesystem: Filesystem, name: str) -> bool:
+    """Whether a checkpoint folder has no manifest, on a file system without atomic rename."""
     is_named = file_names.step_of(name) is not None or file_names.step_of_replaced(name) is not None
-    return is_named and disk.size(name, file_names.MANIFEST) is None
+    return is_named and filesystem.size(name, file_names.MANIFEST) is None
 
 
-def probe(disk: Directory) -> None:
-    """Make sure that files can be written, synced and renamed; leaves nothing behind.
+def probe(filesystem: Filesystem) -> None:
+    """Check that files can be written, synced and renamed; leaves no file.
 
     Raises:
-        OSError: If they can't.
+        OSError: If one of these fails.
     """
     name = file_names.probe_name(uuid.uuid4().hex)
     try:
-        disk.write("", name, b"probe")
-        disk.sync("", [name])
+        filesystem.write("", name, b"probe")
+        filesystem.sync("", [name])
         renamed = file_names.probe_name(uuid.uuid4().hex)
-        disk.rename(name, renamed)
+        filesystem.rename(name, renamed)
         name = renamed
     finally:
         with contextlib.suppress(OSError):
-            disk.unlink(name)
+            filesystem.unlink(name)

@@ -15,7 +15,7 @@ from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.format.manifest import FileSum
 
 _BLOCK_BYTES = 1 << 21
-_CACHED_BYTES = 1 << 18  # copied and summed in one go: fits the L2 cache
+_CACHED_BYTES = 1 << 18  # copied and checksummed together: fits the L2 cache
 _READ_BYTES = 1 << 16
 
 
@@ -31,7 +31,7 @@ class ChecksummedWriter:
     """A new file, written front to back in large blocks.
 
     Small writes are gathered: torch.save writes each tensor in about forty pieces. Nothing is
-    synced; see `LocalDisk.sync`.
+    synced; see `LocalFilesystem.sync`.
 
     Args:
         name: For error messages.
@@ -123,11 +123,11 @@ class ChecksummedWriter:
                 raise first_error from exc_value
 
     def _append(self, piece: memoryview) -> int:
-        """Add the part of a piece that fits into the block; its size."""
+        """Append the part of a piece that fits into the block; its size."""
         num_added = min(len(piece), _BLOCK_BYTES - self._num_filled)
         end = self._num_filled + num_added
         self._block[self._num_filled : end] = piece[:num_added]
-        # Of the copy, which is what reaches the disk.
+        # Computed over the copy, which is what is written.
         with memoryview(self._block) as block:
             self._crc32 = zlib.crc32(block[self._num_filled : end], self._crc32)
         self._num_filled = end
@@ -160,10 +160,10 @@ class ChecksummedWriter:
 
 
 class DirectFile:
-    """A sink on a local file system; full blocks bypass the page cache where a disk is below it.
+    """A sink on a local file system; full blocks bypass the page cache on block devices.
 
-    With O_DIRECT a save needs no memory for the page cache, which a virtual machine may first have
-    to get from its host: large saves took up to seven times as long for it (`docs/benchmarks`).
+    With O_DIRECT a save needs no page cache memory, which a virtual machine may first have to get
+    from its host: large saves took up to seven times as long with it (`docs/benchmarks`).
     It is used on file systems of a block device (ext4, XFS; not btrfs, ZFS, overlayfs, tmpfs). A
     network file system does better with the page cache, which keeps several requests in flight.
 

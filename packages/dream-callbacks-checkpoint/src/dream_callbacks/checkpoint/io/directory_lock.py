@@ -1,4 +1,4 @@
-"""DirectoryLock: one run at a time writes into a checkpoint directory."""
+"""DirectoryLock: only one run at a time writes to a checkpoint directory."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _held: dict[Path, _Held] = {}
 
 
 class DirectoryLock:
-    """A POSIX lock on a file, with the name of its holder in it.
+    """A POSIX lock on a file that names its holder.
 
-    The kernel lets go of it when the process ends, however it ends; forked children, such as
-    workers of a loader, don't have it. Each holder gets a higher fence than the one before, so
-    that one that lost the lock (a network file system may forget it) can tell.
+    The kernel releases it when the process ends for any reason; forked children, such as loader
+    workers, don't hold it. Each holder has a higher fence than the previous one, which shows a
+    holder that it lost the lock (a network file system may drop it).
 
     Args:
-        path: The lock's file.
-        run: Identifies this start of the script.
+        path: Lock file.
+        run: Id of this start of the script.
     """
 
     def __init__(self, path: Path, run: str) -> None:
@@ -53,10 +53,10 @@ class DirectoryLock:
         return held is not None and held.owner is self and held.pid == os.getpid()
 
     def acquire(self) -> None:
-        """Take the lock, or keep it.
+        """Acquire the lock; does nothing if it is held.
 
         Raises:
-            CheckpointError: If another run has it; it names its process, host and start.
+            CheckpointError: If another run holds it; names its process, host and start time.
         """
         if self.is_held:
             return
@@ -75,15 +75,15 @@ class DirectoryLock:
             raise CheckpointError(_in_use(self.path, holder)) from None
         _held[self.path] = _Held(descriptor, os.getpid(), self)
         self.fence = _content(descriptor).get("fence", 0) + 1
-        # Padded to one size, so that no reader sees the end of a longer one before it.
-        os.pwrite(descriptor, said_by(self.run, self.fence).ljust(_MAX_BYTES), 0)
+        # Padded to a fixed size, so that no reader sees the end of a longer previous content.
+        os.pwrite(descriptor, lock_content(self.run, self.fence).ljust(_MAX_BYTES), 0)
         os.fsync(descriptor)
 
     def check(self) -> None:
-        """Make sure that the lock wasn't lost.
+        """Check that the lock wasn't lost.
 
         Raises:
-            CheckpointError: If another run took the directory over.
+            CheckpointError: If another run has taken over the directory.
         """
         found = _content(_held[self.path].descriptor) if self.is_held else {}
         if found.get("fence") != self.fence or found.get("run") != self.run:
@@ -94,13 +94,13 @@ class DirectoryLock:
             )
 
     def release(self) -> None:
-        """Let go, if this object has it."""
+        """Release the lock if this object holds it."""
         if self.is_held:
             os.close(_held.pop(self.path).descriptor)
 
 
-def said_by(run: str, fence: int) -> bytes:
-    """What this process writes into a lock that it has."""
+def lock_content(run: str, fence: int) -> bytes:
+    """Content of a lock file held by this process."""
     content = {
         "pid": os.getpid(),
         "host": socket.gethostname(),
@@ -111,8 +111,8 @@ def said_by(run: str, fence: int) -> bytes:
     return json.dumps(content).encode()
 
 
-def understood(data: bytes) -> dict[str, Any]:
-    """What a lock says; nothing if that isn't what `said_by` writes."""
+def parsed_lock(data: bytes) -> dict[str, Any]:
+    """Parse the content of a lock file; empty if it is malformed."""
     try:
         content = json.loads(data)
     except ValueError:
@@ -122,8 +122,8 @@ def understood(data: bytes) -> dict[str, Any]:
 
 
 def _content(descriptor: int) -> dict[str, Any]:
-    # Through the descriptor that has the lock: closing any other one of the file lets go of it.
-    return understood(os.pread(descriptor, _MAX_BYTES, 0))
+    # Reads the locked descriptor: closing any other descriptor of the file releases the lock.
+    return parsed_lock(os.pread(descriptor, _MAX_BYTES, 0))
 
 
 def _holder(descriptor: int) -> str:

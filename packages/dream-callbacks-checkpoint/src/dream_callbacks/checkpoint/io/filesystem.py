@@ -1,4 +1,4 @@
-"""Directory: what checkpoints ask of the place where they are, on a disk or behind a URL."""
+"""Filesystem: the protocol of a checkpoint directory, local or at a URL."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import BinaryIO, Protocol
 
 from dream_callbacks.checkpoint.format.manifest import FileSum
 from dream_callbacks.checkpoint.io.checksummed_writer import ChecksummedWriter
-from dream_callbacks.checkpoint.io.local_filesystem import LocalDisk
+from dream_callbacks.checkpoint.io.local_filesystem import LocalFilesystem
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
 
 class Lock(Protocol):
-    """Makes sure that one run at a time writes; each holder has a higher fence."""
+    """Lock of a checkpoint directory; each holder has a higher fence than the previous one."""
 
     fence: int
 
@@ -27,15 +27,14 @@ class Lock(Protocol):
     def release(self) -> None: ...
 
 
-class Directory(Protocol):
-    """A checkpoint directory. Folders in it have files, and no folders.
+class Filesystem(Protocol):
+    """A checkpoint directory: files and folders of files.
 
-    `LocalDisk` and `RemoteDirectory` say what each method does.
+    `LocalFilesystem` and `FsspecFilesystem` document the methods.
 
     Attributes:
-        renames_at_once: Whether a folder gets another name at once or not at all. Where it
-            doesn't, its files are copied, and the manifest, which comes last, makes a checkpoint
-            of the copy.
+        renames_at_once: Whether folders are renamed atomically. If not, files are copied one by
+            one; the copy is complete once the manifest, copied last, exists.
     """
 
     renames_at_once: bool
@@ -80,29 +79,29 @@ class Directory(Protocol):
 
 
 def is_url(path: str | Path) -> bool:
-    """Whether a path is a URL, of which pathlib would make a folder called "s3:"."""
+    """Whether a path is a URL, which pathlib would turn into a folder named "s3:"."""
     return _URL.match(str(path)) is not None
 
 
 def below(path: str | Path, *names: str) -> str | Path:
-    """A path or URL with more names at its end."""
+    """Append names to a path or URL."""
     return "/".join([str(path).rstrip("/"), *names]) if is_url(path) else Path(path, *names)
 
 
-def directory_of(path: str | Path) -> Directory:
+def filesystem_at(path: str | Path) -> Filesystem:
     """The checkpoint directory at a path or URL.
 
     Raises:
-        ValueError: If it was a URL, and pathlib has taken one of its slashes.
-        ImportError: If it is a URL, and what reads it isn't installed.
+        ValueError: If it is a URL with one slash, as produced by pathlib.
+        ImportError: If it is a URL and a library that it needs isn't installed.
     """
     if not is_url(path):
-        return LocalDisk(Path(path))
+        return LocalFilesystem(Path(path))
     if "://" not in str(path):
         raise ValueError(
             f"{str(path)!r} has one slash after its colon, as pathlib makes it of a URL; give the "
             "URL as text, to CheckpointParameters(root_dir=…): a trainer's own root_dir is a path"
         )
-    from dream_callbacks.checkpoint.io.fsspec_filesystem import RemoteDirectory
+    from dream_callbacks.checkpoint.io.fsspec_filesystem import FsspecFilesystem
 
-    return RemoteDirectory(str(path))
+    return FsspecFilesystem(str(path))

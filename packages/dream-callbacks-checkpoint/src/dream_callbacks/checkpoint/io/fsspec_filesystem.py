@@ -1,4 +1,4 @@
-"""RemoteDirectory: a checkpoint directory behind a URL, such as s3://, gs:// or memory://."""
+"""FsspecFilesystem: a checkpoint directory at a URL, such as s3://, gs:// or memory://."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import FileSum
 from dream_callbacks.checkpoint.io.checksummed_writer import ChecksummedWriter, content_of, sums_of
-from dream_callbacks.checkpoint.io.directory_lock import said_by, understood
+from dream_callbacks.checkpoint.io.directory_lock import lock_content, parsed_lock
 
 _MARK = ".folder"
-"""Stands for a folder that has no file yet: object stores know no empty ones."""
+"""Marks an empty folder, which object stores don't have."""
 
 
-class RemoteDirectory:
-    """A checkpoint directory on whatever fsspec knows.
+class FsspecFilesystem:
+    """A checkpoint directory on any file system supported by fsspec.
 
-    A file is there whole or not at all, as object stores have it. Folders aren't renamed at once:
-    their files are copied, inside of the store, and a folder counts as a checkpoint once it has a
-    manifest.
+    Files appear atomically, as in object stores. Renaming a folder copies its files within the
+    store; a folder is a checkpoint once it has a manifest.
 
     Args:
-        url: Of the directory; what comes after "://" is for the library of the protocol.
+        url: URL of the directory.
 
     Raises:
-        ImportError: If fsspec, or the library of the protocol, isn't installed.
+        ImportError: If fsspec or the library of the URL's protocol isn't installed.
     """
 
     renames_at_once = False
@@ -43,21 +42,21 @@ class RemoteDirectory:
                 f"{url} needs fsspec: pip install 'dream-callbacks-checkpoint[fsspec]'"
             ) from None
         self.url = url.rstrip("/")
-        # Without its cache of listings, which wouldn't show what other ranks write.
+        # No listings cache: it would hide files that other ranks write.
         self._fs, root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
         self._root = root.rstrip("/")
 
     def __str__(self) -> str:
         return self.url
 
-    def lock(self, run: str) -> RemoteLock:
-        """The lock of this directory, not yet held."""
-        return RemoteLock(self, run)
+    def lock(self, run: str) -> FsspecLock:
+        """The lock of this directory, not acquired."""
+        return FsspecLock(self, run)
 
-    # Looking
+    # Listing
 
     def entries(self, folder: str = "") -> list[str]:
-        """Names in a folder; none if it isn't there."""
+        """Names in a folder; empty if it doesn't exist."""
         self._fs.invalidate_cache()
         try:
             found = self._fs.ls(self._path(folder), detail=False)
@@ -67,12 +66,12 @@ class RemoteDirectory:
         return [name for name in names if name != _MARK]
 
     def is_folder(self, name: str) -> bool:
-        """Whether there is such a folder."""
+        """Whether a folder exists."""
         self._fs.invalidate_cache()
         return bool(self._fs.isdir(self._path(name)))
 
     def size(self, folder: str, name: str) -> int | None:
-        """Bytes in a file; None if there is none."""
+        """Size of a file in bytes; None if it doesn't exist."""
         self._fs.invalidate_cache()
         try:
             found = self._fs.info(self._path(folder, name))
@@ -81,16 +80,16 @@ class RemoteDirectory:
         return int(found["size"]) if found["type"] == "file" else None
 
     def free_bytes(self) -> float:
-        """Without end, as far as anyone knows."""
+        """Infinite: object stores report no limit."""
         return math.inf
 
     # Reading
 
     def open(self, folder: str, name: str) -> BinaryIO:
-        """A file to read.
+        """Open a file for reading.
 
         Raises:
-            DamagedCheckpointError: If it isn't there.
+            DamagedCheckpointError: If it doesn't exist.
         """
         try:
             return cast("BinaryIO", self._fs.open(self._path(folder, name), "rb"))
@@ -98,40 +97,40 @@ class RemoteDirectory:
             raise DamagedCheckpointError(f"{name} is missing") from None
 
     def read(self, folder: str, name: str, max_bytes: int | None = None) -> bytes:
-        """All of a file.
+        """Read a whole file.
 
         Raises:
-            DamagedCheckpointError: If it isn't there, or is larger than `max_bytes`.
+            DamagedCheckpointError: If it doesn't exist or is larger than `max_bytes`.
         """
         with self.open(folder, name) as file:
             return content_of(file, name, max_bytes)
 
     def sums(self, folder: str, name: str) -> FileSum:
-        """Size and checksum of a file, read from front to back."""
+        """Read a file to compute its size and checksum."""
         with self.open(folder, name) as file:
             return sums_of(file)
 
     def reading(self, folder: str) -> contextlib.AbstractContextManager[None]:
-        """Nothing: a store can't know who reads. What is deleted meanwhile shows as missing."""
+        """Does nothing: a store doesn't track readers. Files deleted while reading are missing."""
         return contextlib.nullcontext()
 
     def is_being_read(self, folder: str) -> bool:
-        """False: see `reading`."""
+        """Always False; see `reading`."""
         return False
 
     # Writing
 
     def make_root(self) -> None:
-        """Make the directory, where that means something."""
+        """Create the directory, on file systems that have directories."""
         self._fs.makedirs(self._root, exist_ok=True)
 
     def make(self, folder: str) -> None:
-        """Make a folder that isn't there yet."""
+        """Create a folder."""
         self._fs.makedirs(self._path(folder), exist_ok=True)
         self._fs.pipe_file(self._path(folder, _MARK), b"")
 
     def create(self, folder: str, name: str) -> ChecksummedWriter:
-        """A new file to write; it is there when it is closed."""
+        """Open a new file for writing; it appears when it is closed."""
         path = self._path(folder, name)
         return ChecksummedWriter(f"{self.url}/{folder}/{name}", self._fs.open(path, "wb"))
 
@@ -142,10 +141,10 @@ class RemoteDirectory:
         return file.sums
 
     def sync(self, folder: str = "", names: Iterable[str] = ()) -> None:
-        """Nothing to wait for: a file that was closed lasts."""
+        """Does nothing: a closed file is durable."""
 
     def rename(self, old: str, new: str) -> None:
-        """Copy a folder or file, its manifest last, and delete the old one, its manifest first."""
+        """Copy a file or folder, manifest last, and delete the original, manifest first."""
         if not self.is_folder(old):
             self._fs.cp_file(self._path(old), self._path(new))
             self.unlink(old)
@@ -156,16 +155,16 @@ class RemoteDirectory:
         self.delete(old)
 
     def replace(self, name: str, data: bytes, unique: str) -> None:
-        """Write a file in the directory, or another content of it; no half of it is ever seen."""
+        """Write or overwrite a file of the directory atomically."""
         self._fs.pipe_file(self._path(name), data)
 
     def unlink(self, name: str) -> None:
-        """Delete a file, if it is there."""
+        """Delete a file if it exists."""
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._path(name))
 
     def delete(self, folder: str) -> None:
-        """Delete a folder with all that is in it, if it is there; its manifest first."""
+        """Delete a folder recursively if it exists, manifest first."""
         self.unlink(f"{folder}/{file_names.MANIFEST}")
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm(self._path(folder), recursive=True)
@@ -174,35 +173,35 @@ class RemoteDirectory:
         return "/".join([self._root, *(name for name in names if name)])
 
 
-class RemoteLock:
-    """A note of who writes here. The last one that came counts.
+class FsspecLock:
+    """A file that names the writing run; the last one to acquire it holds it.
 
-    A store of objects can't tell whether the process that wrote a note still lives. So a run that
-    begins takes over, and one that goes on all the same is refused at its next save.
+    An object store can't tell whether the process that wrote the file is alive. So a new run takes
+    over, and the next save of the old one fails.
 
     Args:
-        directory: Where.
-        run: Identifies this start of the script.
+        directory: The checkpoint directory.
+        run: Id of this start of the script.
     """
 
-    def __init__(self, directory: RemoteDirectory, run: str) -> None:
+    def __init__(self, directory: FsspecFilesystem, run: str) -> None:
         self.directory = directory
         self.run = run
         self.fence = 0
 
     def acquire(self) -> None:
-        """Take over."""
+        """Take over the directory."""
         found = self._content()
         if self.fence and found.get("run") == self.run:
             return
         self.fence = found.get("fence", 0) + 1
-        self.directory.replace(file_names.LOCK, said_by(self.run, self.fence), self.run)
+        self.directory.replace(file_names.LOCK, lock_content(self.run, self.fence), self.run)
 
     def check(self) -> None:
-        """Make sure that nobody has taken over.
+        """Check that no other run has taken over.
 
         Raises:
-            CheckpointError: If another run has.
+            CheckpointError: If one has.
         """
         found = self._content()
         if (found.get("run"), found.get("fence")) != (self.run, self.fence):
@@ -212,10 +211,10 @@ class RemoteLock:
             )
 
     def release(self) -> None:
-        """Nothing to let go of."""
+        """Does nothing."""
 
     def _content(self) -> dict[str, Any]:
         try:
-            return understood(self.directory.read("", file_names.LOCK))
+            return parsed_lock(self.directory.read("", file_names.LOCK))
         except DamagedCheckpointError:
             return {}

@@ -1,4 +1,4 @@
-"""LocalDisk: the few things that a checkpoint directory asks of a file system, done durably."""
+"""LocalFilesystem: durable operations of a checkpoint directory on a local file system."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from dream_callbacks.checkpoint.io.directory_lock import DirectoryLock
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
-class LocalDisk:
-    """A directory on a file system of this machine, or one that all machines share.
+class LocalFilesystem:
+    """A checkpoint directory on a local or shared file system.
 
-    Names are single components below `root`; callers check those that come from a file.
+    Names are single path components below `root`; callers validate names read from files.
 
     Args:
-        root: Made when it is needed.
+        root: The directory; created by `make_root`.
     """
 
     renames_at_once = True
@@ -45,13 +45,13 @@ class LocalDisk:
         return str(self.root)
 
     def lock(self, run: str) -> DirectoryLock:
-        """The lock of this directory, not yet held."""
+        """The lock of this directory, not acquired."""
         return DirectoryLock(self.root / file_names.LOCK, run)
 
-    # Looking
+    # Listing
 
     def entries(self, folder: str = "") -> list[str]:
-        """Names in a folder; none if it isn't there."""
+        """Names in a folder; empty if it doesn't exist."""
         try:
             with os.scandir(self.root / folder) as found:
                 return [entry.name for entry in found]
@@ -59,14 +59,14 @@ class LocalDisk:
             return []
 
     def is_folder(self, name: str) -> bool:
-        """Whether there is such a folder, and it isn't a link."""
+        """Whether a folder exists and isn't a symlink."""
         try:
             return stat.S_ISDIR(os.lstat(self.root / name).st_mode)
         except FileNotFoundError:
             return False
 
     def size(self, folder: str, name: str) -> int | None:
-        """Bytes in a file; None if there is none, or it isn't a regular file."""
+        """Size of a regular file in bytes; None if it doesn't exist or isn't one."""
         try:
             found = os.lstat(self.root / folder / name)
         except (FileNotFoundError, NotADirectoryError):
@@ -74,16 +74,16 @@ class LocalDisk:
         return found.st_size if stat.S_ISREG(found.st_mode) else None
 
     def free_bytes(self) -> float:
-        """What this user may still write."""
+        """Free bytes available to this user."""
         return shutil.disk_usage(self.root).free
 
     # Reading
 
     def open(self, folder: str, name: str) -> BinaryIO:
-        """A file to read.
+        """Open a regular file for reading.
 
         Raises:
-            DamagedCheckpointError: If it isn't there, or is a link or a device.
+            DamagedCheckpointError: If it doesn't exist or isn't a regular file.
         """
         path = self.root / folder / name
         try:
@@ -100,43 +100,43 @@ class LocalDisk:
         return open(descriptor, "rb")
 
     def read(self, folder: str, name: str, max_bytes: int | None = None) -> bytes:
-        """All of a file.
+        """Read a whole file.
 
         Raises:
-            DamagedCheckpointError: If it isn't there, isn't a regular file, or is larger than
+            DamagedCheckpointError: If it doesn't exist, isn't a regular file, or is larger than
                 `max_bytes`.
         """
         with self.open(folder, name) as file:
             return content_of(file, name, max_bytes)
 
     def sums(self, folder: str, name: str) -> FileSum:
-        """Size and checksum of a file, read from front to back."""
+        """Read a file to compute its size and checksum."""
         with self.open(folder, name) as file:
             return sums_of(file)
 
     @contextlib.contextmanager
     def reading(self, folder: str) -> Iterator[None]:
-        """While this lasts, no run deletes the folder.
+        """Protect a folder from deletion by other runs on this machine.
 
         Raises:
-            DamagedCheckpointError: If it isn't there.
+            DamagedCheckpointError: If it doesn't exist.
         """
         try:
             descriptor = os.open(self.root / folder, _FOLDER)
         except FileNotFoundError:
             raise DamagedCheckpointError(f"{folder} is no longer there") from None
         try:
-            with contextlib.suppress(OSError):  # a file system that knows no locks
+            with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             yield
         finally:
             os.close(descriptor)
 
     def is_being_read(self, folder: str) -> bool:
-        """Whether someone on this machine is reading a folder, as far as that can be known."""
+        """Whether a process on this machine has called `reading` on a folder."""
         try:
             descriptor = os.open(self.root / folder, _FOLDER)
-        except FileNotFoundError:  # nobody could
+        except FileNotFoundError:
             return False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,18 +151,18 @@ class LocalDisk:
     # Writing
 
     def make_root(self) -> None:
-        """Make the directory, and those above it; the disk has them when this returns."""
+        """Create the directory and its parents durably."""
         new = [path for path in (self.root, *self.root.parents) if not path.exists()]
         self.root.mkdir(parents=True, exist_ok=True)
         for path in new:
             _sync(path.parent)
 
     def make(self, folder: str) -> None:
-        """Make a folder that isn't there yet."""
+        """Create a folder."""
         (self.root / folder).mkdir()
 
     def create(self, folder: str, name: str) -> ChecksummedWriter:
-        """A new file to write."""
+        """Open a new file for writing."""
         path = self.root / folder / name
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         return ChecksummedWriter(str(path), DirectFile(os.open(path, flags, 0o666)))
@@ -174,22 +174,22 @@ class LocalDisk:
         return file.sums
 
     def sync(self, folder: str = "", names: Iterable[str] = ()) -> None:
-        """Wait until the disk has what a folder lists, and these files of it."""
+        """Sync a folder and some of its files to disk."""
         paths = [self.root / folder, *(self.root / folder / name for name in names)]
         if len(paths) == 1:
             _sync(paths[0])
             return
-        # Here, since it imports torch: looking at checkpoints does without.
+        # Imported here, since it imports torch, which listing checkpoints doesn't need.
         from dream_trainer.world.daemon_thread import call_in_daemon_thread
 
-        # At once, so that one commit of the file system's journal serves them all.
+        # Concurrently, so that one journal commit of the file system covers all of them.
         syncing = [call_in_daemon_thread("checkpoint-sync", _sync, path) for path in paths]
         wait(syncing)
         for synced in syncing:
             synced.result()
 
     def rename(self, old: str, new: str) -> None:
-        """Give a folder or file another name, at once; the disk has it when this returns."""
+        """Rename a folder or file atomically and durably."""
         (self.root / old).rename(self.root / new)
         self.sync()
         folder, _, _ = new.rpartition("/")
@@ -197,7 +197,7 @@ class LocalDisk:
             self.sync(folder)
 
     def replace(self, name: str, data: bytes, unique: str) -> None:
-        """Write a file in the directory, or another content of it; no half of it is ever seen."""
+        """Write or overwrite a file of the directory atomically and durably."""
         temporary = f"{name}.{unique}.tmp"
         self.unlink(temporary)
         self.write("", temporary, data)
@@ -206,11 +206,11 @@ class LocalDisk:
         self.sync()
 
     def unlink(self, name: str) -> None:
-        """Delete a file, if it is there."""
+        """Delete a file if it exists."""
         (self.root / name).unlink(missing_ok=True)
 
     def delete(self, folder: str) -> None:
-        """Delete a folder with all that is in it, if it is there."""
+        """Delete a folder recursively if it exists."""
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.root / folder)
 

@@ -1,4 +1,4 @@
-"""prove: does a trainer that is killed and resumed do what it would have done? Bit by bit."""
+"""prove: check that a trainer that is killed and resumed is bit-exact."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from dream_callbacks.checkpoint.callback import CheckpointCallback
 from dream_callbacks.checkpoint.errors import CheckpointError
-from dream_callbacks.checkpoint.testing.recording import KINDS, LOADED, Killer, KillIn, Recorder
+from dream_callbacks.checkpoint.testing.injected_callbacks import (
+    KINDS,
+    LOADED,
+    Killer,
+    KillIn,
+    Recorder,
+)
 from dream_trainer.callbacks import Every
 
 MakeTrainer: TypeAlias = Callable[[], Any]
@@ -25,14 +31,14 @@ _When: TypeAlias = Literal["repeated", "loaded", "resumed"]
 
 @dataclass(frozen=True)
 class Difference:
-    """The first value that isn't the same.
+    """The first value that differs.
 
     Attributes:
-        name: Of the value, as "models.model.head.weight", "batch.0" or "result.loss".
-        rank: On which rank.
-        step: Optimizer steps done then.
-        when: "repeated": already before the kill, so that the trainer itself gives other values
-            each time; "loaded": right after the checkpoint was loaded; "resumed": later.
+        name: Name of the value, such as "models.model.head.weight", "batch.0" or "result.loss".
+        rank: Rank on which it differs.
+        step: Optimizer steps done.
+        when: "repeated": before the kill, so the trainer isn't deterministic; "loaded": right
+            after the checkpoint was loaded; "resumed": later.
     """
 
     name: str
@@ -42,11 +48,11 @@ class Difference:
 
     def __str__(self) -> str:
         what = {
-            "repeated": "differs between two runs that nobody has stopped: draw random numbers "
-            "from Python's, numpy's and torch's global generators alone, and on a GPU set "
+            "repeated": "differs between two uninterrupted runs: draw random numbers only "
+            "from Python's, numpy's and torch's global generators, and on a GPU set "
             "DeviceParameters(deterministic=True)",
-            "loaded": "isn't what was saved",
-            "resumed": "differs from the run that wasn't stopped: something that it depends on "
+            "loaded": "differs from what was saved",
+            "resumed": "differs from the uninterrupted run: something that it depends on "
             "isn't in the state, such as an attribute, a file, or a generator of its own",
         }
         return f"step {self.step}, rank {self.rank}: {self.name} {what[self.when]}"
@@ -54,14 +60,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class Proof:
-    """What came of comparing the runs.
+    """Result of comparing the runs.
 
     Attributes:
-        num_steps: Of each run.
-        stopped_at: Steps in the checkpoint that the killed run went on from.
-        num_ranks: Of each run.
-        num_values: How many values were compared.
-        difference: The first one that differs; None if none does.
+        num_steps: Optimizer steps of each run.
+        stopped_at: Step of the checkpoint that the killed run resumed from.
+        num_ranks: Ranks of each run.
+        num_values: Number of compared values.
+        difference: The first value that differs; None if all are equal.
     """
 
     num_steps: int
@@ -78,7 +84,7 @@ class Proof:
         return f"{runs}: not the same\n{self.difference}"
 
     def check(self) -> None:
-        """Raise an AssertionError that names the difference, if there is one."""
+        """Raise an AssertionError that names the difference if there is one."""
         if self.difference is not None:
             raise AssertionError(str(self))
 
@@ -94,28 +100,28 @@ def prove(
     ignore: Sequence[str] = (),
     timeout_s: float = 600.0,
 ) -> Proof:
-    """Train 2N steps; train N, kill -9, resume, train N more; and compare.
+    """Train 2N steps; train N steps, `kill -9`, resume, train N more; compare both.
 
-    Compared are, on each rank and bit for bit: every batch, every result, the results of
-    validations, and after each step all weights, optimizer states, schedulers, counters, states of
-    callbacks and random generators. The runs are processes of their own. The trainer's own
-    CheckpointCallback is used if it has one, with `every` as its cadence.
+    Compares bit for bit on each rank: every batch, every result, validation results, and after
+    each step all weights, optimizer states, schedulers, counters, callback states and random
+    generators. Each run has its own processes. A CheckpointCallback of the trainer is used, with
+    `every` as its cadence; otherwise one is added.
 
     Args:
-        make_trainer: Returns the trainer, not set up; or "module:function" or "file.py:function".
-            Its root_dir and the length of its training are set here.
-        folder: Where runs may write; `straight` and `stopped` in it are emptied before.
+        make_trainer: Returns a trainer that isn't set up; or "module:function" or
+            "file.py:function". Its root_dir and training length are overwritten.
+        folder: Working directory of the runs; its `straight` and `stopped` folders are emptied.
         steps: N, in optimizer steps.
-        every: When to save; something must be saved at step N. Default: every N steps.
-        kill_in: "step" to kill at the beginning of the step that follows, "validation" in the
-            first validation that does.
+        every: When to save; must be due at step N. Default: every N steps.
+        kill_in: "step" to kill at the start of the step after the save, "validation" to kill in
+            the first validation after it.
         num_ranks: Processes of each run.
         ignore: Names of values that may differ, as shell patterns.
-        timeout_s: For each of the three runs.
+        timeout_s: Timeout of each of the three runs.
 
     Raises:
-        CheckpointError: If a run fails, or can't be killed as asked.
-        ValueError: If `make_trainer` is text of another form, or names a file that isn't there.
+        CheckpointError: If a run fails or can't be killed as requested.
+        ValueError: If `make_trainer` is malformed text or names a file that doesn't exist.
     """
     from dream_trainer.testing import RankError, run_on_ranks
 
@@ -125,7 +131,7 @@ def prove(
     plan = _Plan(make_trainer, folder, steps, every or Every(steps=steps), kill_in)
 
     def was_killed() -> bool:
-        # Each rank kills itself; who comes later may have been ended by the death of the first.
+        # Each rank kills itself; the first kill may end the others before they do.
         return any(plan.mark(rank).exists() for rank in range(num_ranks))
 
     def run(phase: str) -> None:
@@ -174,12 +180,12 @@ class _Plan:
         return self.folder / f"{phase}-{rank}.jsonl"
 
     def mark(self, rank: int) -> Path:
-        """Is there once a rank is about to kill itself."""
+        """File that a rank creates just before it kills itself."""
         return self.folder / "stopped" / f"killed-{rank}"
 
 
 def _train(plan: _Plan, phase: str) -> None:
-    """Body of a rank's process."""
+    """Train in the process of one rank."""
     trainer = _made(plan.make_trainer)
     is_resumed = phase == "resumed"
     trainer.config.root_dir = plan.folder / ("stopped" if is_resumed else phase)
@@ -221,7 +227,7 @@ def _made(make_trainer: MakeTrainer | str) -> Any:
 
 
 def _let_save(trainer: Any, plan: _Plan) -> None:
-    """Make the trainer's own CheckpointCallback save where it is needed; add one if it has none."""
+    """Configure the trainer's CheckpointCallback for the plan; add one if it has none."""
     present = [c for c in trainer.callbacks.values() if isinstance(c, CheckpointCallback)]
     if not present:
         present = [CheckpointCallback()]
@@ -242,7 +248,7 @@ def _let_save(trainer: Any, plan: _Plan) -> None:
 # Comparing
 
 _Key: TypeAlias = tuple[str, tuple[int, int]]
-"""Kind of a record; steps and batches done."""
+"""Kind of a record; optimizer steps and batches done."""
 
 _Records: TypeAlias = dict[_Key, dict[str, str]]
 
@@ -252,11 +258,11 @@ class _Comparison:
     num_values: int
     difference: Difference | None = None
     order: tuple[Any, ...] = ()
-    """Smaller for a difference that comes earlier, on whichever rank."""
+    """Sort key of the difference: earlier ones are smaller, across ranks."""
 
 
 def _compare(plan: _Plan, rank: int, ignore: Sequence[str]) -> _Comparison:
-    """The runs of one rank, in the order in which the straight one went."""
+    """Compare the runs of one rank, in the order of the straight run."""
     straight, stopped, resumed = (
         _read(plan.records(phase, rank), ignore) for phase in ("straight", "stopped", "resumed")
     )
@@ -266,7 +272,7 @@ def _compare(plan: _Plan, rank: int, ignore: Sequence[str]) -> _Comparison:
         for name in wanted | found:
             if wanted.get(name) != found.get(name):
                 kind, place = key
-                # A record that only one of the runs has differs in all of its names.
+                # A record that only one run has differs in all names.
                 shown = name if wanted and found else f"the {kind}, which only one of the runs had,"
                 order = (get_args(_When).index(when), place, KINDS.index(kind))
                 return _Comparison(num_values, Difference(shown, rank, place[0], when), order)
@@ -276,7 +282,7 @@ def _compare(plan: _Plan, rank: int, ignore: Sequence[str]) -> _Comparison:
 def _pairs(
     straight: _Records, stopped: _Records, resumed: _Records
 ) -> Iterator[tuple[_When, _Key, dict[str, str], dict[str, str]]]:
-    """Values that should be the same: when, which, in the straight run, and in the other."""
+    """Records that must be equal: when, key, values of the straight run, values of the other."""
     for key, values in stopped.items():
         yield "repeated", key, straight.get(key, {}), values
     for (kind, place), values in resumed.items():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from test_retention import checkpoint, steps
+from catalogs import checkpoint, steps
 
 from dream_callbacks.checkpoint import CheckpointError
 from dream_callbacks.checkpoint.catalog import Catalog, Checkpoint
-from dream_callbacks.checkpoint.resume import ResumeMode, candidates
+from dream_callbacks.checkpoint.retention import ResumeMode, candidates
 
 
 def order(

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from dream_callbacks.checkpoint.reshard import Source, position, source_of, totals
+from dream_callbacks.checkpoint.restore import (
+    Source,
+    resharded_position,
+    resharded_totals,
+    source_of,
+)
 
 
 def test_the_same_layout_gives_each_rank_its_own() -> None:
@@ -43,17 +48,17 @@ def test_more_ranks_take_turns() -> None:
 def test_the_same_part_of_the_epoch_is_done(
     done: int, before: int, now: int, accumulation: int, expected: tuple[int, bool]
 ) -> None:
-    assert position(done, before, now, accumulation) == expected
+    assert resharded_position(done, before, now, accumulation) == expected
 
 
 def test_sums_of_the_epoch_stay_the_same_over_all_ranks() -> None:
     saved = [{"loss": [1.0, 4]}, {"loss": [2.0, 4]}]
 
-    assert totals(saved, rank=0, ranks_per_part=1) == {"loss": [3.0, 8]}
-    assert totals(saved, rank=1, ranks_per_part=1) == {"loss": [0.0, 0]}
+    assert resharded_totals(saved, rank=0, ranks_per_part=1) == {"loss": [3.0, 8]}
+    assert resharded_totals(saved, rank=1, ranks_per_part=1) == {"loss": [0.0, 0]}
 
 
 def test_sums_keep_their_weight_where_several_ranks_read_the_same() -> None:
-    found = totals([{"loss": [1.0, 4]}], rank=0, ranks_per_part=2)
+    found = resharded_totals([{"loss": [1.0, 4]}], rank=0, ranks_per_part=2)
 
     assert found == {"loss": [2.0, 8]}

@@ -1,4 +1,4 @@
-"""Recorder and Killer: what `prove` adds to the callbacks of a run."""
+"""Callbacks that `prove` adds to a run: Recorder and Killer."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from torch import Tensor
 from dream_callbacks.checkpoint.callback import CheckpointCallback
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.format import file_names
-from dream_callbacks.checkpoint.format.state_codec import split
+from dream_callbacks.checkpoint.format.state_codec import encode
 from dream_trainer.callbacks import Callback
 from dream_trainer.trainer import BaseTrainer
 
 KillIn: TypeAlias = Literal["step", "validation"]
 
 KINDS = ("loaded", "batch", "result", "state", "validation")
-"""Of records, as they come."""
+"""Kinds of records, in the order in which they occur."""
 
 LOADED = ("models.", "optimizers.")
-"""What must be there again before the first step is taken."""
+"""Prefixes of values that must be restored before the first step."""
 
 _LEFT_OUT = ("dataloaders.", "trainer.callbacks.CheckpointCallback")
-"""The position in the data shows in the batches; each loader spells it in its own way."""
+"""Loader states have no common form; the batches show the position in the data."""
 
 _DURABLE_WITHIN_S = 30.0
 
 
 class Recorder(Callback[BaseTrainer]):
-    """Writes down a digest of everything that two runs should have in common.
+    """Records digests of everything that must be equal between two runs.
 
     Args:
-        path: A line is added for each batch, result, state and validation, at once.
-        resumed_at: The step at which the run must go on; 0 if it begins.
+        path: JSON lines file; gets a line per batch, result, state and validation.
+        resumed_at: Step at which the run must resume; 0 for a new run.
     """
 
     after: ClassVar = {Callback}
@@ -73,7 +73,7 @@ class Recorder(Callback[BaseTrainer]):
         self._write("validation", dict(_digests(result, "result")))
 
     def _state(self) -> dict[str, str]:
-        parts = split(self.trainer.state_dict(), self.trainer.world.rank)
+        parts = encode(self.trainer.state_dict(), self.trainer.world.rank)
         values = {**dict(_digests(parts.tensors, "")), **dict(_leaves(parts.shared, ""))}
         for name, document in parts.local.items():
             values |= dict(_leaves(document, name))
@@ -83,7 +83,7 @@ class Recorder(Callback[BaseTrainer]):
         counters = self.trainer.counters
         place = [counters.global_step, counters.local_batches]
         line = json.dumps({"kind": kind, "place": place, "values": values}) + "\n"
-        # At once, and in one piece: the process may be killed.
+        # One unbuffered write: the process may be killed.
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC)
         try:
             os.write(descriptor, line.encode())
@@ -92,12 +92,12 @@ class Recorder(Callback[BaseTrainer]):
 
 
 class Killer(Callback[BaseTrainer]):
-    """Kills its process after the checkpoint of a step, once that lasts, when all ranks are there.
+    """Kills its process once the checkpoint of a step is durable and all ranks have reached it.
 
     Args:
-        step: Which.
-        kill_in: "step" or "validation", whichever comes next.
-        mark: File to make before.
+        step: The step.
+        kill_in: Kill in the next "step" or the next "validation".
+        mark: File to create before the kill.
     """
 
     def __init__(self, step: int, kill_in: KillIn, mark: Path) -> None:
@@ -114,7 +114,7 @@ class Killer(Callback[BaseTrainer]):
             self._kill()
 
     def _kill(self) -> None:
-        # The first death ends the other ranks, which may not have written down their last step.
+        # The first kill ends the other ranks, which must have recorded their last step.
         self.trainer.world.barrier()
         (callback,) = [
             c
@@ -129,7 +129,7 @@ class Killer(Callback[BaseTrainer]):
             time.sleep(0.01)
         self.mark.touch()
         for worker in multiprocessing.active_children():
-            worker.kill()  # a loader's would only notice after seconds
+            worker.kill()  # loader workers would take seconds to notice
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -137,7 +137,7 @@ class Killer(Callback[BaseTrainer]):
 
 
 def _digests(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    """A digest of each tensor in a value, and of whatever else is in it."""
+    """Digest of each tensor and other leaf of a value."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _digests(item, f"{name}.{key}" if name else str(key))
@@ -158,7 +158,7 @@ def _digest(value: Any) -> str:
 
 
 def _leaves(document: Any, name: str) -> Iterator[tuple[str, str]]:
-    """A digest of each value in JSON of a state; tensors are left to `_digests`."""
+    """Digest of each value in the JSON of a state, without tensors."""
     if isinstance(document, dict) and not any(key.startswith("$") for key in document):
         for key, item in document.items():
             yield from _leaves(item, f"{name}.{key}" if name else key)

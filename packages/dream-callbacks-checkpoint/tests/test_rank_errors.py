@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dream_callbacks.checkpoint import CheckpointError
-from dream_callbacks.checkpoint.coordination import coordination
+from dream_callbacks.checkpoint.manager import coordination
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import run_on_ranks
 from dream_trainer.world import World
