@@ -25,13 +25,38 @@ READY_AFTER = 3
 """Steps: the workers have started then."""
 
 
+class Plain:
+    def __init__(self, loader: Any) -> None:
+        self.inner = loader
+
+    def loader(self) -> Any:
+        return self.inner
+
+
+class Wrapped(Plain):
+    """A loader of the user's own around another one, whose workers it starts later."""
+
+    def loader(self) -> Any:
+        return self
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __iter__(self) -> Any:
+        yield from self.inner
+
+
 class WithWorkers(TinyTrainer):
     options: dict[str, Any]
 
     def configure_dataloaders(self) -> Any:
         train, _ = super().configure_dataloaders()
         loader: Any = train
-        return DataLoader(loader.dataset, sampler=loader.sampler, batch_size=2, **self.options)
+        options = {**self.options}
+        kind = Wrapped if options.pop("wrapped", False) else Plain
+        return kind(
+            DataLoader(loader.dataset, sampler=loader.sampler, batch_size=2, **options)
+        ).loader()
 
 
 class Marks(Callback[TinyTrainer]):

@@ -186,6 +186,17 @@ def test_a_run_that_is_signalled_is_saved_by_all_ranks_and_resumed(
     assert resumed.steps() == [[checkpoint.step, checkpoint.step + 2]] * cell.num_ranks
 
 
+def test_workers_of_a_loader_inside_another_are_protected(tmp_path: Path, start: Start) -> None:
+    cell = Cell("fork", False, signal.SIGTERM, 1, "group")
+    script = start(cell, wrapped=True)
+
+    (rank,) = script.ranks()
+    os.killpg(rank, signal.SIGTERM)
+
+    assert script.status() == -signal.SIGTERM, script.log.read_text()
+    assert [checkpoint.manifest.reason for checkpoint in saved(tmp_path)] == ["SIGTERM"]
+
+
 @pytest.mark.parametrize(
     "context", ["fork", pytest.param("spawn", marks=pytest.mark.full), "forkserver"]
 )

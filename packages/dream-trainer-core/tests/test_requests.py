@@ -138,6 +138,50 @@ def test_the_schedule_is_the_same_on_ranks_whose_clocks_differ() -> None:
     assert all(num_steps >= 4 for num_steps in in_flight[3:]), "time to arrive"
 
 
+def asks_again(num_steps: int) -> list[str]:
+    """The reasons that are agreed if rank 1 asks again before the exchange is read."""
+    world = launched()
+    requests = Requests(world)
+    request = requests.register("swap")
+    requests.start()
+    reasons = []
+    for step in range(num_steps):
+        requests.receive()
+        if request.take():
+            reasons.append(request.reason())
+        if world.rank == 1 and step in (4, 5):
+            request.ask(f"asked after step {step}")
+        time.sleep(0.6)  # so long that each step ends with an exchange
+        requests.send("train")
+    requests.finish()
+    world.shutdown()
+    return reasons
+
+
+def test_a_request_keeps_its_reason_if_there_is_another_one_meanwhile() -> None:
+    expected = ["asked after step 4", "asked after step 5"]
+
+    assert run_on_ranks(asks_again, 2, 9) == [expected] * 2
+
+
+def registers_at_other_steps() -> None:
+    """Both ranks register the same names, but not between the same exchanges."""
+    world = launched()
+    requests = Requests(world)
+    requests.start()
+    for step in range(20):
+        requests.receive()
+        if step == (2 if world.rank == 0 else 8):
+            requests.register("mine")
+        time.sleep(0.2)
+        requests.send("train")
+
+
+def test_names_that_are_registered_at_other_steps_are_an_error() -> None:
+    with pytest.raises(RankError, match="ranks disagree on the registered requests"):
+        run_on_ranks(registers_at_other_steps, 2)
+
+
 class RegistersOnRankZero(RankZeroCallback[TinyTrainer]):
     def pre_fit(self) -> None:
         self.trainer.requests.register("mine")
@@ -174,6 +218,7 @@ def test_what_an_earlier_run_asked_for_is_forgotten() -> None:
     request = requests.register("save")
     requests.ask("save")
 
+    requests.forget()
     requests.start()
 
     assert not request.take()

@@ -386,3 +386,123 @@ def test_ctrl_c_on_one_rank_stops_all_and_is_a_failure_of_none(tmp_path: Path) -
     assert [first[0], second[0]] == ["ended", "interrupted"]
     assert first[1:] == second[1:]
     assert first[2] == "SIGINT"
+
+
+class StopsInSetup(Callback[Any]):
+    def post_setup(self) -> None:
+        if self.trainer.world.rank == 0:
+            self.trainer.stop("nothing to do")
+
+
+def stopped_in_setup(root: Path) -> list[tuple[int, str | None]]:
+    """Steps and stop reason after a first `fit`, and after a second one."""
+    trainer = TinyTrainer(tiny_config(root, [StopsInSetup()]))
+    trainer.setup()
+    seen = []
+    for _ in range(2):
+        trainer.fit()
+        seen.append((trainer.global_step, trainer.stop_reason))
+    return seen
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_stop_in_set_up_counts_for_the_first_fit(tmp_path: Path, num_ranks: int) -> None:
+    found = run_on_ranks(stopped_in_setup, num_ranks, tmp_path)
+
+    assert found == [[(0, "nothing to do"), (8, None)]] * num_ranks
+
+
+class WaitsForRank1(Callback[Any]):
+    """Rank 0 gets SIGTERM while it waits for rank 1 to begin the run."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def pre_launch(self) -> None:
+        if os.environ["RANK"] == "0":
+            threading.Thread(target=self._signal_when_asked, daemon=True).start()
+
+    def _signal_when_asked(self) -> None:
+        while not self.file.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def post_setup(self) -> None:
+        if self.trainer.world.rank == 1:
+            time.sleep(1.0)  # rank 0 is in `requests.start()` by now
+            self.file.touch()
+            time.sleep(1.0)
+
+
+def signalled_at_the_start(root: Path) -> tuple[int, str | None]:
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    trainer = train(root, WaitsForRank1(root / "signal"))
+    return trainer.global_step, trainer.stop_reason
+
+
+def test_a_signal_while_ranks_wait_for_each_other_to_start_is_not_lost(tmp_path: Path) -> None:
+    assert run_on_ranks(signalled_at_the_start, 2, tmp_path) == [(0, "SIGTERM")] * 2
+
+
+class SignalsThenTrains(Callback[Any]):
+    """Gets a signal, and trains another trainer afterwards."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def pre_epoch(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        self.inner = train(self.root / "inner")
+
+
+def trains_after_a_signal(root: Path) -> tuple[int, str | None]:
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    outer = SignalsThenTrains(root)
+    train(root, outer)
+    return outer.inner.global_step, outer.inner.stop_reason
+
+
+def test_a_run_that_begins_after_the_signal_is_stopped_too(tmp_path: Path) -> None:
+    assert run_on_ranks(trains_after_a_signal, 1, tmp_path) == [(0, "SIGTERM")]
+
+
+class SignalsInPostFit(Callback[Any]):
+    def post_fit(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        self.reason = self.trainer.stop_reason
+
+
+def signalled_after_its_end(root: Path) -> tuple[int, str | None, int]:
+    seen: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    callback = SignalsInPostFit()
+    trainer = train(root, callback)
+    return trainer.global_step, callback.reason, len(seen)
+
+
+def test_a_signal_after_the_last_step_is_no_reason_for_the_end(tmp_path: Path) -> None:
+    assert run_on_ranks(signalled_after_its_end, 1, tmp_path) == [(8, None, 1)]
+
+
+class ChainsSIGINT(Callback[Any]):
+    """As some libraries do: installs a handler during the run and restores the one it found."""
+
+    def pre_fit(self) -> None:
+        self.before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def interrupted_after_the_run(root: Path) -> str:
+    callback = ChainsSIGINT()
+    train(root, callback)
+    signal.signal(signal.SIGINT, callback.before)
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        return "interrupted"
+    return "not interrupted"
+
+
+def test_a_handler_of_ours_that_is_restored_after_the_run_calls_the_one_before_it(
+    tmp_path: Path,
+) -> None:
+    assert run_on_ranks(interrupted_after_the_run, 1, tmp_path) == ["interrupted"]

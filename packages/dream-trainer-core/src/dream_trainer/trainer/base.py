@@ -108,6 +108,8 @@ class BaseTrainer(AbstractTrainer):
         self._is_configured = False
         self._is_set_up = False
         self._is_fitting = False
+        self._has_fitted = False
+        self._has_trained = False
         self._stop_request = self.requests.register("stop")
         self._deadline_s: float | None = None
         self.callbacks = config.callbacks
@@ -196,7 +198,10 @@ class BaseTrainer(AbstractTrainer):
         self.training_parameters.validate()
         self.callbacks.initialize(self)
         self._is_fitting = True
-        self.exception, self.stop_reason = None, None
+        if self._has_fitted:  # else a stop in post_setup counts
+            self.exception, self.stop_reason = None, None
+            self.requests.forget()
+        self._has_fitted, self._has_trained = True, False
         try:
             loop.fit(self)
         finally:
@@ -205,7 +210,7 @@ class BaseTrainer(AbstractTrainer):
     def stop(self, reason: str) -> None:
         if self.world.is_distributed:
             self._stop_request.ask(reason)
-        elif self.stop_reason is None:
+        elif self.stop_reason is None and not self._has_trained:
             self.stop_reason = reason
 
     def request_save(self, reason: str) -> None:
@@ -278,9 +283,15 @@ class BaseTrainer(AbstractTrainer):
         self.requests.exchange()
         self._note_stop()
 
+    def finish_requests(self) -> None:
+        """Read the exchange in flight, after the last step: from now on nothing is stopped."""
+        self.requests.finish()
+        self._has_trained = True
+
     def _note_stop(self) -> None:
         if self._stop_request.take():
-            self.stop_reason = self._stop_request.reason()
+            reason = self._stop_request.reason()
+            self.stop_reason = self.stop_reason or reason
 
 
 def _moved(batch: Any, device: torch.device) -> Any:

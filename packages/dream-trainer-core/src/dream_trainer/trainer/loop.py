@@ -67,7 +67,7 @@ def fit(trainer: BaseTrainer) -> None:
                 _train(trainer)
             finally:
                 trainer.train_batches.pause()
-        trainer.requests.finish()
+        trainer.finish_requests()
         error = callbacks.post_fit()
         if error is not None:
             raise error

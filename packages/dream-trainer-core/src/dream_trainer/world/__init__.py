@@ -5,6 +5,7 @@ from dream_trainer.world.faults.failure import Failure, RemoteError
 from dream_trainer.world.requests import Request, Requests
 from dream_trainer.world.signals import RUN_SIGNALS
 from dream_trainer.world.simulated import SimulatedWorld
+from dream_trainer.world.worker_signals import protected_workers
 from dream_trainer.world.world import World
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "Requests",
     "SimulatedWorld",
     "World",
+    "protected_workers",
 ]

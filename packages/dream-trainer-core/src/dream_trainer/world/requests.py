@@ -90,7 +90,8 @@ class Requests:
         self._num_of_earlier_runs = dict(self._num_agreed)
         self._heard: set[str] = set()
         self._asked: dict[str, str] = {}  # reasons by name of requests not sent yet
-        self._reasons: dict[str, str] = {}  # the last one given on this rank
+        self._sent: dict[str, str] = {}  # of those in flight
+        self._reasons: dict[str, str] = {}  # of this rank's requests that were agreed
         self._work: dist.Work | None = None
         self._values = torch.empty(0, dtype=torch.int64)
         self._sent_names: list[str] = []
@@ -133,10 +134,10 @@ class Requests:
                 f"request {name!r} isn't registered; {', '.join(self._num_agreed)} are: call "
                 f"trainer.requests.register({name!r}) on every rank, for example in pre_fit"
             )
-        self._reasons[name] = reason
         if self._is_distributed:
             self._asked[name] = reason
         else:
+            self._reasons[name] = reason
             self._num_agreed[name] += 1
 
     def withdraw(self, name: str) -> None:
@@ -145,7 +146,7 @@ class Requests:
 
     def reason(self, name: str) -> str:
         """The reason of a request; the lowest rank's, if several made it. Collective."""
-        reasons = self._world.all_gather((self._reasons.pop(name, None),))
+        reasons = self._world.all_gather((self._reasons.get(name),))
         return next((reason for (reason,) in reasons if reason is not None), "")
 
     def is_heard(self, name: str) -> bool:
@@ -167,12 +168,19 @@ class Requests:
 
     # For the loop
 
-    def start(self) -> None:
-        """Start a run: drop earlier requests. Collective the first time."""
-        self._world.group("requests")
+    def forget(self) -> None:
+        """Drop the requests of an earlier run. Not collective."""
         self._asked.clear()
+        self._sent.clear()
         self._reasons.clear()
         self._num_of_earlier_runs = dict(self._num_agreed)
+
+    def start(self) -> None:
+        """Start the exchanges of a run. Collective the first time.
+
+        Keeps requests that were made before: in `post_setup`, or by a signal.
+        """
+        self._world.group("requests")
         self._work = None
         self._reads_next = False
         self._since_sent_us = _UNKNOWN_US
@@ -232,7 +240,8 @@ class Requests:
 
     def _start_exchange(self) -> None:
         names = self._sent_names = sorted(self._num_agreed)
-        asked = [int(self._asked.pop(name, None) is not None) for name in names]
+        self._sent = {name: self._asked.pop(name) for name in names if name in self._asked}
+        asked = [int(name in self._sent) for name in names]
         tick_us = [self._measured_us(tick) if self._world.rank == 0 else 0 for tick in _TICKS]
         digest = zlib.crc32("\n".join(names).encode())
         unused = [0] * (_NUM_NAMES - len(names))
@@ -248,10 +257,14 @@ class Requests:
         work.wait()
         digest, minus_digest, *values = self._values.tolist()
         if digest != -minus_digest:
-            self._world.agree(sorted(self._num_agreed), "the registered requests")
+            self._world.agree(self._sent_names, "the registered requests")
+            raise AssertionError("names with different digests differ")
         self._tick_us = dict(zip(_TICKS, values, strict=False))
         for name, is_asked in zip(self._sent_names, values[len(_TICKS) :], strict=False):
-            self._num_agreed[name] += is_asked
+            if is_asked:
+                self._num_agreed[name] += 1
+                self._reasons.pop(name, None)
+        self._reasons |= self._sent
 
     def _measured_us(self, tick: Tick) -> int:
         """Median of the last durations, since some include a save or a validation."""

@@ -68,6 +68,7 @@ _received: signal.Signals | None = None
 """The signal that stopped them, until it is raised again."""
 _num_interrupts = 0
 _handlers_before: dict[signal.Signals, Any] = {}
+"""Handlers that this module has replaced, also after it has restored them."""
 _monitors: list[Monitor] = []
 _wakeup = -1
 """File descriptor that signal numbers are written to; the first monitor's."""
@@ -120,6 +121,8 @@ def _begin_run(run: Run) -> None:
                 _install_handler(number)
         begin_ignoring_in_workers()
     _runs.append(run)
+    if _received is not None:
+        run.stop(_received.name)
 
 
 def _end_run(run: Run) -> None:
@@ -146,19 +149,30 @@ def _install_handler(number: signal.Signals) -> None:
 
 
 def _restore_handler(number: signal.Signals) -> None:
-    before = _handlers_before.pop(number, None)
+    before = _handlers_before.get(number)
     if before is not None and signal.getsignal(number) is _on_signal:
         signal.signal(number, before)
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
     if not _runs:
-        _wait_for_sigterm_decision()
+        _handle_outside_of_runs(signal.Signals(number), frame)
     elif number == signal.SIGUSR1:
         for run in tuple(_runs):
             run.request_save(signal.Signals(number).name)
     else:
         _stop_runs(signal.Signals(number))
+
+
+def _handle_outside_of_runs(number: signal.Signals, frame: FrameType | None) -> None:
+    """Handle a signal just before or after a run, or if other code has restored this handler."""
+    before = _handlers_before.get(number)
+    if number == signal.SIGTERM and _wakeup != -1:
+        _wait_for_sigterm_decision()
+    elif callable(before):
+        before(number, frame)
+    elif before != signal.SIG_IGN:
+        end_process_by(number)
 
 
 def _stop_runs(number: signal.Signals) -> None:
@@ -169,10 +183,10 @@ def _stop_runs(number: signal.Signals) -> None:
         _runs.clear()
         _restore_run_handlers()
         signal.raise_signal(signal.SIGINT)
-    elif _received is None:
-        _received = number
+    else:
+        _received = _received or number
         for run in tuple(_runs):
-            run.stop(number.name)
+            run.stop(_received.name)
 
 
 # For FailureMonitor

@@ -23,7 +23,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import forkserver, resource_tracker, sharedctypes
 from types import FrameType
 from typing import Any
@@ -33,6 +33,8 @@ _CHECK_EVERY_S = 5.0  # as torch's worker loop
 _IN_FORKSERVER = "dream_trainer.world.worker_forkserver"
 
 _ignores_signals = False
+_inner_loaders: list[tuple[Any, Any]] = []
+"""Loaders inside others, whose `worker_init_fn` is replaced until the run ends; and their own."""
 _main_decides: Any = None
 """`_ignores_signals` in memory shared with workers; made when there are workers."""
 
@@ -45,6 +47,9 @@ def begin_ignoring_in_workers() -> None:
 def end_ignoring_in_workers() -> None:
     """From now on, workers exit on SIGTERM."""
     _set_ignoring(False)
+    while _inner_loaders:
+        loader, user_init = _inner_loaders.pop()
+        loader.worker_init_fn = user_init
 
 
 def _set_ignoring(value: bool) -> None:
@@ -63,30 +68,48 @@ def _shared_flag() -> Any:
 
 @contextlib.contextmanager
 def protected_workers(loader: Any) -> Iterator[None]:
-    """Inside, `iter(loader)` starts workers that ignore signals during a run.
+    """Inside, `iter(loader)` starts workers that ignore SIGTERM, SIGINT and SIGUSR1 during a run.
+
+    The loop does so for the loaders of the trainer. A callback with a loader of its own does it
+    itself; otherwise a signal to the process group ends the workers, and with them the run.
 
     Has no effect on a loader without workers, or if no run handles the signals.
 
     Args:
-        loader: Has workers if it is a `torch.utils.data.DataLoader` with `num_workers` above 0.
+        loader: A `torch.utils.data.DataLoader`, or an object with some among its attributes. Those
+            start their workers at any time, and ignore signals once the workers have started.
     """
-    if not (_ignores_signals and _has_workers(loader)):
+    if not _ignores_signals:
         yield
-        return
-    with _starting_with(loader, _WorkerInit(loader.worker_init_fn, _shared_flag())):
-        # Otherwise the tracker would be started inside, and unblock signals (Python < 3.12).
-        resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        try:
-            yield
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    elif _has_workers(loader):
+        with _starting_with(loader, _WorkerInit(loader.worker_init_fn, _shared_flag())):
+            # Otherwise the tracker would be started inside, and unblock signals (Python < 3.12).
+            resource_tracker.ensure_running()
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            try:
+                yield
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    else:
+        for inner in _loaders_inside(loader):
+            if not isinstance(inner.worker_init_fn, _WorkerInit):
+                _inner_loaders.append((inner, inner.worker_init_fn))
+                inner.worker_init_fn = _WorkerInit(inner.worker_init_fn, _shared_flag())
+        yield
 
 
 def _has_workers(loader: Any) -> bool:
     from torch.utils.data import DataLoader
 
     return isinstance(loader, DataLoader) and loader.num_workers > 0
+
+
+def _loaders_inside(wrapper: Any) -> Iterator[Any]:
+    """Loaders with workers among the attributes of an object, also in lists and dicts."""
+    for value in vars(wrapper).values() if hasattr(wrapper, "__dict__") else ():
+        values = value.values() if isinstance(value, Mapping) else value
+        parts = values if isinstance(value, (list, tuple, Mapping)) else (value,)
+        yield from (part for part in parts if _has_workers(part))
 
 
 @contextlib.contextmanager
@@ -145,3 +168,13 @@ class _WorkerInit:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGTERM and not self._main_decides.value:
             os._exit(0)  # as torch's own handler in workers
+
+
+def _after_fork() -> None:
+    # A child that trains has workers of its own.
+    global _ignores_signals, _main_decides
+    _ignores_signals, _main_decides = False, None
+    _inner_loaders.clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
