@@ -602,7 +602,7 @@ def test_a_training_step_that_returns_nothing_useful_is_refused(tmp_path: Path) 
 
     for value, found in ((None, "None"), (3.0, "a float"), ([1], "a list")):
         Returns.value = value
-        with pytest.raises(TypeError, match=f"training_step returned {found}.*return what it"):
+        with pytest.raises(TypeError, match=f"training_step returned {found}.*return a dict"):
             Returns(tiny_config(tmp_path)).fit()
 
 

@@ -418,7 +418,7 @@ def test_another_rank_of_the_same_process_takes_the_place_of_the_last(tmp_path: 
         local_part(first.model.embed.weight).shape,
         local_part(last.model.embed.weight).shape,
     ) == ((1, 4), (0, 4))
-    with pytest.raises(RuntimeError, match=r"after world\.launch"):
+    with pytest.raises(RuntimeError, match=r"before world\.launch"):
         _ = first.world.mesh
     first.world.shutdown()
     assert dist.get_rank() == 1023
