@@ -6,8 +6,8 @@ import logging
 from time import monotonic
 from typing import Any
 
+from dream_callbacks.summary.displayed_scalars import numbers_in, scalar_to_show
 from dream_callbacks.summary.progress_session import Session
-from dream_callbacks.summary.scalars import numbers_in, scalar_to_show
 from dream_trainer.callbacks import Every, RankZeroCallback
 from dream_trainer.trainer import BaseTrainer
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from dream_callbacks.summary import progress_text
 from dream_callbacks.summary.display import Display
+from dream_callbacks.summary.displayed_scalars import LateScalar
 from dream_callbacks.summary.eta import place_of, seconds_left
-from dream_callbacks.summary.rate import Rate
-from dream_callbacks.summary.scalars import LateScalar
+from dream_callbacks.summary.smoothed_rate import Rate
 from dream_callbacks.summary.text_layout import Bar, Piece, fitted, plain
 from dream_trainer.callbacks import Every
 from dream_trainer.trainer import BaseTrainer

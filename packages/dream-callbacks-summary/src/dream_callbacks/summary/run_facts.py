@@ -11,7 +11,7 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dream_callbacks.summary.modules import num_elements
+from dream_callbacks.summary.model_rows import num_elements
 from dream_trainer.trainer import BaseTrainer
 
 _MOST_HOOKS = 4

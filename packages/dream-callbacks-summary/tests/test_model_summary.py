@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from dream_callbacks.summary import ModelSummary
-from dream_callbacks.summary.models import model_table, num_bytes
+from dream_callbacks.summary.model_summary import model_table, num_bytes
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dream_callbacks.summary.modules import Row, rows_of
+from dream_callbacks.summary.model_rows import Row, rows_of
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
 

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dream_callbacks.summary.console import write
-from dream_callbacks.summary.models import checked_depth, model_table
+from dream_callbacks.summary.model_summary import checked_depth, model_table
 from dream_callbacks.summary.run_facts import facts_of
 from dream_trainer.callbacks import RankZeroCallback
 from dream_trainer.trainer import BaseTrainer

@@ -3,7 +3,12 @@ from typing import Any
 import pytest
 import torch
 
-from dream_callbacks.summary.scalars import LateScalar, is_scalar, numbers_in, scalar_to_show
+from dream_callbacks.summary.displayed_scalars import (
+    LateScalar,
+    is_scalar,
+    numbers_in,
+    scalar_to_show,
+)
 from dream_trainer.testing import run_on_ranks
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from dream_callbacks.summary.rate import Rate
+from dream_callbacks.summary.smoothed_rate import Rate
 
 
 def rate_of(smoothing: float, *measurements: tuple[int, float]) -> Rate:

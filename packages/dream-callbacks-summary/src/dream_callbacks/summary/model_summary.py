@@ -9,7 +9,7 @@ from rich.text import Text
 from torch import nn
 
 from dream_callbacks.summary.console import write
-from dream_callbacks.summary.modules import Row, rows_of
+from dream_callbacks.summary.model_rows import Row, rows_of
 from dream_trainer.callbacks import RankZeroCallback
 from dream_trainer.trainer import AbstractTrainer
 
