@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from dream_callbacks.logging.names import prefixed_key
+from dream_callbacks.logging.log_keys import prefixed_key
 from dream_callbacks.logging.open_sinks import AnySink, OpenSinks, checked_sinks, planned_sinks
-from dream_callbacks.logging.rate import StepRate, Stopwatch
 from dream_callbacks.logging.scalars import (
     RankMeans,
     Scalars,
@@ -18,6 +17,7 @@ from dream_callbacks.logging.scalars import (
     to_floats,
 )
 from dream_callbacks.logging.sinks.base import DeferredSink
+from dream_callbacks.logging.step_rate import StepRate, Stopwatch
 from dream_callbacks.logging.to_jsonable import to_jsonable
 from dream_trainer.callbacks import Callback, Every
 from dream_trainer.trainer.mixins import LoggerMixin

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dream_callbacks.logging.names import prefixed_key
+from dream_callbacks.logging.log_keys import prefixed_key
 from dream_trainer.callbacks import RankZeroCallback
 from dream_trainer.trainer.mixins import LoggerMixin
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dream_callbacks.logging.callback import LoggerCallback
-from dream_callbacks.logging.names import prefixed_key
+from dream_callbacks.logging.log_keys import prefixed_key
 from dream_callbacks.logging.scalars import Scalars, is_scalar, to_floats
 from dream_trainer.callbacks import RankZeroCallback, intersection
 from dream_trainer.trainer.mixins import EvalMetricMixin, LoggerMixin
