@@ -1,4 +1,4 @@
-"""Names under which results are logged."""
+"""Keys under which results are logged."""
 
 from __future__ import annotations
 
