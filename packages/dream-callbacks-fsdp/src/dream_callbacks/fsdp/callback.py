@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dream_trainer.callbacks import Callback
 
 if TYPE_CHECKING:
-    from dream_callbacks.fsdp.apply import PrefetchLists
+    from dream_callbacks.fsdp.prefetch_lists import PrefetchLists
     from dream_callbacks.fsdp.trace import Trace, Tracer
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class OptimizeFSDP(Callback):
         return True
 
     def _apply(self, traces: list[Trace]) -> None:
-        from dream_callbacks.fsdp.apply import PrefetchLists
+        from dream_callbacks.fsdp.prefetch_lists import PrefetchLists
 
         self._lists = [PrefetchLists(trace, self.prefetch) for trace in traces]
         for lists in self._lists:

@@ -10,13 +10,13 @@ from typing import Any, Self
 
 from torch.profiler import ProfilerAction, ProfilerActivity, profile, supported_activities
 
-from dream_callbacks.profile.export import how_to_view, write_trace
 from dream_callbacks.profile.profiler_windows import (
     GivenRecording,
     Recording,
     WindowRecording,
     Windows,
 )
+from dream_callbacks.profile.trace_files import how_to_view, write_trace
 from dream_trainer.callbacks import Callback
 
 logger = logging.getLogger(__name__)
