@@ -13,7 +13,7 @@ import torch
 from dream_callbacks.logging import BackgroundSink, OpenedSink
 
 
-class Recording(OpenedSink):
+class RecordingSink(OpenedSink):
     """Records its calls; can be made to wait or to fail."""
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Recording(OpenedSink):
 
 
 def test_calls_arrive_in_order_before_the_end():
-    sink = Recording()
+    sink = RecordingSink()
     background = BackgroundSink("test", lambda: sink)
     for step in range(100):
         background.log_scalars({"loss": float(step)}, step)
@@ -52,7 +52,7 @@ def test_calls_arrive_in_order_before_the_end():
 
 
 def test_values_are_copied_when_they_are_logged():
-    sink = Recording()
+    sink = RecordingSink()
     sink.may_go_on.clear()
     background = BackgroundSink("test", lambda: sink)
     values, image = {"loss": 1.0}, torch.zeros(1, 2, 2)
@@ -68,7 +68,7 @@ def test_values_are_copied_when_they_are_logged():
 
 
 def test_a_sink_that_hangs_delays_neither_the_caller_nor_the_end(caplog):
-    sink = Recording()
+    sink = RecordingSink()
     sink.may_go_on.clear()
     background = BackgroundSink(
         "test", lambda: sink, abort=sink.may_go_on.set, stall_timeout_s=0.2, capacity=50
@@ -93,7 +93,7 @@ def test_a_sink_that_hangs_delays_neither_the_caller_nor_the_end(caplog):
 
 
 def test_a_lost_connection_disables_the_sink_with_one_warning(caplog):
-    sink = Recording()
+    sink = RecordingSink()
     sink.error = ConnectionResetError("gone")
     background = BackgroundSink("test", lambda: sink)
     for step in range(10):
@@ -107,7 +107,7 @@ def test_a_lost_connection_disables_the_sink_with_one_warning(caplog):
 
 
 def test_a_value_that_fails_is_left_out_and_later_values_are_logged(caplog):
-    sink = Recording()
+    sink = RecordingSink()
     background = BackgroundSink("test", lambda: sink)
     sink.error = TypeError("odd")
     background.log_scalars({"odd": 1.0}, 1)
@@ -133,7 +133,7 @@ def test_a_sink_that_cannot_be_opened_is_disabled(caplog):
 
 
 def test_slow_opening_continues_in_the_background_and_loses_nothing():
-    sink, may_open = Recording(), threading.Event()
+    sink, may_open = RecordingSink(), threading.Event()
 
     def open_slowly() -> OpenedSink:
         may_open.wait()
@@ -151,7 +151,7 @@ def test_slow_opening_continues_in_the_background_and_loses_nothing():
 
 
 def test_an_idle_sink_is_flushed():
-    sink = Recording()
+    sink = RecordingSink()
     background = BackgroundSink("test", lambda: sink)
     time.sleep(1.3)
     background.close()
@@ -161,7 +161,7 @@ def test_an_idle_sink_is_flushed():
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_forked_child_neither_logs_nor_closes():
-    sink = Recording()
+    sink = RecordingSink()
     background = BackgroundSink("test", lambda: sink)
     pid = os.fork()
     if pid == 0:
@@ -176,7 +176,7 @@ def test_a_forked_child_neither_logs_nor_closes():
 
 
 def test_closing_twice_closes_once():
-    sink = Recording()
+    sink = RecordingSink()
     background = BackgroundSink("test", lambda: sink)
     background.close()
     background.close()

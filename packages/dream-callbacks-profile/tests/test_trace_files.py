@@ -1,4 +1,4 @@
-"""Traces are whole files, and open in TensorBoard's real profiler plugin."""
+"""Traces are complete files and open in TensorBoard's real profiler plugin."""
 
 from __future__ import annotations
 
