@@ -109,7 +109,7 @@ def quantile(values: Iterable[float], share: float) -> float:
     """
     ordered = sorted(values)
     if not ordered:
-        raise ValueError("a quantile of no values is undefined; at least 1 value is required")
+        raise ValueError("a quantile of no values is undefined; at least 1 is required")
     position = share * (len(ordered) - 1)
     low, high = ordered[math.floor(position)], ordered[math.ceil(position)]
     return low + (high - low) * (position - math.floor(position))
