@@ -35,7 +35,7 @@ def test_imports_are_found_at_any_depth_but_not_under_type_checking() -> None:
         ("dream_trainer.callbacks", "dream_callbacks.fsdp.OptimizeFSDP", "no callback package"),
         ("dream_trainer.world.mesh", "dream_trainer.trainer.loop", "stands above it"),
         ("dream_trainer.callbacks.order", "dream_trainer.trainer.BaseTrainer", "stands above it"),
-        ("dream_callbacks.fsdp.trace", "dream_callbacks.profile.export", "imports no other"),
+        ("dream_callbacks.fsdp.trace", "dream_callbacks.profile.trace_files", "imports no other"),
         ("dream_callbacks.fsdp.trace", "dream_trainer.callbacks._aliases.resolve", "public names"),
         ("dream_callbacks.fsdp.trace", "dream_trainer.world._launch", "public names"),
     ],

@@ -1,4 +1,4 @@
-"""OptimizeFSDP on two gloo ranks: right lists, no gather more than needed, the same losses."""
+"""OptimizeFSDP on two gloo ranks: correct lists, no unneeded gathers, the same losses."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Block(nn.Module):
 
 
 class NestedBlock(nn.Module):
-    """Runs its two inner modules in the order that they weren't made in."""
+    """Runs its two inner modules in reverse order of definition."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class NestedBlock(nn.Module):
 
 
 class Net(nn.Module):
-    """Blocks in an order that isn't theirs in the list, between an embedding and a head."""
+    """Blocks in an order that differs from the list, between an embedding and a head."""
 
     def __init__(self, blocks: list[nn.Module], order: list[int]) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Net(nn.Module):
 
 @dataclass
 class Gathers:
-    """Torch's all-gather, counted: which module's, in which training batch."""
+    """Counts torch's all-gathers by module and training batch."""
 
     batches: list[list[str]] = field(default_factory=lambda: [[]])
 
@@ -141,7 +141,7 @@ class NestedTrainer(ShardedTrainer):
 
 
 class RecomputedInsideTrainer(ShardedTrainer):
-    """Recomputes inside of what is sharded: FSDP gathers once for both."""
+    """Recomputes inside sharded blocks: FSDP gathers once for both."""
 
     def shard_block(self, block: nn.Module, config: dict[str, Any]) -> None:
         block.linear = checkpoint_wrapper(block.linear)
@@ -158,7 +158,7 @@ class RecomputedOutsideTrainer(ShardedTrainer):
 
 
 class FrozenTrainer(ShardedTrainer):
-    """Trains the last two blocks and the head alone."""
+    """Trains only the last two blocks and the head."""
 
     def apply_fully_shard(self, config: dict[str, Any]) -> None:
         for part in (self.model.embed, self.model.blocks[self.order[0]]):
@@ -195,7 +195,7 @@ class Two(nn.Module):
 
 
 class RunMarked(nn.Module):
-    """Says in the list of gathers when a block runs."""
+    """Records in the list of gathers when a block runs."""
 
     gathers: Gathers | None = None
 
@@ -220,7 +220,7 @@ class OrderedTrainer(ShardedTrainer):
 
 
 class ShortValidationTrainer(ShardedTrainer):
-    """Validates on the first block alone, then trains on all."""
+    """Validates on the first block only, then trains on all."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         self.model.order = self.order[:1]
@@ -242,7 +242,7 @@ class TwoRootsTrainer(ShardedTrainer):
 
 
 class Watch(Callback):
-    """Keeps losses, and counts all-gathers by batch."""
+    """Records losses and counts all-gathers by batch."""
 
     after = {"OptimizeFSDP"}
 
@@ -266,7 +266,7 @@ class Watch(Callback):
 
 @dataclass
 class Outcome:
-    """What one rank saw in one run."""
+    """Results of one rank in one run."""
 
     losses: list[float]
     gathers: list[list[str]]
@@ -308,7 +308,7 @@ def run_each(root_dir: str, trainer_name: str, prefetches: list[int | None], *ar
 def outcomes(
     tmp_path: Path, trainer_name: str, prefetches: list[int | None], *args: Any, **training: Any
 ) -> list[Outcome]:
-    """Of both ranks, which must have made the same lists."""
+    """Results of both ranks, which must have the same lists."""
     ranks = run_on_ranks(run_each, 2, str(tmp_path), trainer_name, prefetches, training, *args)
     first, second = ([(found.forward, found.backward) for found in rank] for rank in ranks)
     assert first == second
@@ -352,7 +352,7 @@ def test_lists_follow_the_order_of_execution_not_of_definition(tmp_path):
         "TwoRootsTrainer",
     ],
 )
-def test_losses_are_the_same_and_nothing_is_gathered_in_vain(tmp_path, trainer_name):
+def test_losses_are_the_same_and_no_gather_is_unused(tmp_path, trainer_name):
     without, *with_it = outcomes(tmp_path, trainer_name, [None, 1, 3], n_epochs=2)
 
     for found in with_it:
@@ -362,7 +362,7 @@ def test_losses_are_the_same_and_nothing_is_gathered_in_vain(tmp_path, trainer_n
         assert found.forward
 
 
-def test_modules_behind_the_end_of_backward_are_not_gathered(tmp_path):
+def test_modules_that_backward_does_not_reach_are_not_gathered(tmp_path):
     without, found = outcomes(tmp_path, "FrozenTrainer", [None, 1], val_steps_per_epoch=0)
 
     # Torch's own prefetch gathers the frozen block again; its backward never comes.
@@ -378,7 +378,7 @@ def test_modules_that_keep_their_parameters_are_not_prefetched_in_backward(tmp_p
     ]
 
 
-def test_roots_with_the_same_names_inside_are_told_apart(tmp_path):
+def test_roots_with_the_same_inner_names_are_distinguished(tmp_path):
     (found,) = outcomes(tmp_path, "TwoRootsTrainer", [1], max_steps=1)
 
     assert found.forward == [
@@ -410,7 +410,7 @@ def test_hybrid_sharding_over_four_ranks_is_the_same(tmp_path):
         assert found.forward[0]["blocks.1"] == ("blocks.0", "blocks.2")
 
 
-def test_what_is_gathered_ahead_is_gathered_before_the_module_runs(tmp_path):
+def test_prefetched_modules_are_gathered_before_they_run(tmp_path):
     without, found = outcomes(tmp_path, "OrderedTrainer", [None, 2], max_steps=3)
 
     assert without.gathers[-1][:7] == [
@@ -422,9 +422,7 @@ def test_what_is_gathered_ahead_is_gathered_before_the_module_runs(tmp_path):
 
 
 @pytest.mark.parametrize("callback", ["LookAtOtherWeights", "ValidateOtherWeights"])
-def test_running_a_part_of_the_model_on_other_weights_leaves_none_of_them_behind(
-    tmp_path, callback
-):
+def test_running_part_of_the_model_on_other_weights_leaves_no_stale_weights(tmp_path, callback):
     without, found = outcomes(
         tmp_path, "ShortValidationTrainer", [None, 2], (callback,), n_epochs=2
     )
@@ -432,7 +430,7 @@ def test_running_a_part_of_the_model_on_other_weights_leaves_none_of_them_behind
     assert found.losses == without.losses
 
 
-def test_a_second_fit_goes_on_with_the_lists(tmp_path):
+def test_a_second_fit_keeps_the_lists(tmp_path):
     first, second, steps = run_on_ranks(_fit_twice, 2, str(tmp_path))[0]
 
     assert first == second
@@ -440,15 +438,15 @@ def test_a_second_fit_goes_on_with_the_lists(tmp_path):
     assert steps == 16
 
 
-def test_an_error_in_a_traced_batch_leaves_the_logger_as_it_was(tmp_path):
+def test_an_error_in_a_traced_batch_restores_the_logger(tmp_path):
     assert run_on_ranks(_fail_while_tracing, 2, str(tmp_path)) == [(True, [], 0), (True, [], 0)]
 
 
-def test_messages_of_fsdp_are_not_let_through_while_tracing(tmp_path):
+def test_fsdp_messages_are_not_shown_while_tracing(tmp_path):
     assert run_on_ranks(_seen_by_handlers, 2, str(tmp_path)) == [[], []]
 
 
-def test_the_order_is_displayed_on_rank_zero_alone(tmp_path):
+def test_the_order_is_displayed_only_on_rank_zero(tmp_path):
     shown, nothing = run_on_ranks(_displayed, 2, str(tmp_path))
 
     assert nothing == ""
@@ -465,13 +463,13 @@ def test_ranks_that_run_modules_in_different_orders_prefetch_nothing(tmp_path):
     assert others == []
 
 
-def test_a_model_that_is_not_sharded_is_left_alone_and_said_so_once(tmp_path, caplog):
+def test_an_unsharded_model_is_unchanged_and_reported_once(tmp_path, caplog):
     caplog.set_level(logging.DEBUG, "dream_callbacks.fsdp")
     trainer = TinyTrainer(tiny_config(tmp_path, [OptimizeFSDP()], n_epochs=2))
 
     trainer.fit()
 
-    assert caplog.messages == ["no model is sharded with FSDP2, so there is nothing to prefetch"]
+    assert caplog.messages == ["no model is sharded with FSDP2; nothing to prefetch"]
 
 
 def test_importing_it_does_not_import_fsdp():
@@ -486,7 +484,7 @@ def test_it_runs_before_callbacks_that_are_listed_earlier(tmp_path):
     assert trainer.callbacks.plan().hooks["post_train_step"] == ("OptimizeFSDP", "Watch")
 
 
-def test_a_copy_has_traced_nothing(tmp_path):
+def test_a_copy_has_no_trace(tmp_path):
     original = OptimizeFSDP(3, display=True)
     trainer = TinyTrainer(tiny_config(tmp_path, [original]))
     trainer.fit()
@@ -498,7 +496,7 @@ def test_a_copy_has_traced_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("prefetch", [0, -1, 1.5])
-def test_a_depth_that_is_no_count_is_refused(prefetch):
+def test_an_invalid_depth_is_rejected(prefetch):
     with pytest.raises(ValueError, match="at least 1 is required"):
         OptimizeFSDP(prefetch)
 
@@ -516,7 +514,7 @@ class OtherWeights(Callback):
 
 
 class LookAtOtherWeights(OtherWeights):
-    """Runs the first block alone between batches."""
+    """Runs only the first block between batches."""
 
     def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
         model = self.trainer.named_models()["model"]

@@ -1,4 +1,4 @@
-"""OptimizeFSDP keeps the rules that all callbacks must keep."""
+"""OptimizeFSDP passes the conformance checks."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ import torch
 from dream_callbacks.logging import BackgroundSink, OpenedSink
 
 
-class Recording(OpenedSink):
-    """Keeps what it is given; can be made to wait or to fail."""
+class RecordingSink(OpenedSink):
+    """Records its calls; can be made to wait or to fail."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
@@ -40,7 +40,7 @@ class Recording(OpenedSink):
 
 
 def test_calls_arrive_in_order_before_the_end():
-    sink = Recording()
+    sink = RecordingSink()
     background = BackgroundSink("test", lambda: sink)
     for step in range(100):
         background.log_scalars({"loss": float(step)}, step)
@@ -51,8 +51,8 @@ def test_calls_arrive_in_order_before_the_end():
     assert sink.ended_with == [error]
 
 
-def test_values_are_those_of_the_moment_of_the_call():
-    sink = Recording()
+def test_values_are_copied_when_they_are_logged():
+    sink = RecordingSink()
     sink.may_go_on.clear()
     background = BackgroundSink("test", lambda: sink)
     values, image = {"loss": 1.0}, torch.zeros(1, 2, 2)
@@ -67,8 +67,8 @@ def test_values_are_those_of_the_moment_of_the_call():
     assert sink.calls[1][0].pixels == bytes(4)
 
 
-def test_a_sink_that_hangs_costs_its_caller_microseconds_and_a_bounded_end(caplog):
-    sink = Recording()
+def test_a_sink_that_hangs_delays_neither_the_caller_nor_the_end(caplog):
+    sink = RecordingSink()
     sink.may_go_on.clear()
     background = BackgroundSink(
         "test", lambda: sink, abort=sink.may_go_on.set, stall_timeout_s=0.2, capacity=50
@@ -86,14 +86,14 @@ def test_a_sink_that_hangs_costs_its_caller_microseconds_and_a_bounded_end(caplo
 
     assert slowest_s < 0.1
     assert time.perf_counter() - began_s < 1.0
-    assert "hasn't answered" in caplog.text
-    assert "given up" in caplog.text
+    assert "hasn't responded" in caplog.text
+    assert "was abandoned" in caplog.text
     assert sink.ended_with == []
     assert "200 calls were dropped" in caplog.text
 
 
-def test_a_lost_connection_turns_it_off_with_one_warning(caplog):
-    sink = Recording()
+def test_a_lost_connection_disables_the_sink_with_one_warning(caplog):
+    sink = RecordingSink()
     sink.error = ConnectionResetError("gone")
     background = BackgroundSink("test", lambda: sink)
     for step in range(10):
@@ -102,12 +102,12 @@ def test_a_lost_connection_turns_it_off_with_one_warning(caplog):
     background.close()
 
     warnings = [record.getMessage() for record in caplog.records]
-    assert warnings[0].startswith("test: failed and is off for the rest of the run")
-    assert len(warnings) == 2, "one for the end, one for the number of dropped calls"
+    assert warnings[0].startswith("test: failed and is disabled for the rest of the run")
+    assert len(warnings) == 2, "one for the error, one for the number of dropped calls"
 
 
-def test_a_value_that_it_cannot_take_is_left_out_and_the_next_goes_on(caplog):
-    sink = Recording()
+def test_a_value_that_fails_is_left_out_and_later_values_are_logged(caplog):
+    sink = RecordingSink()
     background = BackgroundSink("test", lambda: sink)
     sink.error = TypeError("odd")
     background.log_scalars({"odd": 1.0}, 1)
@@ -118,10 +118,10 @@ def test_a_value_that_it_cannot_take_is_left_out_and_the_next_goes_on(caplog):
     background.close()
 
     assert sink.calls == [({"loss": 1.0}, 2)]
-    assert "left out what it can't take" in caplog.text
+    assert "a value it can't log was left out" in caplog.text
 
 
-def test_one_that_cannot_be_opened_is_off(caplog):
+def test_a_sink_that_cannot_be_opened_is_disabled(caplog):
     def fail() -> OpenedSink:
         raise RuntimeError("no server")
 
@@ -132,8 +132,8 @@ def test_one_that_cannot_be_opened_is_off(caplog):
     assert "couldn't be opened" in caplog.text
 
 
-def test_slow_opening_is_waited_for_only_so_long_and_nothing_is_lost():
-    sink, may_open = Recording(), threading.Event()
+def test_slow_opening_continues_in_the_background_and_loses_nothing():
+    sink, may_open = RecordingSink(), threading.Event()
 
     def open_slowly() -> OpenedSink:
         may_open.wait()
@@ -151,7 +151,7 @@ def test_slow_opening_is_waited_for_only_so_long_and_nothing_is_lost():
 
 
 def test_an_idle_sink_is_flushed():
-    sink = Recording()
+    sink = RecordingSink()
     background = BackgroundSink("test", lambda: sink)
     time.sleep(1.3)
     background.close()
@@ -161,7 +161,7 @@ def test_an_idle_sink_is_flushed():
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_forked_child_neither_logs_nor_closes():
-    sink = Recording()
+    sink = RecordingSink()
     background = BackgroundSink("test", lambda: sink)
     pid = os.fork()
     if pid == 0:
@@ -176,7 +176,7 @@ def test_a_forked_child_neither_logs_nor_closes():
 
 
 def test_closing_twice_closes_once():
-    sink = Recording()
+    sink = RecordingSink()
     background = BackgroundSink("test", lambda: sink)
     background.close()
     background.close()

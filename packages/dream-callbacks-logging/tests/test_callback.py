@@ -30,7 +30,7 @@ from dream_trainer.testing import RankError, TinyTrainer, run_on_ranks, tiny_con
 
 
 class Recorder(Callback[Any]):
-    """Keeps the losses that training_step returned."""
+    """Records the losses that training_step returned."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -40,7 +40,7 @@ class Recorder(Callback[Any]):
 
 
 class MemorySink(OpenedSink):
-    """Is open already; keeps what it is given."""
+    """An open sink that records its calls."""
 
     def __init__(self) -> None:
         self.scalars: list[tuple[dict[str, float], int]] = []
@@ -64,7 +64,7 @@ def fitted(tmp_path, *callbacks: Callback[Any], **training: Any) -> TinyTrainer:
     return trainer
 
 
-def test_by_default_a_run_leaves_json_lines_in_its_directory(tmp_path):
+def test_json_lines_in_the_run_directory_are_the_default(tmp_path):
     recorder = Recorder()
     trainer = fitted(tmp_path, recorder, LoggerCallback(), n_epochs=2)
 
@@ -83,7 +83,7 @@ def test_every_nth_batch_is_logged_over_epochs(tmp_path):
     assert series(read_jsonl(trainer.run_dir), "train/loss")[0] == [5, 10, 15]
 
 
-def test_none_leaves_batches_out(tmp_path):
+def test_none_disables_logging_of_batches(tmp_path):
     trainer = fitted(tmp_path, LoggerCallback(None))
 
     rows = read_jsonl(trainer.run_dir)
@@ -91,7 +91,7 @@ def test_none_leaves_batches_out(tmp_path):
     assert series(rows, "epoch/loss")[0] == [8]
 
 
-def test_while_gradients_accumulate_a_step_is_the_mean_of_its_batches(tmp_path):
+def test_an_accumulated_step_logs_the_mean_of_its_batches(tmp_path):
     recorder = Recorder()
     trainer = fitted(tmp_path, recorder, LoggerCallback(), gradient_accumulation_steps=3)
 
@@ -101,7 +101,7 @@ def test_while_gradients_accumulate_a_step_is_the_mean_of_its_batches(tmp_path):
     assert losses == pytest.approx([sum(part) / len(part) for part in parts], rel=1e-12)
 
 
-def test_a_step_that_holds_an_nth_batch_is_logged_once(tmp_path):
+def test_a_step_that_contains_an_nth_batch_is_logged_once(tmp_path):
     trainer = fitted(tmp_path, LoggerCallback(4), gradient_accumulation_steps=3)
 
     # Batches 4 and 8 are in steps 2 and 3.
@@ -109,7 +109,7 @@ def test_a_step_that_holds_an_nth_batch_is_logged_once(tmp_path):
 
 
 class LastBatchNorm(TinyTrainer):
-    """Reports a norm with the last batch of a step alone."""
+    """Reports a norm only with the last batch of a step."""
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         loss = torch.nn.functional.mse_loss(self.model(batch[0]), batch[1])
@@ -119,7 +119,7 @@ class LastBatchNorm(TinyTrainer):
         return {"loss": loss, "norm": self.step(self.optimizer), "text": "x", "count": 3}
 
 
-def test_values_of_some_batches_of_a_step_are_averaged_over_those(tmp_path):
+def test_a_value_of_some_batches_of_a_step_is_averaged_over_those_batches(tmp_path):
     config = tiny_config(tmp_path, [LoggerCallback()], gradient_accumulation_steps=2)
     trainer = LastBatchNorm(config)
     trainer.fit()
@@ -130,7 +130,7 @@ def test_values_of_some_batches_of_a_step_are_averaged_over_those(tmp_path):
     assert not series(rows, "train/text")[1]
 
 
-def test_validation_batches_have_an_index_of_their_own(tmp_path):
+def test_validation_batches_have_their_own_index(tmp_path):
     trainer = fitted(tmp_path, LoggerCallback(None, 2), n_epochs=2)
 
     rows = read_jsonl(trainer.run_dir)
@@ -147,7 +147,7 @@ def test_a_sanity_validation_is_not_logged(tmp_path):
     assert series(read_jsonl(trainer.run_dir), "val_batch/index")[1] == [1, 2]
 
 
-def test_fit_twice_makes_one_history_without_gaps(tmp_path):
+def test_two_fits_write_one_history_without_gaps(tmp_path):
     trainer = fitted(tmp_path, LoggerCallback(), LRLoggerCallback(), max_steps=3)
     trainer.config.training_parameters.max_steps = 7
     trainer.fit()
@@ -185,7 +185,7 @@ def test_a_run_that_crashed_and_resumed_has_one_history(tmp_path):
     ]
 
 
-def test_a_sink_that_is_open_already_is_left_open(tmp_path):
+def test_a_sink_that_is_already_open_is_not_closed(tmp_path):
     sink = MemorySink()
     trainer = fitted(tmp_path, LoggerCallback(sinks=[sink]), max_steps=2)
 
@@ -222,7 +222,7 @@ def test_ctrl_c_while_a_sink_is_closed_closes_the_others(tmp_path):
     assert closed == ["third", "second", "first"]
 
 
-def test_json_lines_are_written_beside_a_sink_that_may_lose_them(tmp_path):
+def test_json_lines_are_added_to_a_sink_that_does_not_survive_a_crash(tmp_path):
     class Tracker(DeferredSink):
         survives_crash = False
 
@@ -247,7 +247,7 @@ def test_the_config_and_the_code_are_logged(tmp_path):
     assert code["num_files"] == 1
 
 
-def test_a_trainer_without_w_and_b_in_its_config_does_not_import_it(tmp_path):
+def test_wandb_is_not_used_unless_the_config_enables_it(tmp_path):
     config = tiny_config(tmp_path, [LoggerCallback()])
     config.logging_parameters = WandbLoggingParameters(enabled=False)
     trainer = TinyTrainer(config)
@@ -268,7 +268,7 @@ def test_a_sink_that_cannot_be_opened_ends_the_run_before_the_first_batch(tmp_pa
     assert trainer.sinks == ()
 
 
-def test_it_survives_an_error_before_its_pre_fit(tmp_path):
+def test_an_error_before_its_pre_fit_is_reported(tmp_path):
     class Failing(Callback[Any]):
         def pre_fit(self) -> None:
             raise RuntimeError("first")
@@ -278,7 +278,7 @@ def test_it_survives_an_error_before_its_pre_fit(tmp_path):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_a_copy_made_during_a_run_logs_for_itself(tmp_path, copied):
+def test_a_copy_made_during_a_run_logs_independently(tmp_path, copied):
     copies: list[LoggerCallback] = []
 
     class Copy(Callback[Any]):
@@ -298,13 +298,13 @@ def test_a_copy_made_during_a_run_logs_for_itself(tmp_path, copied):
         ({"log_every_n_train_batches": 0}, ValueError, "log_every_n_train_batches=0"),
         ({"log_every_n_val_batches": 1.5}, ValueError, "log_every_n_val_batches=1.5"),
         ({"reduce": "sum"}, ValueError, "reduce='sum': \"mean\" or None"),
-        ({"sinks": [JSONLinesSink]}, TypeError, r"isn't a sink; make one: write \(\)"),
+        ({"sinks": [JSONLinesSink]}, TypeError, r"isn't a sink; it is a class, add \(\)"),
         ({"sinks": ["log.jsonl"]}, TypeError, "'log.jsonl' isn't a sink"),
         ({"sinks": JSONLinesSink()}, TypeError, "a list of sinks is required"),
     ],
     ids=str,
 )
-def test_mistakes_are_errors_where_they_are_made(arguments, error, message):
+def test_invalid_arguments_are_rejected(arguments, error, message):
     with pytest.raises(error, match=message):
         LoggerCallback(**arguments)
 
@@ -334,7 +334,7 @@ def num_reads(directory, *callbacks: Callback[Any]) -> int:
     return counter.num_reads
 
 
-def test_no_number_is_read_by_itself_neither_between_steps_that_log_nor_on_them(tmp_path):
+def test_no_step_reads_a_single_number_on_the_host(tmp_path):
     callbacks = [
         LoggerCallback(16),
         LRLoggerCallback(),
@@ -364,7 +364,7 @@ class CountTouches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_between_steps_that_log_no_tensor_is_touched(tmp_path):
+def test_steps_that_do_not_log_run_no_tensor_operation(tmp_path):
     def operations(*callbacks: Callback[Any]) -> dict[int, int]:
         trainer = TinyTrainer(tiny_config(tmp_path, callbacks, max_steps=8))
         with CountTouches(trainer) as counter:
@@ -374,7 +374,7 @@ def test_between_steps_that_log_no_tensor_is_touched(tmp_path):
     without = operations()
     logged = operations(LoggerCallback(4), LRLoggerCallback(), ModelWatchCallback("all", 4))
 
-    # What step 4 adds is counted as of 3, in the optimizer's hooks, and 4, after the step.
+    # Operations of step 4 count for 3 in the optimizer's hooks, and for 4 after the step.
     assert {step for step in range(1, 8) if logged[step] != without[step]} == {3, 4, 7}
 
 
@@ -388,7 +388,7 @@ def train_on_ranks(directory, reduce):
 
 
 @pytest.mark.parametrize("reduce", ["mean", None])
-def test_the_loss_of_two_ranks_is_that_of_the_global_batch(tmp_path, reduce):
+def test_the_loss_of_two_ranks_is_the_loss_of_the_global_batch(tmp_path, reduce):
     whole = fitted(tmp_path / "whole", LoggerCallback())
     (run_dir, own, _), (_, others, _) = run_on_ranks(train_on_ranks, 2, tmp_path / "ranks", reduce)
 
@@ -398,7 +398,7 @@ def test_the_loss_of_two_ranks_is_that_of_the_global_batch(tmp_path, reduce):
     assert steps == list(range(1, 9))
     if reduce:
         global_losses = series(read_jsonl(whole.run_dir), "train/loss")[1]
-        assert losses == pytest.approx(global_losses, abs=1e-6)  # other order of the same sums
+        assert losses == pytest.approx(global_losses, abs=1e-6)  # the sums have another order
 
 
 class DisagreeingTrainer(TinyTrainer):
@@ -414,7 +414,7 @@ def train_disagreeing(directory):
     trainer.fit()
 
 
-def test_ranks_that_report_different_scalars_are_an_error_that_shows_who_said_what(tmp_path):
+def test_different_scalars_on_ranks_are_an_error_that_lists_them_by_rank(tmp_path):
     with pytest.raises(RankError) as caught:
         run_on_ranks(train_disagreeing, 2, tmp_path, timeout_s=30)
 
@@ -425,7 +425,7 @@ def test_ranks_that_report_different_scalars_are_an_error_that_shows_who_said_wh
 
 
 class AlternatingTrainer(TinyTrainer):
-    """Reports an extra value with every third batch, on all ranks."""
+    """Reports an extra value in every third batch, on all ranks."""
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         result = super().training_step(batch, batch_idx)
@@ -440,7 +440,7 @@ def train_alternating(directory):
     return trainer.run_dir
 
 
-def test_values_that_all_ranks_report_now_and_then_are_reduced_too(tmp_path):
+def test_values_that_all_ranks_report_in_some_steps_are_reduced(tmp_path):
     run_dir, _ = run_on_ranks(train_alternating, 2, tmp_path)
 
     rows = read_jsonl(run_dir)
@@ -463,7 +463,7 @@ def test_a_log_that_cannot_be_opened_is_an_error_on_all_ranks(tmp_path):
         assert "the log couldn't be opened: rank 0: PermissionError: not here" in text
 
 
-def test_a_loss_that_is_not_finite_is_logged_as_it_is(tmp_path):
+def test_a_non_finite_loss_is_logged_unchanged(tmp_path):
     class Infinite(TinyTrainer):
         def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
             super().training_step(batch, batch_idx)

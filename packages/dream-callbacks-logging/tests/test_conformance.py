@@ -35,7 +35,7 @@ def test_each_callback_conforms(check: Check, make: Callable[[], Any], tmp_path:
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=str)
-def test_a_logger_with_a_sink_on_a_thread_conforms(check: Check, tmp_path: Path):
+def test_a_logger_with_a_background_sink_conforms(check: Check, tmp_path: Path):
     pytest.importorskip("tensorboard")
 
     check(lambda: LoggerCallback(2, 1, sinks=[JSONLinesSink(), TensorBoardSink()]), tmp_path)

@@ -1,4 +1,4 @@
-"""What happens where an optional library isn't installed: it is hidden from a new process."""
+"""Behaviour without optional libraries, which are hidden from a new process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ sys.meta_path[:] = [Hidden if f is importlib.machinery.PathFinder else f for f i
     ("sink", "library", "extra"),
     [("WandBSink", "wandb", "wandb"), ("TensorBoardSink", "tensorboard", "tensorboard")],
 )
-def test_a_missing_library_is_named_before_anything_is_launched(tmp_path, sink, library, extra):
+def test_a_missing_library_is_an_error_before_launch(tmp_path, sink, library, extra):
     result = python(
         f"""
 from dream_callbacks.logging import LoggerCallback, {sink}
@@ -49,7 +49,7 @@ Trainer(tiny_config({str(tmp_path)!r}, [LoggerCallback(sinks=[{sink}()])])).fit(
     assert not list(tmp_path.iterdir())
 
 
-def test_json_lines_need_nothing_but_torch(tmp_path):
+def test_json_lines_need_only_torch(tmp_path):
     result = python(
         f"""
 import torch
@@ -74,7 +74,7 @@ print({{"wandb", "tensorboard", "numpy", "PIL", "rich"}} & set(sys.modules))
     assert list(tmp_path.glob("**/*.png"))
 
 
-def test_importing_the_package_pulls_in_no_tracker():
+def test_importing_the_package_imports_no_tracker():
     result = python("import dream_callbacks.logging; print(*sys.modules)")
 
     assert result.returncode == 0, result.stderr

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from dream_callbacks.logging.frames import images_of, png_of_figure, videos_of
+from dream_callbacks.logging.frames import figure_png, image_frames, video_frames
 from dream_callbacks.logging.png import Frame, animated_png
 
 Image = pytest.importorskip("PIL.Image")
@@ -24,16 +24,16 @@ Image = pytest.importorskip("PIL.Image")
     ],
     ids=str,
 )
-def test_images_are_understood_in_the_usual_layouts(shape, num_frames, size):
-    frames = images_of(torch.rand(shape))
+def test_images_in_common_layouts_are_converted(shape, num_frames, size):
+    frames = image_frames(torch.rand(shape))
 
     assert [(frame.width, frame.height, frame.channels) for frame in frames] == [size] * num_frames
 
 
-def test_pixels_keep_their_places_and_values():
+def test_pixels_keep_their_positions_and_values():
     image = torch.zeros(3, 2, 2)
     image[:, 0, 1] = torch.tensor([1.0, 0.5, 0.0])
-    (frame,) = images_of(image)
+    (frame,) = image_frames(image)
 
     with Image.open(io.BytesIO(frame.png)) as picture:
         assert picture.mode == "RGB"
@@ -52,22 +52,22 @@ def test_pixels_keep_their_places_and_values():
     ids=["float", "int", "bool", "bfloat16"],
 )
 def test_values_become_bytes(values, expected):
-    (frame,) = images_of(values)
+    (frame,) = image_frames(values)
 
     assert frame.pixels == expected
 
 
-def test_a_picture_taken_is_not_changed_by_what_happens_to_the_tensor():
+def test_a_frame_does_not_change_with_its_tensor():
     image = torch.zeros(1, 2, 2, dtype=torch.uint8)
-    (frame,) = images_of(image)
+    (frame,) = image_frames(image)
     image.fill_(255)
 
     assert frame.pixels == bytes(4)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P"])
-def test_pil_images_are_taken(mode):
-    (frame,) = images_of(Image.new(mode, (3, 2)))
+def test_pil_images_are_converted(mode):
+    (frame,) = image_frames(Image.new(mode, (3, 2)))
 
     assert (frame.width, frame.height) == (3, 2)
 
@@ -75,15 +75,15 @@ def test_pil_images_are_taken(mode):
 @pytest.mark.parametrize(
     "bad", [torch.zeros(2, 7, 8, 9), torch.zeros(3), "text", torch.zeros(1, 1, 0, 4)], ids=str
 )
-def test_what_is_no_image_is_left_out_with_a_word(bad, caplog):
+def test_an_invalid_image_is_left_out_with_a_warning(bad, caplog):
     with caplog.at_level(logging.WARNING):
-        assert images_of(bad) == []
+        assert image_frames(bad) == []
 
     assert "images are left out" in caplog.text
 
 
 def test_an_animated_png_plays_in_order():
-    (frames,) = videos_of(torch.linspace(0, 1, 3).reshape(3, 1, 1, 1).expand(3, 1, 2, 2))
+    (frames,) = video_frames(torch.linspace(0, 1, 3).reshape(3, 1, 1, 1).expand(3, 1, 2, 2))
 
     with Image.open(io.BytesIO(animated_png(frames, fps=10))) as video:
         shades = []
@@ -94,12 +94,12 @@ def test_an_animated_png_plays_in_order():
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "LA"), (3, "RGB"), (4, "RGBA")])
-def test_each_number_of_channels_has_its_kind_of_png(channels, mode):
+def test_each_number_of_channels_has_its_png_color_type(channels, mode):
     with Image.open(io.BytesIO(Frame(2, 2, channels, bytes(4 * channels)).png)) as picture:
         assert picture.mode == mode
 
 
-def test_a_figure_is_drawn_by_its_own_savefig(caplog):
+def test_a_figure_is_rendered_by_its_savefig(caplog):
     class Figure:
         def savefig(self, file, **options):
             file.write(Frame(1, 1, 1, b"\0").png)
@@ -108,7 +108,7 @@ def test_a_figure_is_drawn_by_its_own_savefig(caplog):
         def savefig(self, file, **options):
             raise RuntimeError("no backend")
 
-    assert png_of_figure(Figure()).startswith(b"\x89PNG")
-    assert png_of_figure(Broken()) == b""
-    assert png_of_figure(object()) == b""
+    assert figure_png(Figure()).startswith(b"\x89PNG")
+    assert figure_png(Broken()) == b""
+    assert figure_png(object()) == b""
     assert "no backend" in caplog.text

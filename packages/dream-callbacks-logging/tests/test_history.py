@@ -15,7 +15,7 @@ def session(tmp_path: Path, start: int, values: list[tuple[int, dict[str, float]
     sink.close()
 
 
-def test_what_a_resume_does_again_is_read_once(tmp_path):
+def test_steps_repeated_after_a_resume_are_read_once(tmp_path):
     session(tmp_path, 0, [(step, {"loss": float(step)}) for step in range(1, 8)])
     session(tmp_path, 4, [(step, {"loss": step + 0.5}) for step in range(5, 10)])
 
@@ -24,14 +24,14 @@ def test_what_a_resume_does_again_is_read_once(tmp_path):
     assert losses == [1.0, 2.0, 3.0, 4.0, 5.5, 6.5, 7.5, 8.5, 9.5]
 
 
-def test_a_run_that_started_over_has_no_earlier_history(tmp_path):
+def test_a_run_that_restarted_from_the_beginning_has_no_earlier_history(tmp_path):
     session(tmp_path, 0, [(1, {"loss": 1.0}), (2, {"loss": 2.0})])
     session(tmp_path, 0, [(1, {"loss": 10.0})])
 
     assert series(read_jsonl(tmp_path), "loss") == ([1], [10.0])
 
 
-def test_a_value_logged_again_at_the_very_step_of_the_resume_replaces_the_first(tmp_path):
+def test_a_value_logged_again_at_the_resumed_step_replaces_the_first(tmp_path):
     session(tmp_path, 0, [(4, {"loss": 4.0}), (4, {"val_loss": 1.0})])
     session(tmp_path, 4, [(4, {"val_loss": 2.0}), (5, {"loss": 5.0})])
 
@@ -54,7 +54,7 @@ def test_a_value_logged_twice_in_one_session_is_kept_twice(tmp_path):
     assert series(read_jsonl(tmp_path), "val_batch/loss") == ([1, 1], [1.0, 2.0])
 
 
-def test_numbers_that_json_has_no_word_for_come_back_as_floats(tmp_path):
+def test_nan_and_infinities_are_read_back_as_floats(tmp_path):
     session(tmp_path, 0, [(1, {"a": math.nan, "b": math.inf, "c": -math.inf})])
 
     (row,) = read_jsonl(tmp_path)

@@ -48,7 +48,7 @@ def test_scalars_become_one_line_with_step_and_time(tmp_path):
     assert line == {"step": 7, "train/loss": 0.5, "epoch": 1}
 
 
-def test_a_killed_process_has_lost_no_line(tmp_path):
+def test_a_killed_process_loses_no_line(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", _KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
@@ -86,7 +86,7 @@ def test_a_forked_worker_writes_nothing(tmp_path):
     assert len(read_jsonl(tmp_path, "end")) == 1
 
 
-def test_a_process_started_later_does_not_inherit_the_file(tmp_path):
+def test_a_child_process_does_not_inherit_the_file(tmp_path):
     sink = opened(tmp_path)
     listing = (
         "import os, pathlib; print(*map(os.path.realpath, pathlib.Path('/proc/self/fd').iterdir()))"
@@ -122,7 +122,7 @@ def test_a_process_started_later_does_not_inherit_the_file(tmp_path):
     ],
     ids=str,
 )
-def test_odd_values_are_written_as_strict_json(tmp_path, value, written):
+def test_values_of_any_type_are_written_as_strict_json(tmp_path, value, written):
     sink = opened(tmp_path)
     sink.log_scalars({"odd": value}, 1)
     sink.close()
@@ -132,7 +132,7 @@ def test_odd_values_are_written_as_strict_json(tmp_path, value, written):
     assert line["odd"] == written
 
 
-def test_a_value_whose_methods_all_raise_is_survived(tmp_path):
+def test_a_value_whose_methods_all_raise_does_not_end_the_run(tmp_path):
     class Hostile:
         def __getattribute__(self, name):
             raise RuntimeError(name)
@@ -146,7 +146,7 @@ def test_a_value_whose_methods_all_raise_is_survived(tmp_path):
     assert "Hostile" in row["hostile"]
 
 
-def test_names_that_a_line_has_for_itself_get_an_underscore(tmp_path):
+def test_reserved_names_get_an_underscore(tmp_path):
     sink = opened(tmp_path)
     sink.log_scalars({"step": 1.0, "time": 2.0, "event": 3.0}, 9)
     sink.close()
@@ -155,7 +155,7 @@ def test_names_that_a_line_has_for_itself_get_an_underscore(tmp_path):
     assert (row["step"], row["step_"], row["time_"], row["event_"]) == (9, 1.0, 2.0, 3.0)
 
 
-def test_a_full_disk_is_said_once_and_later_lines_go_on(tmp_path, caplog):
+def test_a_full_disk_is_reported_once_and_later_lines_are_written(tmp_path, caplog):
     sink = opened(tmp_path)
     size = (tmp_path / "log.jsonl").stat().st_size
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -176,7 +176,7 @@ def test_a_full_disk_is_said_once_and_later_lines_go_on(tmp_path, caplog):
     assert [row.get("kept") for row in read_jsonl(tmp_path)] == [1.0]
 
 
-def test_a_line_cut_off_by_a_power_failure_does_not_swallow_the_next(tmp_path):
+def test_a_line_truncated_by_a_power_failure_does_not_swallow_the_next(tmp_path):
     sink = opened(tmp_path)
     sink.log_scalars({"loss": 1.0}, 1)
     sink.close()
@@ -190,7 +190,7 @@ def test_a_line_cut_off_by_a_power_failure_does_not_swallow_the_next(tmp_path):
     assert [row["loss"] for row in read_jsonl(tmp_path)] == [1.0, 2.0]
 
 
-def test_pictures_are_png_files_beside_the_log(tmp_path):
+def test_images_and_videos_are_png_files_next_to_the_log(tmp_path):
     image_module = pytest.importorskip("PIL.Image")
     images = torch.zeros(2, 3, 4, 5)
     images[1, 0] = 1.0
@@ -210,7 +210,7 @@ def test_pictures_are_png_files_beside_the_log(tmp_path):
         assert (video.n_frames, video.info["duration"]) == (6, 200.0)
 
 
-def test_a_histogram_is_a_line(tmp_path):
+def test_a_histogram_is_one_line(tmp_path):
     sink = opened(tmp_path)
     histogram = Histogram(counts=[1.0, 2.0], edges=[0.0, 0.5, 1.0], total=2, total_of_squares=2)
     sink.log_histogram("weights", histogram, 4)
@@ -220,7 +220,7 @@ def test_a_histogram_is_a_line(tmp_path):
     assert (line["low"], line["high"], line["counts"]) == (0.0, 1.0, [1, 2])
 
 
-def test_the_code_is_kept_once_for_each_content(tmp_path):
+def test_identical_code_is_archived_once(tmp_path):
     code, run_dir = tmp_path / "code", tmp_path / "run"
     code.mkdir()
     (code / "train.py").write_text("print(1)\n")
@@ -237,7 +237,7 @@ def test_the_code_is_kept_once_for_each_content(tmp_path):
         assert archive.read("train.py") == b"print(2)\n"
 
 
-def test_the_end_says_what_ended_the_run(tmp_path):
+def test_the_end_event_holds_the_error_that_ended_the_run(tmp_path):
     opened(tmp_path).close(ValueError("no luck"))
 
     assert read_jsonl(tmp_path, "end")[0]["error"] == "ValueError: no luck"

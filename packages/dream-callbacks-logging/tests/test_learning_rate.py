@@ -16,7 +16,7 @@ class ScheduledTrainer(TinyTrainer):
 
 
 class TwoOptimizersTrainer(TinyTrainer):
-    """One with a rate that is a tensor, one with named and unnamed groups."""
+    """One optimizer with a tensor as learning rate, one with named and unnamed groups."""
 
     other: torch.optim.Optimizer
 
@@ -43,14 +43,14 @@ def rows(trainer: TinyTrainer) -> list[dict[str, Any]]:
     return read_jsonl(trainer.run_dir)
 
 
-def test_the_rate_of_a_step_is_the_one_that_made_it(tmp_path):
+def test_the_learning_rate_of_a_step_is_the_one_it_used(tmp_path):
     callbacks = [LoggerCallback(), LRLoggerCallback()]
     trainer = ScheduledTrainer(tiny_config(tmp_path, callbacks, max_steps=4))
 
     assert series(rows(trainer), "lr") == ([1, 2, 3, 4], [0.01, 0.005, 0.0025, 0.00125])
 
 
-def test_optimizers_and_groups_are_told_apart_by_name(tmp_path):
+def test_optimizers_and_groups_have_their_names_in_the_key(tmp_path):
     callbacks = [LoggerCallback(), LRLoggerCallback()]
     trainer = TwoOptimizersTrainer(tiny_config(tmp_path, callbacks, max_steps=1))
     (row,) = [row for row in rows(trainer) if any(name.startswith("lr") for name in row)]
@@ -65,7 +65,7 @@ def test_optimizers_and_groups_are_told_apart_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("every", "expected"), [(None, [2, 3]), (4, [1, 2, 3, 4]), (1, [1, 2, 3, 4])]
 )
-def test_it_logs_as_often_as_asked_or_else_as_the_logger(tmp_path, every, expected):
+def test_the_default_cadence_is_that_of_the_logger(tmp_path, every, expected):
     callbacks = [LRLoggerCallback(every), LoggerCallback(6)]
     trainer = TinyTrainer(
         tiny_config(tmp_path, callbacks, gradient_accumulation_steps=4, n_epochs=2)
@@ -77,7 +77,7 @@ def test_it_logs_as_often_as_asked_or_else_as_the_logger(tmp_path, every, expect
         assert series(found, "train/loss")[0] == expected
 
 
-def test_it_starts_afresh_in_each_fit_and_in_each_copy(tmp_path):
+def test_the_cadence_restarts_in_each_fit_and_in_each_copy(tmp_path):
     callbacks = [LoggerCallback(2), LRLoggerCallback()]
     trainer = TinyTrainer(tiny_config(tmp_path / "a", callbacks, max_steps=3))
     trainer.fit()
@@ -101,6 +101,6 @@ def test_on_two_ranks_rank_zero_logs_it(tmp_path):
     assert first == list(range(1, 9))
 
 
-def test_a_cadence_below_one_is_refused():
+def test_a_cadence_below_one_is_rejected():
     with pytest.raises(ValueError, match="log_every_n_train_batches=0"):
         LRLoggerCallback(0)

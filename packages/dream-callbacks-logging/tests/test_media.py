@@ -29,7 +29,7 @@ def run(directory, *callbacks: Any, **training: Any) -> TinyTrainer:
     return trainer
 
 
-def test_what_looks_like_pictures_or_videos_is_logged_after_each_validation(tmp_path):
+def test_tensors_with_the_shape_of_images_or_videos_are_logged_in_each_validation(tmp_path):
     trainer = run(tmp_path, MediaLoggerCallback(max_items=2), n_epochs=2)
 
     images, videos = (read_jsonl(trainer.run_dir, event) for event in ("images", "videos"))
@@ -43,7 +43,7 @@ def test_what_looks_like_pictures_or_videos_is_logged_after_each_validation(tmp_
     ]
 
 
-def test_keys_batches_captions_and_runs_can_be_chosen(tmp_path):
+def test_keys_batches_captions_and_runs_can_be_selected(tmp_path):
     media = MediaLoggerCallback(
         "pictures", batches=(0, 1), captions_key="labels", max_items=1, every_n_validations=2
     )
@@ -58,7 +58,7 @@ def test_keys_batches_captions_and_runs_can_be_chosen(tmp_path):
     assert not read_jsonl(trainer.run_dir, "videos")
 
 
-def test_a_range_of_values_becomes_black_to_white(tmp_path):
+def test_value_range_maps_to_black_and_white(tmp_path):
     image_module = pytest.importorskip("PIL.Image")
     media = MediaLoggerCallback("pictures", value_range=(0.0, 0.5), max_items=1)
     trainer = run(tmp_path, media)
@@ -68,15 +68,15 @@ def test_a_range_of_values_becomes_black_to_white(tmp_path):
         assert picture.getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_a_key_that_is_not_there_is_said_once_and_ends_nothing(tmp_path, caplog):
+def test_a_missing_key_warns_once_and_does_not_end_the_run(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         trainer = run(tmp_path, MediaLoggerCallback(["pictures", "nothing"]), n_epochs=2)
 
-    assert caplog.text.count("keys asks for nothing") == 1
+    assert caplog.text.count("keys includes nothing, but validation_step returned") == 1
     assert len(read_jsonl(trainer.run_dir, "images")) == 2
 
 
-def test_a_sanity_validation_leaves_no_pictures(tmp_path):
+def test_a_sanity_validation_logs_no_images(tmp_path):
     trainer = run(tmp_path, MediaLoggerCallback(), num_sanity_val_steps=2, max_steps=8)
 
     assert [line["step"] for line in read_jsonl(trainer.run_dir, "images")] == [8]
@@ -87,7 +87,7 @@ def on_ranks(directory):
     return len(read_jsonl(trainer.run_dir, "images"))
 
 
-def test_on_two_ranks_rank_zero_logs_its_own(tmp_path):
+def test_on_two_ranks_only_rank_zero_logs(tmp_path):
     first, _ = run_on_ranks(on_ranks, 2, tmp_path)
 
     assert first == 1
@@ -103,6 +103,6 @@ def test_on_two_ranks_rank_zero_logs_its_own(tmp_path):
     ],
     ids=str,
 )
-def test_mistakes_are_errors_where_they_are_made(arguments, message):
+def test_invalid_arguments_are_rejected(arguments, message):
     with pytest.raises(ValueError, match=message):
         MediaLoggerCallback(**arguments)

@@ -16,7 +16,7 @@ from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
 
 
 class ErrorSums:
-    """A metric of one's own: gathers absolute errors, and gives what `value` makes of them."""
+    """A user-defined metric: `value` of the mean absolute error."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -58,7 +58,7 @@ def names(found: list[dict[str, Any]]) -> set[str]:
     return {name for row in found for name in row if name.startswith("val")}
 
 
-def test_metrics_of_several_values_are_logged_each_under_a_name(tmp_path, caplog):
+def test_each_value_of_a_metric_is_logged_under_its_own_name(tmp_path, caplog):
     found = rows(tmp_path, LoggerCallback(), MetricLoggerCallback(), n_epochs=2)
 
     assert names(found) == {
@@ -84,7 +84,7 @@ class MemorySink(OpenedSink):
         self.names += values
 
 
-def test_without_a_logger_it_logs_the_single_numbers_as_well(tmp_path):
+def test_without_a_logger_scalar_metrics_are_logged_too(tmp_path):
     sink = MemorySink()
     trainer = MetricTrainer(tiny_config(tmp_path, [MetricLoggerCallback()]))
     trainer.add_sink(sink)
@@ -94,7 +94,7 @@ def test_without_a_logger_it_logs_the_single_numbers_as_well(tmp_path):
     assert "val_loss" not in sink.names
 
 
-def test_torchmetrics_are_metrics(tmp_path):
+def test_torchmetrics_are_logged(tmp_path):
     torchmetrics = pytest.importorskip("torchmetrics")
 
     class TorchMetricTrainer(TinyTrainer):
@@ -126,6 +126,6 @@ def test_on_two_ranks_rank_zero_logs_them(tmp_path):
     assert first == [8]
 
 
-def test_a_limit_below_one_is_refused():
+def test_a_limit_below_one_is_rejected():
     with pytest.raises(ValueError, match="max_values=0"):
         MetricLoggerCallback(max_values=0)

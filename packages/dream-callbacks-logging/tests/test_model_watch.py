@@ -13,7 +13,7 @@ from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
 
 
 class Recorder(Callback[Any]):
-    """Norms by torch itself, of the whole tensors."""
+    """Reference norms of the whole tensors, computed by torch."""
 
     def __init__(self) -> None:
         self.gradients: list[dict[str, float]] = []
@@ -60,7 +60,7 @@ def histograms(run_dir: Any, name: str) -> list[dict[str, Any]]:
     return [line for line in read_jsonl(run_dir, "histogram") if line["name"] == name]
 
 
-def test_norms_are_those_of_the_step_and_histograms_count_every_value(tmp_path):
+def test_norms_match_the_step_and_histograms_count_every_value(tmp_path):
     run_dir, recorder = run(tmp_path)
 
     check(run_dir, recorder)
@@ -85,7 +85,7 @@ def watched_on_ranks(directory, device):
     ],
     ids=["ddp", "fsdp", "hsdp"],
 )
-def test_norms_and_histograms_are_of_the_whole_tensors_in_each_layout(tmp_path, device, num_ranks):
+def test_norms_and_histograms_cover_whole_tensors_in_each_layout(tmp_path, device, num_ranks):
     (run_dir, recorder), *_ = run_on_ranks(
         watched_on_ranks, num_ranks, tmp_path / "ranks", device, timeout_s=90
     )
@@ -101,7 +101,7 @@ def test_norms_and_histograms_are_of_the_whole_tensors_in_each_layout(tmp_path, 
 
 
 class OddGradients(TinyTrainer):
-    """A NaN in one gradient, none at all for another parameter."""
+    """A NaN in one gradient, and a parameter without a gradient."""
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         loss = torch.nn.functional.mse_loss(self.model(batch[0]), batch[1])
@@ -113,7 +113,7 @@ class OddGradients(TinyTrainer):
         return {"loss": loss}
 
 
-def test_odd_gradients_are_survived(tmp_path):
+def test_nan_and_missing_gradients_do_not_end_the_run(tmp_path):
     callbacks = [LoggerCallback(), ModelWatchCallback(log_freq=1)]
     trainer = OddGradients(tiny_config(tmp_path, callbacks, max_steps=1))
     with pytest.raises(FloatingPointError, match="no longer finite"):  # after the step
@@ -155,7 +155,7 @@ def test_the_total_is_over_all_optimizers(tmp_path):
 @pytest.mark.parametrize(
     ("log", "expected"), [("gradients", {"gradient_norm"}), ("parameters", {"parameter_norm"})]
 )
-def test_only_what_was_asked_for_is_logged(tmp_path, log, expected):
+def test_only_the_selected_norms_are_logged(tmp_path, log, expected):
     callbacks = [LoggerCallback(), ModelWatchCallback(log, 2)]
     trainer = TinyTrainer(tiny_config(tmp_path, callbacks, gradient_accumulation_steps=2))
     trainer.fit()
@@ -165,7 +165,7 @@ def test_only_what_was_asked_for_is_logged(tmp_path, log, expected):
     assert series(rows, expected.pop())[0] == [2, 4]
 
 
-def test_large_tensors_are_sampled_for_the_histogram_and_exact_for_the_norm(tmp_path):
+def test_a_large_tensor_is_subsampled_for_the_histogram_but_not_for_the_norm(tmp_path):
     config = tiny_config(tmp_path, [LoggerCallback(), ModelWatchCallback("parameters", 1)])
     config.width = 1500
     config.num_blocks = 1
@@ -185,6 +185,6 @@ def test_large_tensors_are_sampled_for_the_histogram_and_exact_for_the_norm(tmp_
     [({"log": "weights"}, "log='weights'"), ({"log_freq": 0}, "steps=0")],
     ids=str,
 )
-def test_mistakes_are_errors_where_they_are_made(arguments, message):
+def test_invalid_arguments_are_rejected(arguments, message):
     with pytest.raises(ValueError, match=message):
         ModelWatchCallback(**arguments)

@@ -8,7 +8,7 @@ import zipfile
 from dream_callbacks.logging.source_files import source_files
 
 
-def test_code_and_config_are_taken_and_nothing_of_environments_or_runs(tmp_path):
+def test_code_and_config_are_selected_but_not_environments_or_runs(tmp_path):
     wanted = ["a.py", "configs/b.yaml", "pkg/c.toml", "Dockerfile"]
     unwanted = [
         ".git/config.py",
@@ -31,7 +31,7 @@ def test_code_and_config_are_taken_and_nothing_of_environments_or_runs(tmp_path)
     assert found.too_large == ()
 
 
-def test_large_files_are_named_and_not_taken(tmp_path):
+def test_large_files_are_reported_and_left_out(tmp_path):
     (tmp_path / "data.json").write_bytes(b"0" * 1_000_001)
     (tmp_path / "a.py").write_text("x")
 
@@ -40,7 +40,7 @@ def test_large_files_are_named_and_not_taken(tmp_path):
     assert (found.paths, found.too_large) == (("a.py",), ("data.json",))
 
 
-def test_all_together_have_a_limit(tmp_path):
+def test_the_total_size_is_limited(tmp_path):
     for index in range(25):
         (tmp_path / f"{index:02}.py").write_bytes(b"#" * 900_000)
 
@@ -50,7 +50,7 @@ def test_all_together_have_a_limit(tmp_path):
     assert len(found.too_large) == 3
 
 
-def test_equal_files_make_equal_archives(tmp_path):
+def test_equal_files_give_equal_archives(tmp_path):
     (tmp_path / "a.py").write_text("x")
     first = source_files(tmp_path).archive()
     later = time.time() + 1000
@@ -61,7 +61,7 @@ def test_equal_files_make_equal_archives(tmp_path):
         assert archive.namelist() == ["a.py"]
 
 
-def test_a_file_that_vanishes_meanwhile_is_left_out(tmp_path):
+def test_a_file_deleted_while_archiving_is_left_out(tmp_path):
     (tmp_path / "a.py").write_text("x")
     (tmp_path / "b.py").write_text("x")
     found = source_files(tmp_path)

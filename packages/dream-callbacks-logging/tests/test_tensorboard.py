@@ -57,7 +57,7 @@ def test_scalars_are_read_back_by_tensorboard(tmp_path):
     ]
 
 
-def test_a_resumed_run_hides_the_steps_that_come_again(tmp_path):
+def test_a_resumed_run_hides_the_repeated_steps(tmp_path):
     sink = opened(tmp_path)
     for step in range(1, 8):
         sink.log_scalars({"loss": float(step)}, step)
@@ -72,7 +72,7 @@ def test_a_resumed_run_hides_the_steps_that_come_again(tmp_path):
     assert [event.value for event in scalars] == [1, 2, 3, 4, 5.5, 6.5, 7.5, 8.5, 9.5]
 
 
-def test_pictures_videos_and_plots_are_images_that_tensorboard_shows(tmp_path):
+def test_images_videos_and_plots_are_tensorboard_images(tmp_path):
     class Figure:
         def savefig(self, file, **options):
             from dream_callbacks.logging.png import Frame
@@ -124,13 +124,13 @@ def test_config_and_code_are_texts(tmp_path):
     assert "train.py" in texts["code/text_summary"]
 
 
-def test_a_killed_process_has_lost_at_most_the_last_seconds(tmp_path):
+def test_a_killed_process_loses_at_most_the_last_seconds(tmp_path):
     subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path)], check=False)
 
     assert len(read(tmp_path).Scalars("loss")) == 500
 
 
-def test_a_trainer_fits_twice_into_one_history(tmp_path):
+def test_two_fits_write_one_history(tmp_path):
     logger = LoggerCallback(sinks=[JSONLinesSink(), TensorBoardSink()])
     trainer = TinyTrainer(tiny_config(tmp_path, [logger], max_steps=3))
     trainer.fit()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dream_callbacks.logging import JSONLinesSink, LoggerCallback
-from dream_callbacks.logging.to_jsonable import as_number, plain, spelled
+from dream_callbacks.logging.to_jsonable import as_number, encode_non_finite, to_jsonable
 from dream_trainer.callbacks import CallbackCollection
 from dream_trainer.testing import tiny_config
 
@@ -59,22 +59,22 @@ class Plain:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_value_has_a_plain_form(value, expected):
-    assert plain(value) == expected
+def test_a_value_is_converted_by_its_type(value, expected):
+    assert to_jsonable(value) == expected
 
 
 def test_cycles_end():
     loop: dict[str, Any] = {}
     loop["self"] = loop
 
-    assert plain(loop) == {"self": "…"}
+    assert to_jsonable(loop) == {"self": "…"}
 
 
 def test_a_config_with_callbacks_becomes_json(tmp_path):
     logger = LoggerCallback(20, sinks=[JSONLinesSink("a.jsonl")])
     config = tiny_config(tmp_path, CallbackCollection({"log": logger}), max_steps=3)
 
-    text = json.dumps(spelled(plain(config)), allow_nan=False)
+    text = json.dumps(encode_non_finite(to_jsonable(config)), allow_nan=False)
 
     read = json.loads(text)
     assert read["training_parameters"]["max_steps"] == 3
@@ -88,13 +88,13 @@ def test_a_config_with_callbacks_becomes_json(tmp_path):
     }
 
 
-def test_a_field_that_raises_when_it_is_looked_at_is_named():
+def test_a_value_whose_repr_raises_is_named_by_its_class():
     class Hostile:
         def __repr__(self) -> str:
             raise RuntimeError("no")
 
-    assert plain({"a": Hostile(), "b": 1}) == {
-        "a": "<Hostile that can't be shown: RuntimeError>",
+    assert to_jsonable({"a": Hostile(), "b": 1}) == {
+        "a": "<Hostile that can't be converted: RuntimeError>",
         "b": 1,
     }
 
@@ -114,5 +114,5 @@ def test_a_field_that_raises_when_it_is_looked_at_is_named():
     ],
     ids=str,
 )
-def test_what_is_a_number_in_any_sense_becomes_one(value, expected):
+def test_anything_that_float_accepts_becomes_a_number(value, expected):
     assert as_number(value) == expected

@@ -21,7 +21,7 @@ from dream_callbacks.logging import (
     series,
 )
 from dream_callbacks.logging.open_sinks import planned_sinks
-from dream_callbacks.logging.sinks.wandb import has_key
+from dream_callbacks.logging.sinks.wandb import has_api_key
 from dream_callbacks.logging.sinks.wandb_service import running_services
 from dream_trainer import callbacks
 from dream_trainer.callbacks import Callback
@@ -63,8 +63,7 @@ def logged_steps(rows: list[dict[str, Any]]) -> list[int]:
 
 @pytest.fixture
 def run_forked(tmp_path, wandb_environment):
-    """Runs a function in a process of its own, which starts in no time; gives what it returned,
-    the run's directory and what was said in the log."""
+    """Runs a function in a forked process; returns its result, the directory and the log."""
 
     def run(function: Callable[..., Any]) -> tuple[Any, Path, str]:
         directory = tmp_path / "runs"
@@ -86,15 +85,15 @@ def _forked(
     )
     messages: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]  # as short as it gets
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]  # shorter than a subclass
     logging.getLogger("dream_callbacks.logging").addHandler(handler)
     return function(directory), "\n".join(messages)
 
 
 @pytest.fixture
 def run_script(tmp_path, wandb_environment):
-    """Runs a function of wandb_runs.py as a script, which has an end of its own; gives the
-    process and the run's directory."""
+    """Runs a function of wandb_runs.py as a script, including its exit; returns the process and
+    the run directory."""
 
     def run(name: str) -> tuple[subprocess.CompletedProcess[str], Path]:
         directory = tmp_path / "runs"
@@ -119,7 +118,7 @@ def reported(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_an_offline_run_holds_everything_that_was_logged(run_script, read_wandb, wandb_history):
+def test_an_offline_run_contains_everything_that_was_logged(run_script, read_wandb, wandb_history):
     result, run_dir = run_script("offline")
 
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
@@ -128,7 +127,7 @@ def test_an_offline_run_holds_everything_that_was_logged(run_script, read_wandb,
     steps, losses = series(read_jsonl(run_dir), "train/loss")
     assert list(by_step) == steps == list(range(1, 9))
     assert [row["train/loss"] for row in by_step.values()] == losses
-    assert by_step[3]["lr"] == 0.01, "one row for each step, whoever logged"
+    assert by_step[3]["lr"] == 0.01, "one row for each step, from all callbacks"
     assert by_step[8]["gradients/model.embed.weight/_type"] == "histogram"
     last = {name: value for row in rows for name, value in row.items()}
     assert last["val/pictures/count"] == 2
@@ -166,7 +165,7 @@ def train_and_keep_the_third_step(directory: Path) -> None:
     resumed.fit()
 
 
-def test_a_resumed_run_goes_on_under_its_id(run_forked, wandb_history):
+def test_a_resumed_run_keeps_its_id(run_forked, wandb_history):
     _, directory, _ = run_forked(train_and_keep_the_third_step)
 
     run_dir = run_dir_in(directory)
@@ -182,27 +181,27 @@ def train_twice_from_the_start(directory: Path) -> None:
         TinyTrainer(tiny_config(directory, [logger()], max_steps=2)).fit()
 
 
-def test_a_run_that_starts_over_gets_a_new_id(run_forked):
+def test_a_run_that_restarts_from_the_beginning_gets_a_new_id(run_forked):
     _, directory, _ = run_forked(train_twice_from_the_start)
 
     assert len({path.stem for path in directory.glob("**/*.wandb")}) == 2
 
 
-def test_a_frozen_wandb_core_costs_nothing_and_ends_in_bounded_time(run_script):
+def test_a_frozen_wandb_core_does_not_slow_training_and_the_end_is_bounded(run_script):
     result, run_dir = run_script("frozen")
 
     measured = reported(result)
     assert measured["num_services"] == 1
-    assert measured["left"] == 0, "at exit, Python would wait for it for ever"
+    assert measured["left"] == 0, "at exit, Python would wait for it forever"
     assert measured["median_s"] < 0.001
     assert measured["p99_s"] < 0.01, "0.3 ms, if nothing else keeps the machine busy"
     assert measured["fit_s"] < 40
     assert series(read_jsonl(run_dir), "train/loss")[0] == list(range(1, 2001))
     assert "Traceback" not in result.stderr
-    assert "given up" in result.stderr
+    assert "was abandoned" in result.stderr
 
 
-def test_a_killed_wandb_core_is_said_once_and_training_goes_on(run_script):
+def test_a_killed_wandb_core_is_reported_once_and_training_continues(run_script):
     result, run_dir = run_script("killed")
 
     measured = reported(result)
@@ -211,22 +210,22 @@ def test_a_killed_wandb_core_is_said_once_and_training_goes_on(run_script):
     assert measured["p99_s"] < 0.01, "0.3 ms, if nothing else keeps the machine busy"
     assert series(read_jsonl(run_dir), "train/loss")[0] == list(range(1, 2001))
     assert "Traceback" not in result.stderr
-    assert result.stderr.count("is off for the rest of the run") == 1
+    assert result.stderr.count("is disabled for the rest of the run") == 1
 
 
 def key_in_netrc(directory: Path) -> list[bool]:
     import wandb
 
     settings = wandb.setup().settings
-    before = has_key(wandb)
+    before = has_api_key(wandb)
     machine = settings.base_url.partition("//")[2]
     path = Path(os.environ["NETRC"])
     path.write_text(f"machine {machine} login user password {'0' * 40}\n")
     path.chmod(0o600)
-    return [before, has_key(wandb)]
+    return [before, has_api_key(wandb)]
 
 
-def test_a_key_of_an_earlier_login_is_found(run_forked):
+def test_an_api_key_of_an_earlier_login_is_found(run_forked):
     found, _, _ = run_forked(key_in_netrc)
 
     assert found == [False, True]
@@ -243,7 +242,7 @@ def train_again_after_wandb_core_was_killed(directory: Path) -> None:
     trainer.fit()
 
 
-def test_the_next_fit_has_a_new_wandb_core(run_forked, wandb_history):
+def test_the_next_fit_starts_a_new_wandb_core(run_forked, wandb_history):
     _, directory, _ = run_forked(train_again_after_wandb_core_was_killed)
 
     assert {5, 6, 7} <= set(logged_steps(wandb_history(run_dir_in(directory))))
@@ -253,24 +252,24 @@ def train_online(directory: Path) -> None:
     TinyTrainer(tiny_config(directory, [logger("online")], max_steps=3)).fit()
 
 
-def test_without_a_key_the_run_is_offline(run_forked, wandb_history):
+def test_without_an_api_key_the_run_is_offline(run_forked, wandb_history):
     _, directory, log = run_forked(train_online)
 
-    assert "W&B has no key, so the run is logged offline" in log
+    assert "W&B has no API key, so the run is logged offline" in log
     assert logged_steps(wandb_history(run_dir_in(directory))) == [1, 2, 3]
 
 
-def test_a_server_out_of_reach_delays_the_start_by_seconds_and_the_run_is_offline(
+def test_an_unreachable_server_delays_the_start_by_seconds_and_the_run_is_offline(
     run_script, wandb_history
 ):
     result, run_dir = run_script("unreachable")
 
     measured = reported(result)
-    assert measured["started_s"] < 5.0 + 6.0, "5 s at most, and the imports of a busy machine"
+    assert measured["started_s"] < 5.0 + 6.0, "at most 5 s, plus imports on a busy machine"
     assert measured["fit_s"] < 40
     own_id = json.loads((run_dir / "wandb-run.json").read_text())["id"]
     assert {path.stem for path in run_dir.glob("wandb/*/*.wandb")} == {f"run-{own_id}"}
-    assert "W&B's server isn't reached" in result.stderr
+    assert "the W&B server can't be reached" in result.stderr
     assert "Traceback" not in result.stderr
     assert logged_steps(wandb_history(run_dir)) == [
         1,
@@ -289,7 +288,7 @@ def train_within_a_run_of_the_script(directory: Path) -> None:
     run.finish()
 
 
-def test_the_run_of_the_script_itself_is_used_and_left_open(run_forked, wandb_history):
+def test_a_run_opened_by_the_script_is_used_and_not_finished(run_forked, wandb_history):
     _, directory, _ = run_forked(train_within_a_run_of_the_script)
 
     rows = wandb_history(directory)
@@ -307,7 +306,7 @@ def train_with_the_mixin(directory: Path) -> dict[str, Any]:
     return seen | {"after": trainer.wandb_run}
 
 
-def test_the_mixin_has_the_run_while_it_lasts(run_forked, wandb_history):
+def test_the_mixin_exposes_the_run_during_fit(run_forked, wandb_history):
     seen, directory, _ = run_forked(train_with_the_mixin)
 
     run_dir = run_dir_in(directory)
@@ -345,7 +344,7 @@ def test_an_error_is_the_exit_code_of_the_run(run_forked, read_wandb):
     ],
     ids=lambda value: getattr(value, "__name__", repr(value)),
 )
-def test_the_config_and_the_trainer_say_whether_there_is_a_run(trainer_class, parameters, expected):
+def test_the_config_and_the_trainer_select_the_sinks(trainer_class, parameters, expected):
     config = tiny_config()
     config.logging_parameters = parameters
 
@@ -354,21 +353,21 @@ def test_the_config_and_the_trainer_say_whether_there_is_a_run(trainer_class, pa
     assert [type(sink) for sink in sinks] == expected
 
 
-def test_the_mixin_says_once_that_nobody_opens_a_run(tmp_path, caplog):
+def test_the_mixin_warns_once_that_no_sink_is_open(tmp_path, caplog):
     trainer = MixinTrainer(tiny_config(tmp_path))
     trainer.log_scalar("loss", 1.0)
     trainer.log_dict({"loss": 1.0})
 
-    assert caplog.text.count("put a LoggerCallback among its callbacks") == 1
+    assert caplog.text.count("add a LoggerCallback to its callbacks") == 1
 
 
-def test_the_names_of_the_guide_lead_here():
+def test_core_names_resolve_to_this_package():
     assert callbacks.WandBSink is WandBSink
     assert mixins.WandBLoggerMixin is WandBLoggerMixin
 
 
 class GuideCallback(Callback[mixins.EvalMetricMixin & mixins.WandBLoggerMixin]):
-    """As in the guide: what it needs of its trainer, both of it."""
+    """As in the guide: requires two mixins."""
 
 
 def test_a_callback_may_require_the_mixin(tmp_path):
@@ -389,6 +388,6 @@ def test_a_disabled_run_writes_nothing_for_wandb(run_forked):
     assert log == ""
 
 
-def test_an_unknown_mode_is_refused():
+def test_an_unknown_mode_is_rejected():
     with pytest.raises(ValueError, match='mode=\'on\': "online", "offline", "disabled"'):
         WandBSink(mode="on")  # type: ignore[arg-type]

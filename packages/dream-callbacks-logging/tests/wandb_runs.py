@@ -1,4 +1,4 @@
-"""Runs with W&B, each in a process of its own: `python wandb_runs.py NAME DIRECTORY`."""
+"""Runs with W&B, each in its own process: `python wandb_runs.py NAME DIRECTORY`."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def offline(directory: Path) -> None:
 
 
 def signalled(directory: Path, number: signal.Signals) -> None:
-    """Send a signal to wandb-core and go on training."""
+    """Send a signal to wandb-core and continue training."""
     services: set[int] = set()
 
     def send() -> None:
@@ -110,7 +110,7 @@ def killed(directory: Path) -> None:
 
 
 def unreachable(directory: Path) -> None:
-    """A server that takes the connection and never says a word."""
+    """A server that accepts the connection and never responds."""
     server = socket.socket()
     server.bind(("127.0.0.1", 0))
     server.listen(50)

@@ -1,4 +1,4 @@
-"""BenchmarkCallback on runs whose speed is known from below."""
+"""BenchmarkCallback on runs with a known minimum duration."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dream_trainer.trainer.mixins import SetupMixin
 
 
 class SleepyTrainer(TinyTrainer):
-    """Takes its time: `training_s` per batch, `validation_s` per validation batch."""
+    """Sleeps `training_s` per batch, `validation_s` per validation batch."""
 
     training_s = 0.0
     validation_s = 0.0
@@ -63,7 +63,7 @@ def total_s(result: BenchmarkResult, num_samples: int) -> float:
     return num_samples / result.samples_per_s
 
 
-def test_steps_are_counted_after_those_to_skip(tmp_path):
+def test_skipped_steps_are_not_counted(tmp_path):
     callback = BenchmarkCallback(skip=3)
 
     fit(tmp_path, callback)
@@ -153,7 +153,7 @@ def test_the_summary_is_logged_at_the_end(tmp_path, caplog):
     assert "8 steps, median" in caplog.text
 
 
-def test_a_run_without_a_step_that_counts_says_so(tmp_path, caplog):
+def test_a_run_without_a_measured_step_warns(tmp_path, caplog):
     callback = BenchmarkCallback(skip=100)
 
     fit(tmp_path, callback)
@@ -162,7 +162,7 @@ def test_a_run_without_a_step_that_counts_says_so(tmp_path, caplog):
     assert "lower skip" in caplog.text
 
 
-def test_a_second_fit_is_measured_by_itself(tmp_path):
+def test_a_second_fit_is_measured_separately(tmp_path):
     callback = BenchmarkCallback(skip=2)
     trainer = fit(tmp_path, callback)
 
@@ -172,7 +172,7 @@ def test_a_second_fit_is_measured_by_itself(tmp_path):
     assert result_of(callback).num_steps == 14
 
 
-def test_peak_memory_holds_at_least_what_was_allocated(tmp_path):
+def test_peak_memory_includes_allocated_tensors(tmp_path):
     class Allocate(Callback):
         def pre_train_epoch(self) -> None:
             self.block = torch.ones(64 * 2**20 // 4)
@@ -216,7 +216,7 @@ class PlainTrainer(BaseTrainer, SetupMixin):
         return {"loss": loss}
 
 
-def test_a_trainer_that_cannot_log_is_measured_too(tmp_path):
+def test_a_trainer_without_a_logger_is_measured(tmp_path):
     callback = BenchmarkCallback(skip=0, every=Every(steps=1))
     trainer = PlainTrainer(
         BaseTrainerConfig(root_dir=tmp_path, callbacks=CallbackCollection([callback]))
@@ -230,7 +230,7 @@ def test_a_trainer_that_cannot_log_is_measured_too(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"), [({"skip": -1}, "skip=-1"), ({"tokens_per_sample": 0}, "at least 1")]
 )
-def test_wrong_options_are_refused(options, message):
+def test_invalid_options_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         BenchmarkCallback(**options)
 

@@ -1,4 +1,4 @@
-"""ProfileCallback on real runs: what is recorded, where it goes, and that the run goes on."""
+"""ProfileCallback on real runs: what is recorded and where it is written."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from dream_callbacks.profile import ProfileCallback
 from dream_trainer.callbacks import Callback
 from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
 
-# Once per process, of profilers of one's own: on torch 2.11 at their first recording.
+# torch 2.11 warns once per process, at the first recording of a user profiler.
 pytestmark = pytest.mark.filterwarnings("ignore:.*Profiler clears events")
 
 
 class LabelledTrainer(TinyTrainer):
-    """Leaves a mark in a trace for each training and validation batch."""
+    """Labels each training and validation batch in a trace."""
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         with record_function("my training"):
@@ -65,7 +65,7 @@ def steps_in(trace: Path) -> list[str]:
     return sorted({name for name in names_in(trace) if name.startswith("ProfilerStep#")})
 
 
-def test_default_writes_one_gzipped_trace_of_three_steps_below_the_run_directory(tmp_path):
+def test_the_default_is_one_gzipped_trace_of_three_steps_in_the_run_directory(tmp_path):
     callback = ProfileCallback()
 
     trainer = fit(tmp_path, callback, n_epochs=2, val_steps_per_epoch=0)
@@ -77,7 +77,7 @@ def test_default_writes_one_gzipped_trace_of_three_steps_below_the_run_directory
     assert names_in(trace).count("my training") == 3
 
 
-def test_options_say_which_steps_are_recorded(tmp_path):
+def test_options_select_the_recorded_steps(tmp_path):
     callback = ProfileCallback(skip_first=1, wait=1, warmup=1, active=2, repeat=2)
 
     fit(tmp_path, callback, n_epochs=2, val_steps_per_epoch=0)
@@ -108,7 +108,7 @@ def test_losses_are_the_same_with_and_without_it(tmp_path):
     assert len(without.seen) == 16
 
 
-def test_once_its_schedule_is_over_another_profiler_can_record_in_the_same_run(tmp_path):
+def test_after_its_schedule_another_profiler_can_record_in_the_same_run(tmp_path):
     class Later(Callback):
         def __init__(self) -> None:
             self.profiler = profile()
@@ -128,7 +128,7 @@ def test_once_its_schedule_is_over_another_profiler_can_record_in_the_same_run(t
     assert recorded["my training"] == 2
 
 
-def test_validation_cuts_the_trace_and_is_not_recorded(tmp_path):
+def test_validation_splits_the_trace_and_is_not_recorded(tmp_path):
     callback = ProfileCallback(skip_first=2, warmup=1, active=4)
 
     fit(tmp_path, callback, val_every_n_steps=5)
@@ -147,7 +147,7 @@ def test_sanity_validation_is_not_recorded(tmp_path):
     assert "my validation" not in names_in(trace)
 
 
-def test_a_profiler_of_ones_own_is_started_once_and_calls_its_own_handler(tmp_path):
+def test_a_user_profiler_is_started_once_and_calls_its_own_handler(tmp_path):
     ready: list[tuple[int, int]] = []
     profiler = profile(
         schedule=schedule(wait=1, warmup=1, active=3, repeat=1),
@@ -162,7 +162,7 @@ def test_a_profiler_of_ones_own_is_started_once_and_calls_its_own_handler(tmp_pa
     assert not (trainer.run_dir / "profile").exists()
 
 
-def test_a_profiler_without_a_handler_gets_one_that_writes_traces(tmp_path):
+def test_a_user_profiler_without_a_handler_writes_traces(tmp_path):
     callback = ProfileCallback(profile(), output_dir=tmp_path / "elsewhere")
 
     fit(tmp_path, callback)
@@ -172,7 +172,7 @@ def test_a_profiler_without_a_handler_gets_one_that_writes_traces(tmp_path):
     assert names_in(trace).count("my training") == 8
 
 
-def test_a_run_that_ends_before_the_recording_says_which_options_to_lower(tmp_path, caplog):
+def test_a_run_that_ends_before_the_recording_warns_which_options_to_lower(tmp_path, caplog):
     fit(tmp_path, ProfileCallback(skip_first=20))
 
     (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
@@ -181,7 +181,7 @@ def test_a_run_that_ends_before_the_recording_says_which_options_to_lower(tmp_pa
     assert "skip_first=20" in record.message
 
 
-def test_a_run_that_was_finished_before_gets_no_advice(tmp_path, caplog):
+def test_a_run_that_had_already_finished_does_not_warn(tmp_path, caplog):
     trainer = fit(tmp_path, ProfileCallback(skip_first=20))
     caplog.clear()
     trainer.fit()
@@ -190,7 +190,7 @@ def test_a_run_that_was_finished_before_gets_no_advice(tmp_path, caplog):
     assert [r.message for r in ours if r.levelno == logging.WARNING] == []
 
 
-def test_a_run_that_ends_inside_the_recording_keeps_what_there_is(tmp_path):
+def test_a_run_that_ends_during_the_recording_keeps_a_shorter_trace(tmp_path):
     callback = ProfileCallback(skip_first=4, warmup=1, active=100)
 
     fit(tmp_path, callback, val_steps_per_epoch=0)
@@ -199,7 +199,7 @@ def test_a_run_that_ends_inside_the_recording_keeps_what_there_is(tmp_path):
     assert names_in(trace).count("my training") == 3
 
 
-def test_an_error_inside_the_recording_keeps_the_trace_and_frees_the_profiler(tmp_path):
+def test_an_error_during_the_recording_keeps_the_trace_and_stops_the_profiler(tmp_path):
     callback = ProfileCallback(skip_first=0, warmup=1, active=100)
 
     with pytest.raises(ArithmeticError, match="on purpose"):
@@ -212,7 +212,7 @@ def test_an_error_inside_the_recording_keeps_the_trace_and_frees_the_profiler(tm
     assert "aten::sin" in {event.key for event in after.key_averages()}
 
 
-def test_an_error_inside_validation_ends_it_cleanly(tmp_path):
+def test_an_error_during_validation_keeps_the_trace(tmp_path):
     class FailInValidation(Callback):
         def post_validation_step(self, result: dict[str, Any], batch_idx: int) -> None:
             raise ArithmeticError("on purpose")
@@ -226,7 +226,7 @@ def test_an_error_inside_validation_ends_it_cleanly(tmp_path):
     assert names_in(trace).count("my training") == 2
 
 
-def test_an_error_before_it_began_leaves_nothing_behind(tmp_path):
+def test_an_error_before_pre_fit_records_nothing(tmp_path):
     class FailEarly(Callback):
         def pre_fit(self) -> None:
             raise ArithmeticError("on purpose")
@@ -250,7 +250,7 @@ def test_a_second_fit_profiles_its_own_steps(tmp_path):
     assert [names_in(trace).count("my training") for trace in callback.traces] == [2, 2]
 
 
-def test_a_profiler_of_ones_own_goes_on_in_a_second_fit(tmp_path):
+def test_a_user_profiler_continues_in_a_second_fit(tmp_path):
     ready: list[int] = []
     profiler = profile(
         schedule=schedule(wait=8, warmup=1, active=2, repeat=1),
@@ -265,7 +265,7 @@ def test_a_profiler_of_ones_own_goes_on_in_a_second_fit(tmp_path):
     assert ready == [11]
 
 
-def test_an_error_in_the_handler_of_ones_own_profiler_ends_the_run_cleanly(tmp_path):
+def test_an_error_in_the_handler_of_a_user_profiler_is_raised(tmp_path):
     def handler(profiler: profile) -> None:
         raise ArithmeticError("on purpose")
 
@@ -277,7 +277,7 @@ def test_an_error_in_the_handler_of_ones_own_profiler_ends_the_run_cleanly(tmp_p
     assert profiler.step_num == 2
 
 
-def test_a_folder_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
+def test_a_directory_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     callback = ProfileCallback(skip_first=0, warmup=1, output_dir=tmp_path / "file" / "profile")
 
@@ -288,17 +288,17 @@ def test_a_folder_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
     assert "couldn't be written" in caplog.text
 
 
-def test_a_second_one_for_the_same_rank_is_refused(tmp_path):
+def test_a_second_profile_callback_for_the_same_rank_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="ProfileCallback_2"):
         fit(tmp_path, ProfileCallback(), ProfileCallback(wait=4))
 
 
-def test_a_profiler_around_fit_is_refused(tmp_path):
-    with profile(), pytest.raises(RuntimeError, match="recording already"):
+def test_a_profiler_around_fit_is_rejected(tmp_path):
+    with profile(), pytest.raises(RuntimeError, match="already recording"):
         fit(tmp_path, ProfileCallback())
 
 
-def test_a_copy_records_nothing_of_what_the_original_did(tmp_path):
+def test_a_copy_has_no_recordings_of_the_original(tmp_path):
     original = ProfileCallback(profile(schedule=schedule(wait=0, warmup=1, active=2)))
     fit(tmp_path / "original", original)
     num_traces = len(original.traces)
@@ -311,7 +311,7 @@ def test_a_copy_records_nothing_of_what_the_original_did(tmp_path):
     assert len(copied.traces) > num_traces
 
 
-def test_the_report_says_where_traces_lie_and_how_to_look_at_them(tmp_path, caplog):
+def test_the_report_shows_where_traces_are_and_how_to_view_them(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     callback = ProfileCallback(skip_first=0)
 
@@ -329,12 +329,12 @@ def test_the_report_says_where_traces_lie_and_how_to_look_at_them(tmp_path, capl
         ({"repeat": 0}, "repeat=0"),
         ({"skip_first": 1.5}, "skip_first=1.5"),
         ({"ranks": (-1,)}, "ranks="),
-        ({"profiler": profile(), "wait": 1}, "profiler of your own"),
-        ({"profiler": profile(), "with_stack": True}, "profiler of your own"),
+        ({"profiler": profile(), "wait": 1}, "profiler can't be combined"),
+        ({"profiler": profile(), "with_stack": True}, "profiler can't be combined"),
     ],
     ids=lambda value: str(sorted(value)) if isinstance(value, dict) else "",
 )
-def test_wrong_options_are_refused(options, message):
+def test_invalid_options_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         ProfileCallback(**options)
 
@@ -353,7 +353,7 @@ def test_a_trace_is_numbered_by_the_steps_of_the_run(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*using warmup")
-def test_recordings_without_a_pause_between_them_are_separate_traces(tmp_path):
+def test_consecutive_recordings_are_separate_traces(tmp_path):
     callback = ProfileCallback(skip_first=0, warmup=0, active=2, repeat=3)
 
     fit(tmp_path, callback)
@@ -383,5 +383,5 @@ def _profiled_rank(root_dir: str, ranks: tuple[int, ...] | None) -> list[str]:
     [((0,), [["rank0"], []]), ((1,), [[], ["rank1"]]), (None, [["rank0"], ["rank1"]])],
     ids=["rank 0", "rank 1", "all"],
 )
-def test_only_chosen_ranks_are_profiled(tmp_path, ranks, expected):
+def test_only_selected_ranks_are_profiled(tmp_path, ranks, expected):
     assert run_on_ranks(_profiled_rank, 2, str(tmp_path), ranks) == expected

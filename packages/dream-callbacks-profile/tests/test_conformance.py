@@ -1,4 +1,4 @@
-"""Every callback of this package keeps the rules that all callbacks must keep."""
+"""Every callback of this package passes the conformance checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CallbackCostCallback: each callback's time is its own, and the collection stays what it was."""
+"""CallbackCostCallback: attribution to callbacks, and the collection stays unchanged."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def fit(tmp_path: Path, *callbacks: Callback, **training: Any) -> TinyTrainer:
     return trainer
 
 
-def test_each_hook_s_time_is_attributed_to_its_callback(tmp_path):
+def test_the_time_of_each_hook_is_attributed_to_its_callback(tmp_path):
     callback = CallbackCostCallback(skip=1)
 
     fit(tmp_path, Last(), Quick(), Slow(), callback, First())
@@ -116,7 +116,7 @@ def test_the_order_of_callbacks_does_not_change_while_it_measures(tmp_path):
     assert order == ["a", "b", "last"] * 8
 
 
-def test_the_dearest_hooks_are_logged(tmp_path, caplog):
+def test_the_most_expensive_hooks_are_logged(tmp_path, caplog):
     caplog.set_level(logging.INFO)
 
     fit(tmp_path, Slow(), Quick(), CallbackCostCallback(skip=1))
@@ -125,7 +125,7 @@ def test_the_dearest_hooks_are_logged(tmp_path, caplog):
     assert table.splitlines()[1].split()[:3] == ["Slow.post_train_step", "7", "×"]
 
 
-def test_an_error_while_measuring_takes_the_clocks_out(tmp_path):
+def test_an_error_while_measuring_removes_the_clocks(tmp_path):
     class Fail(Callback):
         def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
             if batch_idx == 3:
@@ -139,7 +139,7 @@ def test_an_error_while_measuring_takes_the_clocks_out(tmp_path):
     assert list(trainer.callbacks.keys()) == ["Fail", "CallbackCostCallback"]
 
 
-def test_a_second_fit_measures_anew(tmp_path):
+def test_a_second_fit_is_measured_again(tmp_path):
     callback = CallbackCostCallback(skip=2, num_steps=4)
     trainer = fit(tmp_path, Slow(), callback)
 
@@ -150,7 +150,7 @@ def test_a_second_fit_measures_anew(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"skip": -1}, {"num_steps": 0}], ids=str)
-def test_wrong_options_are_refused(options):
+def test_invalid_options_are_rejected(options):
     with pytest.raises(ValueError, match="are required"):
         CallbackCostCallback(**options)
 

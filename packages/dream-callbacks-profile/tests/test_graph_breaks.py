@@ -28,7 +28,7 @@ def fresh_dynamo():
 
 
 class Block(nn.Module):
-    """Breaks the graph where it is asked to."""
+    """Breaks the graph if `is_broken`."""
 
     def __init__(self, *, is_broken: bool) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def paragraphs(callback: FindGraphBreaksCallback) -> list[str]:
     return [p for p in callback.path.read_text().split("\n\n") if p and not p.startswith("#")]
 
 
-def test_each_instance_is_named_that_a_break_was_found_in(tmp_path):
+def test_each_instance_with_a_break_is_named(tmp_path):
     callback = FindGraphBreaksCallback()
 
     blocks = [Block(is_broken=True), Block(is_broken=False), OuterBlock()]
@@ -115,14 +115,14 @@ def test_each_instance_is_named_that_a_break_was_found_in(tmp_path):
     assert "return self.inside(x) + 1" in breaks[1]
 
 
-def test_an_instance_that_runs_what_was_compiled_for_another_is_listed_with_it(tmp_path):
+def test_instances_that_share_compiled_code_are_listed(tmp_path):
     callback = FindGraphBreaksCallback()
 
     fit(tmp_path, [Block(is_broken=True) for _ in range(4)], callback, val_steps_per_epoch=0)
 
     (first, *_) = paragraphs(callback)
     assert first.startswith("model.blocks.0 (Block)")
-    assert "the same code serves" in first
+    assert "also used by" in first
     assert "model.blocks.3" in first
 
 
@@ -155,13 +155,13 @@ def test_modules_wrapped_by_compile_keep_their_names(tmp_path):
     assert "_orig_mod" not in callback.path.read_text()
 
 
-def test_recompilations_are_written_down_with_what_changed(tmp_path):
+def test_recompilations_are_reported_with_the_failed_guard(tmp_path):
     callback = FindGraphBreaksCallback()
 
     fit(tmp_path, [Block(is_broken=False)], callback)  # validation runs without gradients
 
     (again,) = paragraphs(callback)
-    assert "compiled again: forward" in again
+    assert "recompiled: forward" in again
     assert "grad_mode" in again
 
 
@@ -176,7 +176,7 @@ def test_the_first_breaks_are_logged_once(tmp_path, caplog):
     assert str(callback.path) in warning.message
 
 
-def test_breaks_that_come_later_are_logged_at_the_end(tmp_path, caplog):
+def test_later_breaks_are_logged_at_the_end(tmp_path, caplog):
     class BreakLater(Callback):
         def post_train_epoch(self, result: dict[str, Any]) -> None:
             self.trainer.named_models()["model"].blocks[1].is_broken = True
@@ -212,7 +212,7 @@ def test_losses_and_compilations_are_the_same_with_and_without_it(tmp_path):
     assert run(FindGraphBreaksCallback()) == run()
 
 
-def test_steps_to_skip_are_left_out(tmp_path):
+def test_skipped_steps_are_not_reported(tmp_path):
     callback = FindGraphBreaksCallback(skip=1)
 
     fit(tmp_path, [Block(is_broken=True)], callback, val_steps_per_epoch=0)
@@ -220,7 +220,7 @@ def test_steps_to_skip_are_left_out(tmp_path):
     assert not callback.path.exists()
 
 
-def test_what_is_compiled_after_the_skipped_steps_is_reported(tmp_path):
+def test_compilations_after_the_skipped_steps_are_reported(tmp_path):
     callback = FindGraphBreaksCallback(skip=1)
 
     fit(tmp_path, [Block(is_broken=True)], callback)
@@ -230,7 +230,7 @@ def test_what_is_compiled_after_the_skipped_steps_is_reported(tmp_path):
     assert all("grad_mode" in paragraph for paragraph in validation)
 
 
-def test_fullgraph_makes_a_break_an_error_that_shows_it(tmp_path):
+def test_fullgraph_raises_an_error_that_shows_the_break(tmp_path):
     with pytest.raises(RuntimeError, match="fullgraph=True") as raised:
         fit(tmp_path, [Block(is_broken=True)], FindGraphBreaksCallback(fullgraph=True))
 
@@ -238,13 +238,13 @@ def test_fullgraph_makes_a_break_an_error_that_shows_it(tmp_path):
     assert "set fullgraph=False" in str(raised.value)
 
 
-def test_fullgraph_lets_whole_graphs_pass(tmp_path):
+def test_fullgraph_accepts_whole_graphs(tmp_path):
     trainer = fit(tmp_path, [Block(is_broken=False)], FindGraphBreaksCallback(fullgraph=True))
 
     assert trainer.global_step == 8
 
 
-def test_a_run_that_compiles_nothing_says_so(tmp_path, caplog):
+def test_a_run_that_compiles_nothing_is_reported(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     trainer = TinyTrainer(tiny_config(tmp_path, [FindGraphBreaksCallback()]))
 
@@ -265,7 +265,7 @@ def test_a_second_fit_reports_only_its_own_compilations(tmp_path):
     assert callback.path.read_text() == before
 
 
-def test_more_compilations_in_a_step_than_dynamo_remembers_are_all_seen(tmp_path):
+def test_more_compilations_in_a_step_than_dynamo_keeps_are_all_reported(tmp_path):
     from torch._dynamo.utils import set_compilation_metrics_limit
 
     # A class of its own each, so that nothing compiled is shared.
@@ -302,7 +302,7 @@ def test_nothing_is_left_registered_after_fit(tmp_path):
     assert (len(callback_handler.start_callbacks), len(callback_handler.end_callbacks)) == before
 
 
-def test_a_reset_of_dynamo_in_the_middle_is_survived(tmp_path):
+def test_a_reset_of_dynamo_during_the_run_does_not_end_it(tmp_path):
     class Reset(Callback):
         def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
             if batch_idx == 3:
@@ -325,7 +325,7 @@ def _breaks_on_rank(root_dir: str) -> tuple[bool, list[str]]:
     return trainer.world.is_global_zero, records
 
 
-def test_rank_zero_alone_writes_and_logs(tmp_path):
+def test_only_rank_zero_writes_and_logs(tmp_path):
     (_, first), (_, second) = run_on_ranks(_breaks_on_rank, 2, str(tmp_path))
 
     assert len(first) == 1
@@ -334,7 +334,7 @@ def test_rank_zero_alone_writes_and_logs(tmp_path):
     assert log_file.read_text().count("graph break in forward") == 1
 
 
-def test_activation_of_a_loss_outside_of_any_model_is_reported_too(tmp_path):
+def test_a_compiled_loss_outside_any_model_is_reported(tmp_path):
     class CompiledLoss(CompilingTrainer):
         def compile(self) -> None:
             self.loss_function = torch.compile(_broken_loss, backend="eager")
@@ -351,7 +351,7 @@ def test_activation_of_a_loss_outside_of_any_model_is_reported_too(tmp_path):
     fit(tmp_path, [Block(is_broken=False)], callback, trainer_class=CompiledLoss)
 
     (found,) = paragraphs(callback)
-    assert found.startswith("outside of any module")
+    assert found.startswith("outside any module")
     assert "_broken_loss" in found
 
 
@@ -362,6 +362,6 @@ def _broken_loss(x: Tensor, y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("skip", [-1])
-def test_a_negative_skip_is_refused(skip):
+def test_a_negative_skip_is_rejected(skip):
     with pytest.raises(ValueError, match="skip=-1"):
         FindGraphBreaksCallback(skip=skip)

@@ -1,4 +1,4 @@
-"""FindHostSyncsCallback finds what would wait for a GPU, and nothing else."""
+"""FindHostSyncsCallback finds operations that would sync on a GPU, and nothing else."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def steps_that_wait(callback: FindHostSyncsCallback) -> list[int]:
     return [step for step, syncs in callback.syncs.items() if syncs]
 
 
-def test_steps_and_lines_that_wait_are_found(tmp_path, caplog):
+def test_steps_and_lines_with_syncs_are_found(tmp_path, caplog):
     callback = FindHostSyncsCallback(skip=1, num_steps=6)
 
     fit(tmp_path, ReadLoss(), callback)
@@ -52,7 +52,7 @@ def test_steps_and_lines_that_wait_are_found(tmp_path, caplog):
     assert "2 ×  reading a value" in callback.path.read_text()
 
 
-def test_it_sees_callbacks_that_are_listed_after_it(tmp_path):
+def test_syncs_of_callbacks_listed_after_it_are_found(tmp_path):
     callback = FindHostSyncsCallback(skip=0)
 
     fit(tmp_path, callback, ReadLoss())
@@ -60,7 +60,7 @@ def test_it_sees_callbacks_that_are_listed_after_it(tmp_path):
     assert steps_that_wait(callback) == [3, 6]
 
 
-def test_the_loop_itself_and_its_optimizer_wait_in_no_step(tmp_path, caplog):
+def test_the_loop_and_the_optimizer_never_sync(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     callback = FindHostSyncsCallback(skip=0, num_steps=16)
 
@@ -68,7 +68,9 @@ def test_the_loop_itself_and_its_optimizer_wait_in_no_step(tmp_path, caplog):
 
     assert len(callback.syncs) == 16
     assert steps_that_wait(callback) == []
-    assert [r.levelno for r in caplog.records if "waits" in r.message] == [logging.INFO]
+    assert [r.levelno for r in caplog.records if "host–device syncs in" in r.message] == [
+        logging.INFO
+    ]
 
 
 def test_validation_is_left_out(tmp_path):
@@ -80,7 +82,7 @@ def test_validation_is_left_out(tmp_path):
     assert steps_that_wait(callback) == []
 
 
-def test_batches_of_a_step_count_together(tmp_path):
+def test_the_batches_of_a_step_are_counted_together(tmp_path):
     class ReadEach(Callback):
         def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
             result["loss"].item()
@@ -108,7 +110,7 @@ def test_losses_are_the_same_with_and_without_it(tmp_path):
     assert torch.equal(torch.stack(watched.seen), torch.stack(plain.seen))
 
 
-def test_an_error_while_watching_ends_the_watch(tmp_path):
+def test_an_error_while_watching_stops_the_watch(tmp_path):
     class Fail(Callback):
         def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
             if batch_idx == 2:
@@ -123,7 +125,7 @@ def test_an_error_while_watching_ends_the_watch(tmp_path):
     assert list(callback.syncs) == [1, 2]
 
 
-def test_a_second_fit_looks_at_its_own_steps(tmp_path):
+def test_a_second_fit_watches_its_own_steps(tmp_path):
     callback = FindHostSyncsCallback(skip=1, num_steps=2)
     trainer = fit(tmp_path, callback)
 
@@ -133,7 +135,7 @@ def test_a_second_fit_looks_at_its_own_steps(tmp_path):
     assert list(callback.syncs) == [10, 11]
 
 
-def test_compiled_models_train_on_while_it_watches(tmp_path):
+def test_compiled_models_keep_training_while_watched(tmp_path):
     class Compiled(TinyTrainer):
         def configure_models(self) -> None:
             super().configure_models()
@@ -170,7 +172,7 @@ X = torch.tensor([1.0, 0.0, 2.0])
         pytest.param(lambda: X.clone().masked_fill_(X > 1, 0.0), False, id="masked_fill"),
     ],
 )
-def test_operations_that_would_wait_on_a_gpu_are_known(operation, waits):
+def test_operations_that_would_sync_on_a_gpu_are_detected(operation, waits):
     watch = DispatchWatch()
     watch.start()
     try:
@@ -182,7 +184,7 @@ def test_operations_that_would_wait_on_a_gpu_are_known(operation, waits):
 
 
 @pytest.mark.parametrize("options", [{"skip": -1}, {"num_steps": 0}], ids=str)
-def test_wrong_options_are_refused(options):
+def test_invalid_options_are_rejected(options):
     with pytest.raises(ValueError, match="are required"):
         FindHostSyncsCallback(**options)
 
@@ -193,7 +195,7 @@ def _found_on_rank(root_dir: str) -> list[int]:
     return steps_that_wait(callback)
 
 
-def test_rank_zero_alone_writes(tmp_path):
+def test_only_rank_zero_writes(tmp_path):
     first, second = run_on_ranks(_found_on_rank, 2, str(tmp_path))
 
     assert first == second == [3, 6]
@@ -203,7 +205,7 @@ def test_rank_zero_alone_writes(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-def test_cuda_says_where_it_waits():
+def test_cuda_syncs_are_found():
     x = torch.ones(3, device="cuda")
     watch = CudaWatch()
     watch.start()

@@ -1,4 +1,4 @@
-"""MemorySnapshotCallback, where there is a CUDA device and where there is none."""
+"""MemorySnapshotCallback, with and without a CUDA device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dream_trainer.testing import TinyTrainer, tiny_config
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
 
-def test_on_the_cpu_it_says_so_once_and_training_goes_on(tmp_path, caplog):
+def test_on_the_cpu_it_warns_once_and_training_continues(tmp_path, caplog):
     trainer = TinyTrainer(tiny_config(tmp_path, [MemorySnapshotCallback(skip=0)], n_epochs=2))
 
     trainer.fit()
@@ -27,7 +27,7 @@ def test_on_the_cpu_it_says_so_once_and_training_goes_on(tmp_path, caplog):
     assert not (trainer.run_dir / "memory").exists()
 
 
-def test_ranks_that_were_not_chosen_say_nothing(tmp_path, caplog):
+def test_unselected_ranks_log_nothing(tmp_path, caplog):
     trainer = TinyTrainer(tiny_config(tmp_path, [MemorySnapshotCallback(ranks=(1,))]))
 
     trainer.fit()
@@ -43,14 +43,14 @@ def test_ranks_that_were_not_chosen_say_nothing(tmp_path, caplog):
         ({"max_entries": 0}, "at least"),
     ],
 )
-def test_wrong_options_are_refused(options, message):
+def test_invalid_options_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         MemorySnapshotCallback(**options)
 
 
 @pytest.mark.gpu
 @needs_cuda
-def test_a_snapshot_of_the_chosen_steps_is_written(tmp_path):
+def test_a_snapshot_of_the_selected_steps_is_written(tmp_path):
     callback = MemorySnapshotCallback(skip=1, num_steps=2)
     config = tiny_config(tmp_path, [callback], device=DeviceParameters(device="cuda"))
     trainer = TinyTrainer(config)
@@ -64,7 +64,7 @@ def test_a_snapshot_of_the_chosen_steps_is_written(tmp_path):
 
 @pytest.mark.gpu
 @needs_cuda
-def test_running_out_of_memory_leaves_a_snapshot(tmp_path):
+def test_running_out_of_memory_writes_a_snapshot(tmp_path):
     class Fill(Callback):
         def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
             if batch_idx == 3:

@@ -1,4 +1,4 @@
-"""Durations of steps: which time belongs to which step, and quantiles."""
+"""Durations of steps: attribution of time to steps, and quantiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dream_callbacks.profile.step_times import CudaClock, StepTimes, quantile
 
 
 class Calendar:
-    """A clock whose moments are given as whole seconds; later ones have not come yet."""
+    """A clock with marks in whole seconds; later marks are not reached yet."""
 
     def __init__(self) -> None:
         self.now = 0
@@ -31,7 +31,7 @@ class Calendar:
         self.reached = self.now
 
 
-def test_a_step_lasts_from_the_one_before_to_its_own_end():
+def test_a_step_lasts_from_the_end_of_the_previous_step_to_its_own():
     calendar = Calendar()
     times = StepTimes(calendar)
     times.restart()
@@ -43,7 +43,7 @@ def test_a_step_lasts_from_the_one_before_to_its_own_end():
     assert times.take() == []
 
 
-def test_what_was_before_a_restart_belongs_to_no_step():
+def test_time_before_a_restart_belongs_to_no_step():
     calendar = Calendar()
     times = StepTimes(calendar)
     times.restart()
@@ -58,7 +58,7 @@ def test_what_was_before_a_restart_belongs_to_no_step():
     assert times.take() == [(2, 1), (3, 1)]
 
 
-def test_the_first_step_without_a_beginning_is_left_out():
+def test_a_first_step_without_a_start_is_left_out():
     times = StepTimes(Calendar())
 
     times.step(1)
@@ -67,7 +67,7 @@ def test_the_first_step_without_a_beginning_is_left_out():
     assert times.take() == [(0, 2)]
 
 
-def test_steps_that_the_device_has_not_done_are_left_for_the_next_time():
+def test_steps_that_the_device_has_not_completed_are_returned_later():
     calendar = Calendar()
     times = StepTimes(calendar)
     times.restart()
@@ -83,7 +83,7 @@ def test_steps_that_the_device_has_not_done_are_left_for_the_next_time():
 
 
 @pytest.mark.parametrize("num_values", [1, 2, 3, 10, 101])
-def test_quantiles_are_those_of_the_standard_library(num_values):
+def test_quantiles_match_the_standard_library(num_values):
     values = [float((n * 37) % 101) for n in range(num_values)]
 
     assert quantile(values, 0.5) == statistics.median(values)
@@ -92,14 +92,14 @@ def test_quantiles_are_those_of_the_standard_library(num_values):
         assert quantile(values, 0.9) == pytest.approx(deciles[8], rel=1e-12)
 
 
-def test_a_quantile_of_nothing_is_refused():
+def test_a_quantile_of_no_values_is_rejected():
     with pytest.raises(ValueError, match="at least 1 is required"):
         quantile([], 0.5)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-def test_cuda_marks_tell_the_device_s_time_without_waiting_for_it():
+def test_cuda_marks_measure_device_time_without_a_sync():
     times = StepTimes(CudaClock())
     times.restart()
 

@@ -22,11 +22,11 @@ from dream_trainer.trainer import BaseTrainer
 
 
 def lines_of(trainer: TinyTrainer) -> list[str]:
-    """What a run prints, without times and speeds, which differ from run to run."""
+    """Lines that a run prints, without times and speeds."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         trainer.fit()
-    text = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())  # where the environment asks for colours
+    text = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())  # if the environment enables colors
     without_speed = re.sub(r"  [\d,.]+ (steps/s|s/step)", "", text)
     without_times = re.sub(r"  (\d+:)+\d\d( left)?", "", without_speed)
     return [re.sub(" +", " ", line).strip() for line in without_times.splitlines()]
@@ -46,7 +46,7 @@ class StopAfter(Callback[BaseTrainer]):
             self.trainer.stop("enough")
 
 
-def test_a_file_gets_one_line_per_epoch_and_one_per_validation(tmp_path: Path):
+def test_a_file_has_one_line_per_epoch_and_one_per_validation(tmp_path: Path):
     lines = lines_of(TinyTrainer(tiny_config(tmp_path, [ProgressBar()], n_epochs=2)))
 
     assert [shape_of(line) for line in lines] == [
@@ -57,7 +57,7 @@ def test_a_file_gets_one_line_per_epoch_and_one_per_validation(tmp_path: Path):
     ]
 
 
-def test_a_line_tells_the_means_of_its_epoch(tmp_path: Path):
+def test_a_line_shows_the_means_of_its_epoch(tmp_path: Path):
     class Means(Callback[BaseTrainer]):
         def post_train_epoch(self, result: dict[str, Any]) -> None:
             self.loss = result["loss"]
@@ -68,13 +68,13 @@ def test_a_line_tells_the_means_of_its_epoch(tmp_path: Path):
     assert f"loss {means.loss:#.4g}" in lines[0]
 
 
-def test_nothing_but_text_is_written_to_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_only_plain_text_is_written_to_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     TinyTrainer(tiny_config(tmp_path, [ProgressBar()])).fit()
 
     assert re.fullmatch(r"[\x20-\x7e\n]+", capfd.readouterr().out)
 
 
-def test_force_color_does_not_make_a_bar_in_a_file(
+def test_force_color_does_not_draw_a_bar_in_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -82,12 +82,12 @@ def test_force_color_does_not_make_a_bar_in_a_file(
     TinyTrainer(tiny_config(tmp_path, [ProgressBar()])).fit()
     out = capfd.readouterr().out
 
-    assert "\x1b[" in out  # colours, as asked for
+    assert "\x1b[" in out  # colors, as requested
     assert not re.findall(r"\x1b\[[^m]*[A-Za-ln-z]", out)  # and no cursor movement
     assert len(out.splitlines()) == 2
 
 
-def test_now_and_then_there_is_a_line_between(tmp_path: Path):
+def test_line_every_writes_lines_within_an_epoch(tmp_path: Path):
     class SlowTrainer(TinyTrainer):
         def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
             time.sleep(0.06)
@@ -101,7 +101,7 @@ def test_now_and_then_there_is_a_line_between(tmp_path: Path):
     assert all(re.fullmatch(r"epoch 1/1 [1-8]/8 steps loss [\d.]+", line) for line in between)
 
 
-def test_validations_between_steps_get_their_line(tmp_path: Path):
+def test_validations_between_steps_have_their_own_line(tmp_path: Path):
     config = tiny_config(tmp_path, [ProgressBar()], val_every_n_steps=3)
 
     assert [shape_of(line) for line in lines_of(TinyTrainer(config))] == [
@@ -111,7 +111,7 @@ def test_validations_between_steps_get_their_line(tmp_path: Path):
     ]
 
 
-def test_the_tried_out_validation_is_not_told(tmp_path: Path):
+def test_the_sanity_validation_has_no_line(tmp_path: Path):
     config = tiny_config(tmp_path, [ProgressBar()], num_sanity_val_steps=1, max_steps=3)
 
     assert [shape_of(line) for line in lines_of(TinyTrainer(config))] == [
@@ -120,7 +120,7 @@ def test_the_tried_out_validation_is_not_told(tmp_path: Path):
     ]
 
 
-def test_values_of_a_validation_are_told_from_those_of_training(tmp_path: Path):
+def test_validation_values_are_marked(tmp_path: Path):
     class SameNames(TinyTrainer):
         def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
             return {"loss": super().validation_step(batch, batch_idx)["val_loss"], "n": 3}
@@ -130,7 +130,7 @@ def test_values_of_a_validation_are_told_from_those_of_training(tmp_path: Path):
     assert shape_of(lines[1]) == "epoch 1/1 step 8 val loss # val n #"
 
 
-def test_a_run_that_goes_on_begins_where_it_stopped(tmp_path: Path):
+def test_a_continued_run_starts_where_it_stopped(tmp_path: Path):
     trainer = TinyTrainer(tiny_config(tmp_path, [ProgressBar(), StopAfter(3)]))
 
     assert [shape_of(line) for line in lines_of(trainer)] == [
@@ -143,14 +143,14 @@ def test_a_run_that_goes_on_begins_where_it_stopped(tmp_path: Path):
     ]
 
 
-def test_a_finished_run_that_is_fit_again_says_nothing(tmp_path: Path):
+def test_fitting_a_finished_run_again_prints_nothing(tmp_path: Path):
     trainer = TinyTrainer(tiny_config(tmp_path, [ProgressBar()]))
     lines_of(trainer)
 
     assert lines_of(trainer) == []
 
 
-def test_a_state_loaded_into_another_trainer_goes_on_there(tmp_path: Path):
+def test_a_loaded_state_continues_the_progress(tmp_path: Path):
     first = TinyTrainer(tiny_config(tmp_path, [StopAfter(3)], gradient_accumulation_steps=2))
     first.fit()
     second = TinyTrainer(
@@ -162,7 +162,7 @@ def test_a_state_loaded_into_another_trainer_goes_on_there(tmp_path: Path):
     assert lines_of(second)[-2].startswith("epoch 1/1 4/4 steps")
 
 
-def test_any_entry_of_the_steps_result_can_be_shown(tmp_path: Path):
+def test_any_key_of_the_result_can_be_shown(tmp_path: Path):
     class TwoNumbers(TinyTrainer):
         def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
             return {**super().training_step(batch, batch_idx), "twice": 2 * (batch_idx + 1)}
@@ -172,19 +172,19 @@ def test_any_entry_of_the_steps_result_can_be_shown(tmp_path: Path):
     assert lines_of(TwoNumbers(tiny_config(tmp_path, [bar], max_steps=5)))[-1].endswith("twice 10")
 
 
-def test_a_metric_that_is_not_there_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_missing_metric_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     bar = ProgressBar(metric="los")
     config = tiny_config(tmp_path, [bar], gradient_accumulation_steps=2, n_epochs=2)
     lines_of(TinyTrainer(config))
 
     (record,) = caplog.records
     assert record.getMessage() == (
-        "ProgressBar(metric='los'): training_step returned loss; name one of them, or leave "
-        "metric out"
+        "ProgressBar(metric='los'): training_step returned loss; choose one of these keys, or "
+        "leave metric out"
     )
 
 
-def test_a_metric_of_the_last_microbatch_alone_is_found(
+def test_a_metric_of_only_the_last_microbatch_is_found(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     class Norm(TinyTrainer):
@@ -200,7 +200,7 @@ def test_a_metric_of_the_last_microbatch_alone_is_found(
     assert caplog.records == []
 
 
-def test_loaders_without_length_are_shown_as_far_as_they_are_known(tmp_path: Path):
+def test_loaders_without_length_show_only_the_count(tmp_path: Path):
     class Endless:
         def __iter__(self) -> Iterator[Any]:
             while True:
@@ -223,7 +223,7 @@ def test_loaders_without_length_are_shown_as_far_as_they_are_known(tmp_path: Pat
     assert any(line.startswith("epoch 1/1 step 5 loss") for line in lines)
 
 
-def test_only_seconds_as_a_limit_give_the_time_left(tmp_path: Path):
+def test_max_time_alone_gives_the_remaining_time(tmp_path: Path):
     class Slow(TinyTrainer):
         def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
             time.sleep(0.06)
@@ -257,7 +257,7 @@ def test_an_error_is_the_last_line(tmp_path: Path, error: BaseException):
     assert out.getvalue().splitlines()[-1] == expected[type(error)]
 
 
-def test_a_bar_added_during_the_run_works_from_there_on(tmp_path: Path):
+def test_a_bar_added_during_the_run_works(tmp_path: Path):
     class Adder(Callback[BaseTrainer]):
         def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
             if batch_idx == 4:
@@ -271,7 +271,7 @@ def test_a_bar_added_during_the_run_works_from_there_on(tmp_path: Path):
     ]
 
 
-def test_an_error_before_the_fit_leaves_nothing_behind(tmp_path: Path):
+def test_an_error_before_fit_prints_nothing(tmp_path: Path):
     class Failing(TinyTrainer):
         def configure_optimizers(self) -> None:
             raise ValueError("no")
@@ -283,7 +283,7 @@ def test_an_error_before_the_fit_leaves_nothing_behind(tmp_path: Path):
     assert out.getvalue() == ""
 
 
-def test_copies_and_pickles_made_in_mid_run_are_bars_of_their_own(tmp_path: Path):
+def test_copies_and_pickles_made_during_a_run_are_independent(tmp_path: Path):
     class Copier(Callback[BaseTrainer]):
         def post_train_epoch(self, result: dict[str, Any]) -> None:
             bar = self.trainer.callbacks["ProgressBar"]
@@ -313,7 +313,7 @@ def text_of_rank(root_dir: str) -> str:
     return "\n".join(lines_of(TinyTrainer(tiny_config(root_dir, [ProgressBar()]))))
 
 
-def test_of_two_ranks_only_the_first_speaks(tmp_path: Path):
+def test_on_two_ranks_only_the_first_prints(tmp_path: Path):
     first, second = run_on_ranks(text_of_rank, 2, str(tmp_path))
 
     assert first.startswith("epoch 1/1 step 8 loss")
@@ -321,7 +321,7 @@ def test_of_two_ranks_only_the_first_speaks(tmp_path: Path):
 
 
 class CountReadings(TorchDispatchMode):
-    """Counts how often a tensor's value goes to Python."""
+    """Counts how often a tensor's value is read by Python."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -333,7 +333,7 @@ class CountReadings(TorchDispatchMode):
 
 
 class SGDTrainer(TinyTrainer):
-    """Reads nothing on the host by itself; AdamW reads its step counts."""
+    """Reads nothing on the host, while AdamW reads its step counts."""
 
     def configure_optimizers(self) -> None:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01)
@@ -350,11 +350,11 @@ def readings_in(tmp_path: Path, callbacks: list[Callback[Any]]) -> tuple[int, fl
     return mode.count, time.monotonic() - start_s
 
 
-def test_a_thousand_steps_are_not_a_thousand_readings_on_the_host(tmp_path: Path):
+def test_the_host_reads_a_few_values_per_second_not_one_per_step(tmp_path: Path):
     without, _ = readings_in(tmp_path, [])
     with_bar, seconds = readings_in(tmp_path, [ProgressBar()])
 
-    # Five a second, and at the first step, around the validation and at the end.
+    # Five per second, plus the first step, around the validation and the end.
     assert 1 <= with_bar - without <= seconds * 5 + 5
 
 
@@ -380,18 +380,18 @@ def test_large_results_of_a_step_are_not_kept(tmp_path: Path):
 
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.1, float("nan")])
-def test_a_smoothing_out_of_range_is_refused(smoothing: float):
+def test_a_smoothing_out_of_range_is_rejected(smoothing: float):
     with pytest.raises(ValueError, match=r"from 0 .* to 1 .* is required"):
         ProgressBar(smoothing=smoothing)
 
 
-def test_the_arguments_of_the_contract_can_be_given_by_position():
+def test_arguments_of_the_contract_can_be_positional():
     bar = ProgressBar(0.5, "accuracy")
 
     assert (bar.smoothing, bar.metric) == (0.5, "accuracy")
 
 
-def test_a_closed_pipe_ends_the_lines_and_not_the_run(
+def test_a_closed_pipe_disables_the_bar_but_not_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     class Closed(io.StringIO):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from rich.text import Text
 
-from dream_callbacks.summary.stdout_redirect import LinesAbove, Redirection
+from dream_callbacks.summary.stdout_redirect import LineStream, StdoutRedirect
 
 
 class Terminal(io.StringIO):
@@ -18,7 +18,7 @@ class Terminal(io.StringIO):
 
 def lines_of(*writes: str) -> list[str]:
     lines: list[Text] = []
-    stream: Any = LinesAbove(Terminal(), lines.append)
+    stream: Any = LineStream(Terminal(), lines.append)
     for text in writes:
         stream.write(text)
         stream.flush()
@@ -41,19 +41,19 @@ def lines_of(*writes: str) -> list[str]:
     ],
     ids=repr,
 )
-def test_whole_lines_are_handed_on_as_they_were_in_the_end(writes: list[str], expected: list[str]):
+def test_whole_lines_are_passed_on_in_their_final_state(writes: list[str], expected: list[str]):
     assert lines_of(*writes) == expected
 
 
-def test_a_write_returns_what_it_took():
-    stream: Any = LinesAbove(Terminal(), lambda line: None)
+def test_write_returns_the_number_of_characters():
+    stream: Any = LineStream(Terminal(), lambda line: None)
 
     assert stream.write("four\nfive") == 9
 
 
-def test_colours_are_kept_and_cursor_movements_are_not():
+def test_colors_are_kept_and_cursor_movements_are_dropped():
     lines: list[Text] = []
-    stream: Any = LinesAbove(Terminal(), lines.append)
+    stream: Any = LineStream(Terminal(), lines.append)
     stream.write("\x1b[2K\x1b[1A\x1b[31mred\nstill red\x1b[0m\n")
 
     assert [line.plain for line in lines] == ["red", "still red"]
@@ -63,59 +63,59 @@ def test_colours_are_kept_and_cursor_movements_are_not():
     ]
 
 
-def test_all_else_is_the_streams_own():
-    stream: Any = LinesAbove(Terminal(), lambda line: None)
+def test_other_attributes_are_those_of_the_stream():
+    stream: Any = LineStream(Terminal(), lambda line: None)
 
     assert stream.isatty()
     assert stream.encoding == "utf-8"
     assert not stream.closed
 
 
-def test_whoever_keeps_it_writes_to_the_stream_afterwards():
+def test_a_kept_reference_writes_to_the_stream_afterwards():
     terminal = Terminal()
-    stream: Any = LinesAbove(terminal, lambda line: None)
+    stream: Any = LineStream(terminal, lambda line: None)
     stream.finish()
     stream.writelines(["a", "b"])
 
     assert terminal.getvalue() == "ab"
 
 
-def test_streams_that_are_no_terminal_are_left_alone(monkeypatch: pytest.MonkeyPatch):
+def test_streams_that_are_not_terminals_are_not_redirected(monkeypatch: pytest.MonkeyPatch):
     out, err = Terminal(), io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
-    redirection = Redirection(lambda line: None)
-    redirection.start()
+    redirect = StdoutRedirect(lambda line: None)
+    redirect.start()
     during = sys.stdout, sys.stderr
-    redirection.stop()
+    redirect.stop()
 
-    assert isinstance(during[0], LinesAbove)
+    assert isinstance(during[0], LineStream)
     assert during[1] is err
     assert sys.stdout is out
 
 
-def test_a_stream_that_was_replaced_meanwhile_stays(monkeypatch: pytest.MonkeyPatch):
+def test_a_stream_replaced_during_redirection_stays(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "stdout", Terminal())
-    redirection = Redirection(lambda line: None)
-    redirection.start()
+    redirect = StdoutRedirect(lambda line: None)
+    redirect.start()
     replacement = io.StringIO()
     monkeypatch.setattr(sys, "stdout", replacement)
-    redirection.stop()
+    redirect.stop()
 
     assert sys.stdout is replacement
 
 
-def test_a_handler_made_meanwhile_writes_to_the_stream_afterwards(
+def test_a_handler_made_during_redirection_writes_to_the_stream_afterwards(
     monkeypatch: pytest.MonkeyPatch,
 ):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    redirection = Redirection(lambda line: None)
-    redirection.start()
+    redirect = StdoutRedirect(lambda line: None)
+    redirect.start()
     handler = logging.StreamHandler()
     logger = logging.getLogger("test_streams")
     logger.addHandler(handler)
-    redirection.stop()
+    redirect.stop()
     logger.warning("afterwards")
     logger.removeHandler(handler)
 

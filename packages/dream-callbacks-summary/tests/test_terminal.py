@@ -1,5 +1,5 @@
-"""What a person sees in a terminal: real runs on a pseudo-terminal, and what it shows then."""
-# ruff: noqa: T201  # what others print is part of it
+"""The bar in a terminal: real runs on a pseudo-terminal, and the resulting screen."""
+# ruff: noqa: T201  # prints of the user's code are tested
 
 import contextlib
 import fcntl
@@ -27,7 +27,7 @@ from dream_trainer.trainer import BaseTrainer
 
 
 class Screen:
-    """As much of a terminal as rich needs: text, returns, moves up, erased lines, the cursor."""
+    """A minimal terminal: text, carriage returns, moves up, erased lines, the cursor."""
 
     def __init__(self, columns: int) -> None:
         self.columns = columns
@@ -75,17 +75,17 @@ class Screen:
 def in_terminal(
     function: Callable[..., Any], *args: Any, columns: int = 100, **environment: str
 ) -> tuple[Screen, str, Any]:
-    """Call a function in a process whose terminal we are.
+    """Call a function in a process attached to a pseudo-terminal.
 
     Returns:
-        The screen when it is over, all that was written, and what the function returned.
+        The final screen, all output, and the function's return value.
     """
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     chunks: list[bytes] = []
 
     def read() -> None:
-        with contextlib.suppress(OSError):  # raised when nobody holds the other end any more
+        with contextlib.suppress(OSError):  # raised when the other end is closed
             while chunk := os.read(master, 65536):
                 chunks.append(chunk)
 
@@ -126,7 +126,7 @@ class SlowTrainer(TinyTrainer):
         return super().training_step(batch, batch_idx)
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        time.sleep(1.0)  # drawings get rarer on a busy machine
+        time.sleep(1.0)  # drawings are rarer on a busy machine
         return super().validation_step(batch, batch_idx)
 
 
@@ -142,12 +142,12 @@ def without_numbers(text: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[Screen, str]:
-    """The screen after a run, and all that was written to it."""
+    """The screen after a run, and all output."""
     screen, output, _ = in_terminal(run, str(tmp_path_factory.mktemp("run")))
     return screen, output
 
 
-def test_one_bar_is_left_below_a_line_for_each_epoch(shown: tuple[Screen, str]):
+def test_one_bar_remains_below_a_line_for_each_epoch(shown: tuple[Screen, str]):
     screen, _ = shown
 
     assert without_numbers(screen.text) == [
@@ -157,7 +157,7 @@ def test_one_bar_is_left_below_a_line_for_each_epoch(shown: tuple[Screen, str]):
     ]
 
 
-def test_the_bar_moves_in_place(shown: tuple[Screen, str]):
+def test_the_bar_is_redrawn_in_place(shown: tuple[Screen, str]):
     seen = [int(n) for n in re.findall(r"(\d)/8 steps", shown[1])]
 
     assert seen == sorted(seen)
@@ -165,40 +165,40 @@ def test_the_bar_moves_in_place(shown: tuple[Screen, str]):
     assert len(seen) <= 20
 
 
-def test_validation_has_a_bar_of_its_own_while_it_runs(shown: tuple[Screen, str]):
+def test_validation_has_its_own_bar(shown: tuple[Screen, str]):
     assert re.search(r"validation.*━.*1/2 batches", shown[1])
 
 
-def test_every_drawing_has_as_many_lines_as_the_first(shown: tuple[Screen, str]):
-    # Processes that were forked in between draw what they knew then.
+def test_every_drawing_has_the_same_number_of_lines(shown: tuple[Screen, str]):
+    # Forked processes would draw an old state.
     moves = re.findall(r"\r\x1b\[2K((?:\x1b\[1A\x1b\[2K)*)", shown[1])
 
     assert len(moves) > 5
     assert len(set(moves)) == 1
 
 
-def test_the_cursor_is_never_hidden_while_the_bar_waits(shown: tuple[Screen, str]):
-    # So that a process that is killed leaves the terminal as it was.
+def test_the_cursor_is_visible_between_drawings(shown: tuple[Screen, str]):
+    # A killed process then leaves the terminal usable.
     output = shown[1]
 
-    assert output.count("\x1b[?25l") == 1  # rich hides it when it begins
+    assert output.count("\x1b[?25l") == 1  # rich hides it once at the start
     assert output.index("\x1b[?25l") < output.index("\x1b[?25h") < output.index("1/8 steps")
 
 
 @pytest.mark.parametrize("columns", [12, 40, 80])
-def test_the_bar_fits_into_any_width(tmp_path: Path, columns: int):
+def test_the_bar_fits_any_width(tmp_path: Path, columns: int):
     screen, output, _ = in_terminal(run, str(tmp_path), columns=columns)
 
-    # A line that had wrapped would be left above the next drawing.
+    # A wrapped line would remain above the next drawing.
     assert output.count("\r\x1b[2K") >= 5
     assert len(screen.text) == 3
 
 
 class Talker(Callback[BaseTrainer]):
-    """Writes in all ways that there are."""
+    """Writes to stdout, stderr, logging and warnings."""
 
     def __init__(self) -> None:
-        self.handler = logging.StreamHandler()  # keeps the stderr of now
+        self.handler = logging.StreamHandler()  # holds the current stderr
         logging.getLogger("talker").addHandler(self.handler)
 
     def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
@@ -223,7 +223,7 @@ def talk(root_dir: str) -> tuple[bool, bool]:
     return sys.stdout is stdout and sys.stderr is stderr, talker.handler.stream is stderr
 
 
-def test_what_else_is_written_stands_above_the_bar_as_it_was_written(tmp_path: Path):
+def test_other_output_is_printed_above_the_bar_unchanged(tmp_path: Path):
     screen, output, _ = in_terminal(talk, str(tmp_path))
     text = screen.text
     start = text.index("a print in one line")
@@ -241,14 +241,14 @@ def test_what_else_is_written_stands_above_the_bar_as_it_was_written(tmp_path: P
     ]
 
 
-def test_streams_and_handlers_are_given_back(tmp_path: Path):
+def test_streams_and_handlers_are_restored(tmp_path: Path):
     _, _, (streams_are_back, handler_is_back) = in_terminal(talk, str(tmp_path))
 
     assert streams_are_back
     assert handler_is_back
 
 
-def test_what_forked_workers_print_stands_above_the_bar_too(tmp_path: Path):
+def test_output_of_forked_workers_is_printed_above_the_bar(tmp_path: Path):
     script = tmp_path / "train.py"
     script.write_text(
         f"""
@@ -299,7 +299,7 @@ def fit_inside(root_dir: str) -> None:
     run(root_dir, Inner())
 
 
-def test_a_run_inside_of_a_run_writes_lines_above_the_bar(tmp_path: Path):
+def test_a_nested_run_writes_lines_above_the_bar(tmp_path: Path):
     screen, _, _ = in_terminal(fit_inside, str(tmp_path))
 
     assert without_numbers(screen.text) == [
@@ -324,7 +324,7 @@ def fail(root_dir: str) -> bool:
     return sys.stdout is stdout
 
 
-def test_after_an_error_the_terminal_is_as_before(tmp_path: Path):
+def test_an_error_restores_the_terminal(tmp_path: Path):
     screen, _, is_back = in_terminal(fail, str(tmp_path))
 
     assert is_back
@@ -349,7 +349,7 @@ def fail_in_anothers_pre_fit(root_dir: str) -> bool:
     return sys.stdout is stdout
 
 
-def test_after_an_error_in_anothers_pre_fit_the_terminal_is_as_before(tmp_path: Path):
+def test_an_error_in_another_pre_fit_restores_the_terminal(tmp_path: Path):
     screen, _, is_back = in_terminal(fail_in_anothers_pre_fit, str(tmp_path))
 
     assert is_back
@@ -381,7 +381,7 @@ def interrupt_the_first_drawing(root_dir: str) -> bool:
     return sys.stdout is interrupting
 
 
-def test_ctrl_c_during_the_first_drawing_leaves_the_terminal_as_before(tmp_path: Path):
+def test_ctrl_c_during_the_first_drawing_restores_the_terminal(tmp_path: Path):
     screen, output, is_back = in_terminal(interrupt_the_first_drawing, str(tmp_path))
 
     assert is_back
@@ -398,7 +398,7 @@ def fit_twice(root_dir: str) -> None:
     trainer.fit()
 
 
-def test_a_second_fit_has_a_bar_of_its_own(tmp_path: Path):
+def test_a_second_fit_has_its_own_bar(tmp_path: Path):
     screen, _, _ = in_terminal(fit_twice, str(tmp_path))
 
     assert without_numbers(screen.text) == [
@@ -416,7 +416,7 @@ def run_fast_epochs(root_dir: str) -> None:
     TinyTrainer(tiny_config(root_dir, [ProgressBar()], n_epochs=60)).fit()
 
 
-def test_fast_epochs_leave_a_few_lines_and_the_last_one(tmp_path: Path):
+def test_fast_epochs_write_a_few_lines_and_the_last_one(tmp_path: Path):
     screen, _, _ = in_terminal(run_fast_epochs, str(tmp_path))
     kept = [line for line in screen.text if " step " in line and line.startswith("epoch")]
 
@@ -427,7 +427,7 @@ def test_fast_epochs_leave_a_few_lines_and_the_last_one(tmp_path: Path):
 
 
 @pytest.mark.parametrize("term", ["dumb", "unknown"])
-def test_a_terminal_that_cannot_move_its_cursor_gets_lines(tmp_path: Path, term: str):
+def test_a_terminal_without_cursor_movement_shows_lines(tmp_path: Path, term: str):
     screen, output, _ = in_terminal(run, str(tmp_path), TERM=term)
 
     assert "\x1b" not in output
@@ -442,7 +442,7 @@ def summarize(root_dir: str) -> None:
     SlowTrainer(tiny_config(root_dir, callbacks)).fit()
 
 
-def test_a_terminal_without_unicode_gets_ascii(tmp_path: Path):
+def test_a_terminal_without_unicode_shows_ascii(tmp_path: Path):
     _, output, _ = in_terminal(summarize, str(tmp_path), TEST_ENCODING="ascii")
 
     assert "====" in output
@@ -450,7 +450,7 @@ def test_a_terminal_without_unicode_gets_ascii(tmp_path: Path):
     assert "blocks.0-1 (2 ?)" in output
 
 
-def test_a_closed_terminal_ends_the_bar_and_not_the_run(tmp_path: Path):
+def test_a_closed_terminal_disables_the_bar_but_not_the_run(tmp_path: Path):
     script = tmp_path / "train.py"
     script.write_text(
         "import pathlib, signal, time\n"
@@ -470,10 +470,10 @@ def test_a_closed_terminal_ends_the_bar_and_not_the_run(tmp_path: Path):
     _, status = os.waitpid(process, 0)
 
     assert (tmp_path / "done").exists()
-    assert os.waitstatus_to_exitcode(status) in (0, 120)  # 120: Python couldn't flush its streams
+    assert os.waitstatus_to_exitcode(status) in (0, 120)  # 120: Python could not flush its streams
 
 
-def test_ctrl_c_ends_cleanly_and_gives_the_terminal_back(tmp_path: Path):
+def test_ctrl_c_ends_the_run_and_restores_the_terminal(tmp_path: Path):
     script = tmp_path / "train.py"
     script.write_text(
         "import time\n"
@@ -506,10 +506,10 @@ def test_ctrl_c_ends_cleanly_and_gives_the_terminal_back(tmp_path: Path):
 
 
 def start(script: Path) -> tuple[int, int]:
-    """Start a script in a terminal of its own.
+    """Start a script in its own pseudo-terminal.
 
     Returns:
-        Its process and our end of the terminal.
+        Process id and master end of the terminal.
     """
     environment = {**os.environ, "TERM": "xterm-256color"}
     environment.pop("COLUMNS", None)
@@ -521,7 +521,7 @@ def start(script: Path) -> tuple[int, int]:
 
 
 def read_until(master: int, expected: bytes | None) -> bytes:
-    """Read until something comes; None for all there is."""
+    """Read until `expected` is in the output; with None, until the end."""
     output = b""
     signal.alarm(60)
     try:

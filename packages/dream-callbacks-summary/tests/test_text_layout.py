@@ -6,12 +6,12 @@ from dream_callbacks.summary.text_layout import (
     MAX_BAR,
     Bar,
     Piece,
-    drawn,
-    duration,
-    fitted,
-    number,
-    plain,
-    speed,
+    draw_bar,
+    fit_line,
+    format_duration,
+    format_number,
+    format_speed,
+    plain_line,
 )
 
 PARTS = [
@@ -23,36 +23,36 @@ PARTS = [
 
 
 @pytest.mark.parametrize("width", range(1, 90))
-def test_a_line_never_is_wider_than_its_width(width: int):
-    assert fitted(PARTS, width).cell_len <= width
+def test_a_line_is_never_wider_than_the_width(width: int):
+    assert fit_line(PARTS, width).cell_len <= width
 
 
-def test_the_bar_takes_the_room_that_is_left_up_to_a_limit():
-    narrow, wide = fitted(PARTS, 60).plain, fitted(PARTS, 200).plain
+def test_the_bar_fills_the_remaining_width_up_to_a_limit():
+    narrow, wide = fit_line(PARTS, 60).plain, fit_line(PARTS, 200).plain
 
     assert narrow == "where  " + "━" * 16 + "─" * 16 + "  unimportant  number"
     assert wide.count("━") + wide.count("─") == MAX_BAR
 
 
-def test_a_column_more_or_less_leaves_the_bar_as_it_is():
-    assert len({fitted(PARTS, width).plain for width in (60, 59, 58, 57)}) <= 2
+def test_a_small_change_of_width_keeps_the_bar():
+    assert len({fit_line(PARTS, width).plain for width in (60, 59, 58, 57)}) <= 2
 
 
-def test_the_least_important_parts_go_first():
-    assert fitted(PARTS, 24).plain == "where  ━━━━────  number"
-    assert fitted(PARTS, 20).plain == "where  number"
-    assert fitted(PARTS, 8).plain == "where"
+def test_the_least_important_parts_are_left_out_first():
+    assert fit_line(PARTS, 24).plain == "where  ━━━━────  number"
+    assert fit_line(PARTS, 20).plain == "where  number"
+    assert fit_line(PARTS, 8).plain == "where"
 
 
 def test_wide_characters_count_double():
     parts = [Piece("損失 0.5", importance=2), Piece("x", importance=1)]
 
-    assert fitted(parts, 10).plain == "損失 0.5"
-    assert fitted(parts, 11).plain == "損失 0.5  x"
+    assert fit_line(parts, 10).plain == "損失 0.5"
+    assert fit_line(parts, 11).plain == "損失 0.5  x"
 
 
-def test_a_plain_line_has_all_pieces_and_no_bar():
-    assert plain(PARTS).plain == "where  unimportant  number"
+def test_a_plain_line_has_all_pieces_but_no_bar():
+    assert plain_line(PARTS).plain == "where  unimportant  number"
 
 
 @pytest.mark.parametrize(
@@ -68,11 +68,11 @@ def test_a_plain_line_has_all_pieces_and_no_bar():
     ],
 )
 def test_a_bar_is_full_only_at_the_end(fraction: float, expected: str):
-    assert drawn(fraction, 4).plain == expected
+    assert draw_bar(fraction, 4).plain == expected
 
 
-def test_a_bar_can_do_with_ascii():
-    assert drawn(0.375, 4, ascii_only=True).plain == "=>--"
+def test_a_bar_can_be_drawn_in_ascii():
+    assert draw_bar(0.375, 4, ascii_only=True).plain == "=>--"
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,8 @@ def test_a_bar_can_do_with_ascii():
         (1234567, "1,234,567"),
     ],
 )
-def test_numbers_have_four_digits_and_whole_numbers_all(value: float, expected: str):
-    assert number(value) == expected
+def test_floats_have_four_digits_and_integers_all(value: float, expected: str):
+    assert format_number(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -102,8 +102,8 @@ def test_numbers_have_four_digits_and_whole_numbers_all(value: float, expected: 
         (86400, "1 d 0:00:00"),
     ],
 )
-def test_durations_are_as_long_as_they_must_be(seconds: float, expected: str):
-    assert duration(seconds) == expected
+def test_durations_omit_leading_units(seconds: float, expected: str):
+    assert format_duration(seconds) == expected
 
 
 @pytest.mark.parametrize(
@@ -117,5 +117,5 @@ def test_durations_are_as_long_as_they_must_be(seconds: float, expected: str):
         (0.01, "100 s/step"),
     ],
 )
-def test_slow_steps_are_told_in_seconds_per_step(steps_per_s: float, expected: str):
-    assert speed(steps_per_s) == expected
+def test_slow_steps_are_formatted_in_seconds_per_step(steps_per_s: float, expected: str):
+    assert format_speed(steps_per_s) == expected

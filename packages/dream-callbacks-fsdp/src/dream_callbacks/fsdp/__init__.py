@@ -1,4 +1,4 @@
-"""FSDP2: prefetching in the order in which modules really run."""
+"""FSDP2: prefetching in the order of execution."""
 
 from dream_callbacks.fsdp.callback import OptimizeFSDP
 

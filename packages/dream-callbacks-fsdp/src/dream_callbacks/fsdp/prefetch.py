@@ -1,9 +1,9 @@
-"""From the order in which modules ran to what each of them should prefetch. Pure.
+"""Computes which modules each module should prefetch from the order of execution. Pure.
 
-A prefetch starts the next module's all-gather while this one computes. It must be right each
-time: what is gathered and not used costs communication, and without gradients it even stays
-until the module runs next, with weights that are out of date by then. So a module is in the list
-of another only if it followed each time that the other ran.
+A prefetch starts the next module's all-gather while this one computes. It must always be used: an
+unused all-gather costs communication, and without gradients the gathered weights even stay until
+the module runs next, when they are stale. So a module prefetches another only if that one followed
+it each time.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Generic, Literal, TypeVar
 ModuleT = TypeVar("ModuleT", bound=Hashable)
 
 Phase = Literal["forward", "recompute", "backward"]
-"""What a module began; "recompute" is a forward that activation checkpointing runs in backward."""
+"""Phase of a module; "recompute" is a forward that activation checkpointing runs in backward."""
 
 
 @dataclass(frozen=True)
 class Event(Generic[ModuleT]):
-    """A module begins to need its full parameters.
+    """The start of a phase, for which a module needs its full parameters.
 
     Attributes:
-        phase: For what.
-        module: Which; anything hashable that stands for it.
+        phase: The phase that starts.
+        module: Hashable key of the module.
     """
 
     phase: Phase
@@ -34,18 +34,18 @@ class Event(Generic[ModuleT]):
 def forward_lists(
     events: Sequence[Event[ModuleT]], depth: int
 ) -> dict[ModuleT, tuple[ModuleT, ...]]:
-    """What each module should prefetch in forward.
+    """The modules that each module should prefetch in forward.
 
     Args:
-        events: Of one step, in order, of the modules below one root.
+        events: Events of one step, in order, of the modules below one root.
         depth: How many modules ahead.
 
     Returns:
         Lists in the order of execution; modules with nothing to prefetch are left out.
     """
     runs = list(_runs(events, "forward"))
-    # A recomputed forward is followed by its own backward. Whoever has one would prefetch in the
-    # wrong direction there, so it counts as running without a successor.
+    # A recomputed forward is followed by its own backward. Prefetching in forward order would be
+    # wrong there, so a recompute counts as a run without successor.
     runs += [[event.module] for event in events if event.phase == "recompute"]
     return {module: followers for module, followers in _always_next(runs, depth) if followers}
 
@@ -53,17 +53,17 @@ def forward_lists(
 def backward_lists(
     events: Sequence[Event[ModuleT]], depth: int, kept: Collection[ModuleT] = ()
 ) -> dict[ModuleT, tuple[ModuleT, ...]]:
-    """What each module should prefetch in backward.
+    """The modules that each module should prefetch in backward.
 
     Args:
         events: As for `forward_lists`.
         depth: How many modules ahead.
-        kept: Modules that aren't resharded after forward: there is nothing to gather.
+        kept: Modules that aren't resharded after forward and need no all-gather.
 
     Returns:
-        Lists in the order of execution. An empty one: nothing ever follows. A module is left out
-        if no list is always right for it; torch's own prefetch, which follows the order of the
-        step at hand, does better then.
+        Lists in the order of execution; an empty list if nothing ever follows. A module is left
+        out if no list is always correct for it; torch's own prefetch, which uses the order of the
+        current step, is better then.
     """
     runs = list(_runs(events, "backward"))
     is_followed = {
@@ -80,7 +80,7 @@ def backward_lists(
 
 
 def _runs(events: Iterable[Event[ModuleT]], phase: Phase) -> Iterator[list[ModuleT]]:
-    """Modules of consecutive events of a phase; recomputing doesn't interrupt a backward."""
+    """Modules of consecutive events of a phase; a recompute doesn't interrupt a backward."""
     run: list[ModuleT] = []
     for event in events:
         if event.phase == phase:
@@ -95,7 +95,7 @@ def _runs(events: Iterable[Event[ModuleT]], phase: Phase) -> Iterator[list[Modul
 def _always_next(
     runs: Sequence[Sequence[ModuleT]], depth: int, leave_out: Collection[ModuleT] = ()
 ) -> Iterator[tuple[ModuleT, tuple[ModuleT, ...]]]:
-    """For each module, those that are among the next `depth` each time that it runs."""
+    """For each module, those that are among the next `depth` each time it runs."""
     followers: dict[ModuleT, list[ModuleT]] = {}
     for run in runs:
         for index, module in enumerate(run):
@@ -111,7 +111,7 @@ def _always_next(
 def _next_distinct(
     run: Sequence[ModuleT], index: int, depth: int, leave_out: Collection[ModuleT]
 ) -> list[ModuleT]:
-    """The next different modules in a run, until the one at `index` comes again."""
+    """The next distinct modules in a run, until the one at `index` repeats."""
     found: list[ModuleT] = []
     for module in run[index + 1 :]:
         if module == run[index] or len(found) == depth:

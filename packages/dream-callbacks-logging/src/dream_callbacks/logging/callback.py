@@ -1,4 +1,4 @@
-"""LoggerCallback: opens the sinks, and sends them what training and validation report."""
+"""LoggerCallback: opens the sinks and logs the scalars of training and validation."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from dream_callbacks.logging.names import named_under
-from dream_callbacks.logging.open_sinks import AnySink, SinkSession, checked_sinks, planned_sinks
-from dream_callbacks.logging.rate import StepRate, Stopwatch
+from dream_callbacks.logging.log_keys import prefixed_key
+from dream_callbacks.logging.open_sinks import AnySink, OpenSinks, checked_sinks, planned_sinks
 from dream_callbacks.logging.scalars import (
     RankMeans,
     Scalars,
     mean_over_batches,
-    read,
-    scalars_of,
+    select_scalars,
+    to_floats,
 )
 from dream_callbacks.logging.sinks.base import DeferredSink
-from dream_callbacks.logging.to_jsonable import plain
+from dream_callbacks.logging.step_rate import StepRate, Stopwatch
+from dream_callbacks.logging.to_jsonable import to_jsonable
 from dream_trainer.callbacks import Callback, Every
 from dream_trainer.trainer.mixins import LoggerMixin
 
@@ -26,29 +26,30 @@ from dream_trainer.trainer.mixins import LoggerMixin
 class LoggerCallback(Callback[LoggerMixin]):
     """Logs the scalars that the steps return, over `global_step`.
 
-    - `train/<key>`, `epoch` and `steps_per_s`, with the optimizer step in which the n-th batch
-      falls. While gradients accumulate: the mean over the batches of that step, which is what one
-      batch of the whole size would have reported.
+    - `train/<key>`, `epoch` and `steps_per_s`, for the optimizer step that contains the n-th
+      batch. With gradient accumulation: the mean over the microbatches of that step, which equals
+      the value of one batch of the full size.
     - `epoch/<key>` and `epoch/seconds` after each epoch: means over its samples.
-    - `val/<key>` after each validation run; a key that says "val" itself, as "val_loss", as it is.
-    - `val_batch/<key>` and `val_batch/index` for single validation batches, if asked for.
+    - `val/<key>` after each validation run. A key that already starts with "val", such as
+      "val_loss", is not prefixed.
+    - `val_batch/<key>` and `val_batch/index` for single validation batches, if enabled.
 
-    On a step that logs it costs an all-reduce of one vector and a copy of it to the host; on all
-    others it reads nothing. The sinks are opened in `pre_fit` and closed in `post_fit`, on global
-    rank 0: put it before callbacks that log there.
+    A step that logs costs an all-reduce of one vector and one copy to the host; other steps read
+    nothing. The sinks are opened in `pre_fit` and closed in `post_fit`, on global rank 0: put this
+    callback before callbacks that log in these hooks.
 
     Args:
-        log_every_n_train_batches: None leaves batches out.
-        log_every_n_val_batches: None leaves batches out.
-        code_dir: Source files below it are logged too.
-        sinks: Where to. Sinks that are open already are left open. Default: JSON lines in the
-            run's directory; also Weights & Biases, if the config or the trainer asks for it. JSON
-            lines are written in any case beside sinks that may lose what they were given.
-        reduce: "mean" over ranks, or None for what rank 0 reports.
+        log_every_n_train_batches: None disables logging of training batches.
+        log_every_n_val_batches: None disables logging of validation batches.
+        code_dir: Also log the source files below this directory.
+        sinks: Sinks to log to. Sinks that are already open are not closed. Default: JSON lines in
+            the run directory, and Weights & Biases if the config or the trainer enables it. JSON
+            lines are always added if every other sink could lose values in a crash.
+        reduce: "mean" over ranks, or None for the values of rank 0.
 
     Raises:
         ValueError: If a number is below 1, or `reduce` is unknown.
-        TypeError: If something isn't a sink.
+        TypeError: If an item of `sinks` isn't a sink.
     """
 
     def __init__(
@@ -68,11 +69,11 @@ class LoggerCallback(Callback[LoggerMixin]):
         self.code_dir = None if code_dir is None else Path(code_dir)
         self.sinks = None if sinks is None else checked_sinks(sinks)
         self.reduce = reduce
-        self._session: SinkSession | None = None
+        self._open_sinks: OpenSinks | None = None
         self._begin(0, 0)
 
     def _begin(self, step: int, num_batches: int) -> None:
-        """Be as before the first batch of a session."""
+        """Reset to the state before the first batch of a session."""
         every = self.log_every_n_train_batches
         self._cadence = None if every is None else Every(steps=every).start(num_batches)
         self._earlier: list[Scalars] = []
@@ -85,7 +86,7 @@ class LoggerCallback(Callback[LoggerMixin]):
         self._val_means = RankMeans("validation_step")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_session": None}
+        return {**super().__getstate__(), "_open_sinks": None}
 
     # Sinks
 
@@ -97,16 +98,16 @@ class LoggerCallback(Callback[LoggerMixin]):
     def pre_fit(self) -> None:
         trainer = self.trainer
         self._begin(trainer.global_step, trainer.local_batches)
-        self._session = SinkSession.start(self.sinks, trainer)
+        self._open_sinks = OpenSinks.open(self.sinks, trainer)
         if trainer.sinks:
-            trainer.log_config(plain(trainer.config))
+            trainer.log_config(to_jsonable(trainer.config))
             if self.code_dir is not None:
                 trainer.log_code(self.code_dir)
 
     def post_fit(self) -> None:
-        if self._session is not None:
-            self._session.close()
-            self._session = None
+        if self._open_sinks is not None:
+            self._open_sinks.close()
+            self._open_sinks = None
 
     # Training
 
@@ -119,12 +120,12 @@ class LoggerCallback(Callback[LoggerMixin]):
             return
         trainer = self.trainer
         if trainer.is_accumulating_gradients:
-            self._earlier.append(scalars_of(result))
+            self._earlier.append(select_scalars(result))
             return
         if self._cadence.due(trainer.local_batches):
-            means = self._read([*self._earlier, scalars_of(result)], self._train_means)
+            means = self._read([*self._earlier, select_scalars(result)], self._train_means)
             if trainer.sinks:
-                values = {named_under("train", key): value for key, value in means.items()}
+                values = {prefixed_key("train", key): value for key, value in means.items()}
                 values["epoch"] = trainer.current_epoch + (batch_idx + 1) / (
                     trainer.num_train_batches or 1
                 )
@@ -152,7 +153,7 @@ class LoggerCallback(Callback[LoggerMixin]):
             return
         self._num_val_batches += 1
         if (batch_idx + 1) % every == 0:
-            means = self._read([scalars_of(result)], self._val_means)
+            means = self._read([select_scalars(result)], self._val_means)
             if trainer.sinks:
                 values = {f"val_batch/{key}": value for key, value in means.items()}
                 trainer.log_dict({**values, "val_batch/index": self._num_val_batches})
@@ -163,24 +164,24 @@ class LoggerCallback(Callback[LoggerMixin]):
         if self.trainer.sinks and self.trainer.local_batches > 0:
             values = self._numbers(result)
             if values:
-                self.trainer.log_dict({named_under("val", k): v for k, v in values.items()})
+                self.trainer.log_dict({prefixed_key("val", k): v for k, v in values.items()})
 
     # Reading
 
     def _read(self, batches: list[Scalars], means: RankMeans) -> dict[str, float]:
-        """What the ranks report, on average over them and over the batches. Collective."""
+        """The scalars, averaged over the ranks and the batches. Collective."""
         world = self.trainer.world
         if self.reduce == "mean":
             return mean_over_batches(means.read(batches, world))
-        return mean_over_batches(read(batches, world.device)) if world.is_global_zero else {}
+        return mean_over_batches(to_floats(batches, world.device)) if world.is_global_zero else {}
 
     def _numbers(self, result: dict[str, Any]) -> dict[str, float]:
-        """The scalars of an epoch's result, which is reduced already."""
-        return read([scalars_of(result)], self.trainer.world.device)[0]
+        """The scalars of an epoch's result, which is already reduced."""
+        return to_floats([select_scalars(result)], self.trainer.world.device)[0]
 
 
 def check_cadence(name: str, value: int | None) -> None:
-    """See that a number of batches is one.
+    """Validate a number of batches.
 
     Raises:
         ValueError: If it is neither None nor a whole number of at least 1.

@@ -1,4 +1,4 @@
-"""Tensors, arrays and pictures of other kinds as frames that every sink can write."""
+"""Conversion of tensors, arrays, PIL images and figures to frames and PNG for the sinks."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ logger = logging.getLogger(__name__)
 _NUM_CHANNELS = (1, 2, 3, 4)
 
 
-def images_of(images: Any) -> list[Frame]:
-    """Images as frames; waits for the device if there are tensors on one. Never raises.
+def image_frames(images: Any) -> list[Frame]:
+    """Convert images to frames. Device tensors cost a device sync. Never raises.
 
     Args:
-        images: Frames; a tensor or array `(batch, channels, height, width)`,
-            `(batch, height, width, channels)`, or with fewer dimensions one image; PIL images;
-            or a list of any of these. Floats are from 0 to 1, whole numbers from 0 to 255.
+        images: Frames; a tensor or array `(batch, channels, height, width)` or
+            `(batch, height, width, channels)`, or one image with fewer dimensions; PIL images;
+            or a list of any of these. Floats are from 0 to 1, integers from 0 to 255.
 
     Returns:
-        The frames; none for what isn't an image, which is said in the log.
+        The frames; an empty list, with a warning in the log, if `images` isn't valid.
     """
     try:
         return list(_images(images))
@@ -37,15 +37,15 @@ def images_of(images: Any) -> list[Frame]:
         return []
 
 
-def videos_of(videos: Any) -> list[list[Frame]]:
-    """Videos as lists of frames; waits for the device if there are tensors on one. Never raises.
+def video_frames(videos: Any) -> list[list[Frame]]:
+    """Convert videos to lists of frames. Device tensors cost a device sync. Never raises.
 
     Args:
-        videos: A tensor or array `(batch, time, channels, height, width)`, or without `batch`
-            one video; or a list of lists of images.
+        videos: A tensor or array `(batch, time, channels, height, width)`, one video without
+            `batch`, or a list of lists of images.
 
     Returns:
-        The videos; none for what isn't a video, which is said in the log.
+        The videos; an empty list, with a warning in the log, if `videos` isn't valid.
     """
     try:
         return [frames for frames in _videos(videos) if frames]
@@ -54,11 +54,11 @@ def videos_of(videos: Any) -> list[list[Frame]]:
         return []
 
 
-def png_of_figure(figure: Any) -> bytes:
-    """A figure of matplotlib, or anything else with its `savefig`, as PNG. Never raises.
+def figure_png(figure: Any) -> bytes:
+    """Render a matplotlib figure, or any object with its `savefig`, as PNG. Never raises.
 
     Returns:
-        The file; empty if there is none, which is said in the log.
+        The PNG file; empty, with a warning in the log, if rendering fails.
     """
     if isinstance(figure, bytes):
         return figure
@@ -66,7 +66,7 @@ def png_of_figure(figure: Any) -> bytes:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
         return buffer.getvalue()
-    except Exception as error:  # noqa: BLE001  # drawing runs the user's code, and a log isn't worth the run
+    except Exception as error:  # noqa: BLE001  # drawing runs user code, and a failed plot must not end the run
         logger.warning("a plot is left out: %r", error)
         return b""
 
@@ -125,7 +125,7 @@ def _frame(image: Tensor) -> Frame:
     height, width, channels = rows.shape
     if not rows.numel():
         raise ValueError(f"an image of shape {tuple(image.shape)} has no pixels")
-    # Not through numpy, which needn't be installed.
+    # Not through numpy, which may not be installed.
     pixels = ctypes.string_at(rows.data_ptr(), rows.numel())
     return Frame(width, height, channels, pixels)
 
@@ -137,7 +137,7 @@ def _channels_dim(image: Tensor) -> int | None:
 
 
 def _as_bytes(values: Any) -> Tensor:
-    """Values as uint8 on the CPU: floats from 0 to 1 become 0 to 255."""
+    """Convert pixel values to uint8 on the CPU; floats from 0 to 1 become 0 to 255."""
     tensor = torch.as_tensor(values).detach()
     if tensor.dtype is torch.uint8:
         return tensor.cpu().clone()
@@ -151,5 +151,5 @@ def _as_bytes(values: Any) -> Tensor:
 
 
 def _is_pil(value: Any) -> bool:
-    pil = sys.modules.get("PIL.Image")  # if it was never imported, this isn't one
+    pil = sys.modules.get("PIL.Image")  # never imported: `value` can't be a PIL image
     return pil is not None and isinstance(value, pil.Image)

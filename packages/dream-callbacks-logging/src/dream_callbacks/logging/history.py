@@ -1,4 +1,4 @@
-"""Reading a log of JSON lines back: the one true history, without what a resume superseded."""
+"""Reading a JSON lines log, without the lines that a later session superseded."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from pathlib import Path
 from typing import Any
 
 LOG_NAME = "log.jsonl"
-"""Name of the log in a run's directory."""
+"""File name of the log in a run directory."""
 
 START = "start"
-"""The event that begins a session; its step tells what it supersedes."""
+"""The first event of a session; the session supersedes earlier lines for later steps."""
 
 _NON_FINITE = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 _RESERVED = ("step", "time")
 
 
 def read_jsonl(path: str | os.PathLike[str], event: str | None = None) -> list[dict[str, Any]]:
-    """Lines of a log as they would be if the run had never crashed.
+    """Read the lines of a log as if the run had never crashed.
 
-    A session that resumed at step N does the steps after N again, so what was logged for them
-    before is left out; so are values for step N itself that were logged again. A line that was
-    cut off by a full disk or a power failure is left out.
+    A session that resumed at step N repeats the steps after N, so lines that earlier sessions
+    logged for these steps are left out. Values for step N are left out if they were logged again.
+    Lines truncated by a full disk or a power failure are left out.
 
     Args:
-        path: Of the log, or of the run's directory.
+        path: Path of the log or of the run directory.
         event: Read lines of this event instead of those with numbers: "start", "config",
             "code", "images", "videos", "plot", "histogram", "end".
 
     Returns:
-        A dict for each line, in the order of the file: "step" and "time" (seconds since 1970),
-        and the values by name. NaN and infinities are floats.
+        A dict for each line, in file order: "step", "time" (seconds since 1970) and the values by
+        name. NaN and infinities are floats.
     """
     path = Path(path)
     lines = list(_lines(path / LOG_NAME if path.is_dir() else path))
@@ -44,11 +44,11 @@ def read_jsonl(path: str | os.PathLike[str], event: str | None = None) -> list[d
 
 
 def series(rows: Iterable[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """One value over the steps.
+    """One logged value as a series over steps.
 
     Args:
-        rows: From `read_jsonl`.
-        name: Such as "train/loss".
+        rows: Lines from `read_jsonl`.
+        name: Name of the value, such as "train/loss".
 
     Returns:
         The steps at which it was logged, and the values.
@@ -73,7 +73,7 @@ def _number(value: Any) -> Any:
 
 
 def _without_superseded(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines of all sessions, without those that a later session logged anew."""
+    """Lines of all sessions, without those that a later session logged again."""
     sessions: list[list[dict[str, Any]]] = [[]]
     starts = [0]
     for line in lines:
@@ -84,30 +84,30 @@ def _without_superseded(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]
             sessions[-1].append(line)
     kept: list[list[dict[str, Any]]] = []
     limit = math.inf
-    again: set[tuple[int, str]] = set()  # what later sessions say of the steps they began at
+    relogged: set[tuple[int, str]] = set()  # (step, name) at the start steps of later sessions
     for session, start in zip(reversed(sessions), reversed(starts), strict=True):
-        survivors = [line for line in session if line.get("step", 0) <= limit]
-        kept.append([line for line in map(partial(_without, again), survivors) if line])
+        remaining = [line for line in session if line.get("step", 0) <= limit]
+        kept.append([line for line in map(partial(_without, relogged), remaining) if line])
         limit = min(limit, start)
-        again.update(
+        relogged.update(
             (start, name) for line in session if line.get("step") == start for name in _names(line)
         )
     return [line for session in reversed(kept) for line in session]
 
 
-def _without(again: set[tuple[int, str]], line: dict[str, Any]) -> dict[str, Any] | None:
-    """A line without what is said again; None if nothing is left of it."""
+def _without(relogged: set[tuple[int, str]], line: dict[str, Any]) -> dict[str, Any] | None:
+    """The line without values that were logged again; None if none are left."""
     step, names = line.get("step", 0), _names(line)
-    said_again = {name for name in names if (step, name) in again}
-    if not said_again:
+    relogged_names = {name for name in names if (step, name) in relogged}
+    if not relogged_names:
         return line
-    if len(said_again) == len(names):
+    if len(relogged_names) == len(names):
         return None
-    return {name: value for name, value in line.items() if name not in said_again}
+    return {name: value for name, value in line.items() if name not in relogged_names}
 
 
 def _names(line: dict[str, Any]) -> list[str]:
-    """What a line says something about."""
+    """Names of the values or the event in a line."""
     if "event" in line:
         return [f"{line['event']} {line.get('name', '')}"]
     return [name for name in line if name not in _RESERVED]

@@ -1,4 +1,4 @@
-"""LRLoggerCallback: the learning rate that each step was made with."""
+"""LRLoggerCallback: logs the learning rate used by each step."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from dream_trainer.trainer.mixins import LoggerMixin
 
 
 class LRLoggerCallback(RankZeroCallback[LoggerMixin]):
-    """Logs the learning rates: `lr`, or `lr/<optimizer>`, `lr/<group>`, `lr/<optimizer>/<group>`
-    where there are several; a group is called by its "name", or its number.
+    """Logs the learning rates: `lr`, or with several optimizers or parameter groups
+    `lr/<optimizer>`, `lr/<group>`, `lr/<optimizer>/<group>`. `<group>` is the group's "name" or
+    its index.
 
-    The value at step N is the one that made step N; a scheduler has changed it by then. Costs
-    nothing on steps that don't log, and on the others a host sync for each rate that is a tensor
-    on a device.
+    The value at step N is the one that step N used, before the scheduler changed it. Costs
+    nothing on steps that don't log; otherwise one device sync for each learning rate that is a
+    device tensor.
 
     Args:
-        log_every_n_train_batches: Default: as often as the LoggerCallback beside it, or with
-            each step.
+        log_every_n_train_batches: Default: as often as the collection's LoggerCallback, or every
+            step.
 
     Raises:
-        ValueError: If it is below 1.
+        ValueError: If `log_every_n_train_batches` is below 1.
     """
 
     def __init__(self, log_every_n_train_batches: int | None = None) -> None:
@@ -40,7 +41,7 @@ class LRLoggerCallback(RankZeroCallback[LoggerMixin]):
         self._rates: dict[str, float] = {}
 
     def pre_fit(self) -> None:
-        every = self.log_every_n_train_batches or self._every_of_logger() or 1
+        every = self.log_every_n_train_batches or self._logger_cadence() or 1
         self._begin(every, self.trainer.local_batches)
 
     def pre_optimizer_step(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -49,14 +50,14 @@ class LRLoggerCallback(RankZeroCallback[LoggerMixin]):
             self._asked_at = num_batches
             self._is_due = self._cadence.due(num_batches)
         if self._is_due:
-            self._rates |= self._rates_of(optimizer)
+            self._rates |= self._learning_rates(optimizer)
 
     def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
         if self._rates:
             self.trainer.log_dict(self._rates)
             self._rates = {}
 
-    def _rates_of(self, optimizer: Optimizer) -> dict[str, float]:
+    def _learning_rates(self, optimizer: Optimizer) -> dict[str, float]:
         optimizers = self.trainer.named_optimizers()
         names = [name for name, other in optimizers.items() if other is optimizer]
         head = ["lr", *(names if len(optimizers) > 1 else [])]
@@ -69,7 +70,7 @@ class LRLoggerCallback(RankZeroCallback[LoggerMixin]):
             if "lr" in group
         }
 
-    def _every_of_logger(self) -> int | None:
+    def _logger_cadence(self) -> int | None:
         cadences = (
             callback.log_every_n_train_batches
             for callback in self.trainer.callbacks

@@ -1,4 +1,4 @@
-"""MediaLoggerCallback: images and videos that validation returns."""
+"""MediaLoggerCallback: logs images and videos returned by validation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dream_callbacks.logging.names import named_under
+from dream_callbacks.logging.log_keys import prefixed_key
 from dream_trainer.callbacks import RankZeroCallback
 from dream_trainer.trainer.mixins import LoggerMixin
 
@@ -19,24 +19,24 @@ _NUM_CHANNELS = (1, 3, 4)
 
 
 class MediaLoggerCallback(RankZeroCallback[LoggerMixin]):
-    """Logs images and videos from what `validation_step` returns, as `val/<key>`.
+    """Logs images and videos from the result of `validation_step`, as `val/<key>`.
 
     Images are `(batch, channels, height, width)`, videos
-    `(batch, time, channels, height, width)`, on global rank 0. Copies `max_items` of them to the
-    host for each batch that is logged, and nothing for the others.
+    `(batch, time, channels, height, width)`, on global rank 0. Copies at most `max_items` to the
+    host for each logged batch, and nothing for the others.
 
     Args:
-        keys: Which entries of the result. Default: each tensor that looks like images or videos
-            of 1, 3 or 4 channels.
-        max_items: How many of a batch.
-        batches: Numbers of the validation batches to log.
-        every_n_validations: The first run is logged, and every n-th after it.
-        value_range: Values that become black and white, for floats; those beyond are cut off.
-        captions_key: Entry of the result with a text for each image.
+        keys: Keys of the result to log. Default: each tensor with the shape of images or videos
+            with 1, 3 or 4 channels.
+        max_items: Maximum number of images or videos per batch.
+        batches: Indices of the validation batches to log.
+        every_n_validations: Log the first validation run and every n-th after it.
+        value_range: Float values that map to black and white; others are clamped.
+        captions_key: Key of the result that holds a caption for each image.
         fps: Frames per second of videos.
 
     Raises:
-        ValueError: If a number is below 1, or the range is empty.
+        ValueError: If a number is below 1, or `value_range` is empty.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class MediaLoggerCallback(RankZeroCallback[LoggerMixin]):
             return
         captions = None if self.captions_key is None else result.get(self.captions_key)
         for key in self._found(result):
-            # Several batches of a run share a step, so each has a name of its own.
-            name = named_under("val", key)
+            # Several batches of a run share a step, so each gets its own name.
+            name = prefixed_key("val", key)
             name = name if len(self.batches) == 1 else f"{name}/batch_{batch_idx}"
             items = self._items(result[key])
             if _is_video(items):
@@ -104,10 +104,10 @@ class MediaLoggerCallback(RankZeroCallback[LoggerMixin]):
         if missing and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "validation_step returned %s, and keys asks for %s, which is left out; return it "
-                "there, or change keys",
-                ", ".join(result) or "nothing",
+                "keys includes %s, but validation_step returned %s, so it isn't logged; return it "
+                "from validation_step or change keys",
                 ", ".join(missing),
+                ", ".join(result) or "nothing",
             )
         return [key for key in self.keys if key in result]
 

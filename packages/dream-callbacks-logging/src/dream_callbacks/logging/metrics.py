@@ -1,4 +1,4 @@
-"""MetricLoggerCallback: computed metrics, also those that are more than one number."""
+"""MetricLoggerCallback: logs computed metrics, including those with several values."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from dream_callbacks.logging.callback import LoggerCallback
-from dream_callbacks.logging.names import named_under
-from dream_callbacks.logging.scalars import Scalars, is_scalar, read
+from dream_callbacks.logging.log_keys import prefixed_key
+from dream_callbacks.logging.scalars import Scalars, is_scalar, to_floats
 from dream_trainer.callbacks import RankZeroCallback, intersection
 from dream_trainer.trainer.mixins import EvalMetricMixin, LoggerMixin
 
@@ -19,18 +19,18 @@ logger = logging.getLogger(__name__)
 
 @intersection
 class MetricsAndLogger(EvalMetricMixin, LoggerMixin):
-    """What MetricLoggerCallback asks of its trainer."""
+    """The mixins that MetricLoggerCallback requires of the trainer."""
 
 
 class MetricLoggerCallback(RankZeroCallback[MetricsAndLogger]):
     """Logs the metrics after each validation run, as `val/<metric>`.
 
-    A metric of several values, such as one for each class, becomes `val/<metric>/<index>`; a dict
-    `val/<metric>/<key>`. Beside a LoggerCallback, which logs the single numbers already, it adds
-    only these. Reads the host's copy of all values at once, after the run.
+    A metric with several values, such as one per class, becomes `val/<metric>/<index>`; a dict
+    becomes `val/<metric>/<key>`. If the collection has a LoggerCallback, which already logs scalar
+    metrics, only these are logged. Copies all values to the host at once, after the run.
 
     Args:
-        max_values: Metrics of more values than this are left out, which the log says once.
+        max_values: Metrics with more values are left out, with one warning each.
 
     Raises:
         ValueError: If `max_values` is below 1.
@@ -55,11 +55,11 @@ class MetricLoggerCallback(RankZeroCallback[MetricsAndLogger]):
         skips_scalars = any(isinstance(other, LoggerCallback) for other in self.trainer.callbacks)
         scalars: Scalars = {}
         for key, value in result.items():
-            # What no step reported was computed by a metric.
+            # A key that no step reported was computed by a metric.
             if key not in self._reported and not (skips_scalars and is_scalar(value)):
-                scalars.update(self._flat(named_under("val", key), value))
+                scalars.update(self._flat(prefixed_key("val", key), value))
         if scalars:
-            self.trainer.log_dict(read([scalars], self.trainer.world.device)[0])
+            self.trainer.log_dict(to_floats([scalars], self.trainer.world.device)[0])
 
     def _flat(self, name: str, value: Any) -> Iterator[tuple[str, Tensor | float]]:
         if is_scalar(value):
@@ -74,7 +74,7 @@ class MetricLoggerCallback(RankZeroCallback[MetricsAndLogger]):
             elif name not in self._left_out:
                 self._left_out.add(name)
                 logger.warning(
-                    "metric %s has %d values, more than max_values=%d, and is left out",
+                    "metric %s has %d values, more than max_values=%d; it isn't logged",
                     name,
                     value.numel(),
                     self.max_values,

@@ -1,4 +1,4 @@
-"""WandBLoggerMixin: a trainer whose run is one of Weights & Biases."""
+"""WandBLoggerMixin: a trainer that logs to Weights & Biases by default."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ logger = logging.getLogger(__name__)
 
 
 class WandBLoggerMixin(LoggerMixin):
-    """LoggerMixin whose LoggerCallback opens a WandBSink, if it isn't given sinks of its own.
+    """LoggerMixin whose LoggerCallback opens a WandBSink unless it is given `sinks`.
 
-    `WandbLoggingParameters(enabled=False)` in the config keeps it from doing so.
+    `WandbLoggingParameters(enabled=False)` in the config disables this.
     """
 
     _has_warned = False
@@ -26,16 +26,16 @@ class WandBLoggerMixin(LoggerMixin):
         if not self.sinks and not self._has_warned and self.world.is_global_zero:
             self._has_warned = True
             logger.warning(
-                "%s logs values, and nothing takes them: put a LoggerCallback among its callbacks",
+                "%s logs values but has no sink; add a LoggerCallback to its callbacks",
                 type(self).__name__,
             )
         super().log_dict(values, step)
 
     @property
     def wandb_run(self) -> Any:
-        """The `wandb.Run` of this fit, for what only W&B has, such as tables.
+        """The `wandb.Run` of this `fit`, for features that only W&B has, such as tables.
 
-        None on ranks other than global zero, outside of `fit`, and while there is none. Its
+        None on ranks other than global zero, outside of `fit`, and until the run is open. Its
         methods wait for wandb-core; those of the trainer don't.
         """
         opened = (sink.run for sink in self.sinks if isinstance(sink, WandBRun))

@@ -1,4 +1,4 @@
-"""ModelWatchCallback: norms and histograms of gradients and parameters."""
+"""ModelWatchCallback: logs norms and histograms of gradients and parameters."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dream_callbacks.logging.sinks.base import OpenedSink
-from dream_callbacks.logging.tensor_stats import Statistics, statistics
+from dream_callbacks.logging.tensor_stats import TensorStats, tensor_stats
 from dream_trainer.callbacks import Callback, Every
 from dream_trainer.trainer.mixins import LoggerMixin
 
 Watched = Literal["gradients", "parameters", "all"]
 
-_Seen = tuple[str, list[str], Statistics]
-"""Of gradients or parameters, their names, and what was found."""
+_Pending = tuple[str, list[str], TensorStats]
+"""Kind ("gradient" or "parameter"), names of the parameters, and their statistics."""
 
 
 class ModelWatchCallback(Callback[LoggerMixin]):
@@ -24,15 +24,15 @@ class ModelWatchCallback(Callback[LoggerMixin]):
     `gradient_norm` and `parameter_norm`, and histograms `gradients/<parameter>` and
     `parameters/<parameter>`.
 
-    Gradients are those that the step is made with, so after clipping; parameters are as the step
-    leaves them. Both are of the whole tensor, however it is sharded. Infinite and NaN values make
-    the norm so, and are left out of the histogram. Costs a few kernels for each parameter and
-    three small collectives on a step that logs; nothing on the others.
+    Gradients are those that the optimizer step uses, after clipping; parameters are read after
+    the step. Both cover the whole tensor, however it is sharded. Infinite and NaN values make the
+    norm infinite or NaN and are left out of the histogram. A step that logs costs a few kernels
+    per parameter and three small collectives; other steps cost nothing.
 
     Args:
         log: "gradients", "parameters" or "all".
-        log_freq: Optimizer steps between two times.
-        histograms: False logs norms alone.
+        log_freq: Log every n optimizer steps.
+        histograms: False logs norms only.
 
     Raises:
         ValueError: If `log` is unknown or `log_freq` is below 1.
@@ -47,32 +47,32 @@ class ModelWatchCallback(Callback[LoggerMixin]):
         self.log_freq = log_freq
         self.histograms = histograms
         self._every = Every(steps=log_freq)
-        self._seen: list[_Seen] = []
+        self._pending: list[_Pending] = []
 
     def pre_fit(self) -> None:
-        self._seen = []
+        self._pending = []
 
     def pre_optimizer_step(self, model: nn.Module, optimizer: Optimizer) -> None:
         if self.log != "parameters" and self._is_due():
             parameters = self._parameters(optimizer)
-            self._look("gradient", {name: p.grad for name, p in parameters.items()})
+            self._record("gradient", {name: p.grad for name, p in parameters.items()})
 
     def post_optimizer_step(self, model: nn.Module, optimizer: Optimizer) -> None:
         if self.log != "gradients" and self._is_due():
             parameters = self._parameters(optimizer)
-            self._look("parameter", {name: p.detach() for name, p in parameters.items()})
+            self._record("parameter", {name: p.detach() for name, p in parameters.items()})
 
     def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
-        # Read here and not in the hooks above, so that the device has had work to do meanwhile.
-        if self._seen:
-            seen, self._seen = self._seen, []
+        # Read here, not in the hooks above, so that the device has other work queued.
+        if self._pending:
+            pending, self._pending = self._pending, []
             if self.trainer.sinks:
-                self._log_norms(seen)
-                for kind, names, values in seen:
-                    self._log_histograms(kind, names, values)
+                self._log_norms(pending)
+                for kind, names, stats in pending:
+                    self._log_histograms(kind, names, stats)
 
     def _is_due(self) -> bool:
-        return self._every.due(self.trainer.global_step + 1)  # it advances after the step
+        return self._every.due(self.trainer.global_step + 1)  # global_step advances after the step
 
     def _parameters(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """The optimizer's parameters by model and name."""
@@ -85,27 +85,27 @@ class ModelWatchCallback(Callback[LoggerMixin]):
             if id(parameter) in own
         }
 
-    def _look(self, kind: str, tensors: dict[str, Tensor | None]) -> None:
+    def _record(self, kind: str, tensors: dict[str, Tensor | None]) -> None:
         if tensors:
-            values = statistics(
+            stats = tensor_stats(
                 list(tensors.values()), self.trainer.world, with_histograms=self.histograms
             )
-            self._seen.append((kind, list(tensors), values))
+            self._pending.append((kind, list(tensors), stats))
 
-    def _log_norms(self, seen: list[_Seen]) -> None:
+    def _log_norms(self, pending: list[_Pending]) -> None:
         norms: dict[str, float] = {}
-        totals: dict[str, float] = {}  # over all optimizers that made the step
-        for kind, names, values in seen:
-            for name, norm in zip(names, values.norms(), strict=True):
+        totals: dict[str, float] = {}  # over all optimizers of the step
+        for kind, names, stats in pending:
+            for name, norm in zip(names, stats.norms(), strict=True):
                 if norm is not None:
                     norms[f"{kind}_norm/{name}"] = norm
                     totals[f"{kind}_norm"] = math.hypot(totals.get(f"{kind}_norm", 0.0), norm)
         if norms:
             self.trainer.log_dict(totals | norms)
 
-    def _log_histograms(self, kind: str, names: list[str], values: Statistics) -> None:
+    def _log_histograms(self, kind: str, names: list[str], stats: TensorStats) -> None:
         trainer = self.trainer
-        for name, histogram in zip(names, values.histograms(), strict=True):
+        for name, histogram in zip(names, stats.histograms(), strict=True):
             if histogram is not None:
                 for sink in trainer.sinks:
                     if isinstance(sink, OpenedSink):

@@ -1,4 +1,4 @@
-"""Which sinks a run logs to, and opening and closing them as one."""
+"""The sinks that a run logs to: choosing, opening and closing them together."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ _METHODS = ("log_scalars", "log_images", "log_videos", "log_plot", "log_config",
 
 
 def checked_sinks(sinks: Any) -> list[AnySink]:
-    """The sinks as a list, which is what they should have been given as.
+    """Validate `sinks` and return them as a list.
 
     Raises:
-        TypeError: If something is neither a DeferredSink nor has the methods of a sink.
+        TypeError: If `sinks` isn't a list or tuple, or an item is neither a DeferredSink nor has
+            the methods of a sink.
     """
     if not isinstance(sinks, (list, tuple)):
         raise TypeError(f"sinks={sinks!r}: a list of sinks is required: sinks=[{sinks!r}]")
@@ -35,7 +36,7 @@ def checked_sinks(sinks: Any) -> list[AnySink]:
             callable(getattr(sink, name, None)) for name in _METHODS
         )
         if isinstance(sink, type) or not is_sink:
-            hint = "; make one: write ()" if isinstance(sink, type) else ""
+            hint = "; it is a class, add () to create one" if isinstance(sink, type) else ""
             raise TypeError(
                 f"{sink!r} isn't a sink{hint}; a DeferredSink such as JSONLinesSink() is required, "
                 f"or an object with {', '.join(_METHODS)}"
@@ -47,24 +48,24 @@ def planned_sinks(sinks: Sequence[AnySink] | None, trainer: LoggerMixin) -> list
     """The sinks that a run will log to.
 
     Args:
-        sinks: As given to LoggerCallback; None for what the trainer and its config ask for.
-        trainer: Whose run it is.
+        sinks: `sinks` of LoggerCallback; None selects by the trainer and its config.
+        trainer: The trainer that runs.
     """
     planned: list[AnySink] = list(sinks or ())
-    if sinks is None and _wants_wandb(trainer):
+    if sinks is None and _uses_wandb(trainer):
         planned.append(WandBSink())
     deferred = [sink for sink in planned if isinstance(sink, DeferredSink)]
-    is_at_risk = any(not sink.survives_crash for sink in deferred)
-    if sinks is None or (is_at_risk and all(not sink.survives_crash for sink in deferred)):
+    is_at_risk = bool(deferred) and not any(sink.survives_crash for sink in deferred)
+    if sinks is None or is_at_risk:
         planned.insert(0, JSONLinesSink())
     return planned
 
 
-class SinkSession:
+class OpenSinks:
     """Sinks that are open and added to a trainer.
 
     Args:
-        trainer: What they are added to.
+        trainer: The trainer that they are added to.
     """
 
     def __init__(self, trainer: LoggerMixin) -> None:
@@ -73,30 +74,30 @@ class SinkSession:
         self._added: list[Sink] = []
 
     @classmethod
-    def start(cls, sinks: Sequence[AnySink] | None, trainer: LoggerMixin) -> SinkSession:
+    def open(cls, sinks: Sequence[AnySink] | None, trainer: LoggerMixin) -> OpenSinks:
         """Open the sinks on global rank 0 and add them to the trainer. Collective.
 
         Raises:
-            RankFailure: On all ranks, if one can't be opened; those that were are closed again. In
-                a world of one, the sink's own error.
+            RankFailure: On all ranks, if a sink can't be opened; those already opened are closed.
+                In a world of one, the sink's own error.
         """
-        session = cls(trainer)
+        opened = cls(trainer)
 
         def open_all() -> None:
             try:
-                session._open(planned_sinks(sinks, trainer))
+                opened._open_all(planned_sinks(sinks, trainer))
             except BaseException:
-                session.close()
+                opened.close()
                 raise
 
         try:
             trainer.world.on_rank_zero(open_all)
         except RankFailure as error:
             raise RankFailure(f"the log couldn't be opened: {error}") from error.__cause__
-        return session
+        return opened
 
     def close(self) -> None:
-        """Take the sinks from the trainer, and close those that were opened here."""
+        """Remove the sinks from the trainer and close those that were opened here."""
         for sink in self._added:
             if sink in self._trainer.sinks:
                 self._trainer.remove_sink(sink)
@@ -108,10 +109,10 @@ class SinkSession:
             except Exception:
                 logger.exception("%s couldn't be closed", type(sink).__name__)
             except BaseException:  # Ctrl-C, or another rank has failed
-                self.close()  # the sinks that are left
+                self.close()  # the remaining sinks
                 raise
 
-    def _open(self, sinks: Sequence[AnySink]) -> None:
+    def _open_all(self, sinks: Sequence[AnySink]) -> None:
         trainer = self._trainer
         run = LoggedRun(
             project=trainer.project,
@@ -133,7 +134,7 @@ class SinkSession:
         self._added.append(sink)
 
 
-def _wants_wandb(trainer: LoggerMixin) -> bool:
+def _uses_wandb(trainer: LoggerMixin) -> bool:
     config = trainer.config
     parameters = (
         config.logging_parameters if isinstance(config, DreamTrainerConfig) else LoggingParameters()

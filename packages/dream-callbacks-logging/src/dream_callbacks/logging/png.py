@@ -1,4 +1,4 @@
-"""PNG and animated PNG from raw pixels, with nothing but the standard library."""
+"""PNG and animated PNG from raw pixels, with the standard library only."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from dataclasses import dataclass
 _COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _LEVEL = 3
-"""Of zlib: pictures are small, and the training thread may be the one that waits."""
+"""zlib level; low, because compression may run on the training thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A picture.
+    """An uncompressed 8-bit image.
 
     Args:
-        width: In pixels.
-        height: In pixels.
-        channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGBA.
-        pixels: Row by row, a byte for each channel.
+        width: Width in pixels.
+        height: Height in pixels.
+        channels: 1 gray, 2 gray and alpha, 3 RGB, 4 RGBA.
+        pixels: Row-major, one byte per channel.
     """
 
     width: int
@@ -31,16 +31,16 @@ class Frame:
 
     @property
     def png(self) -> bytes:
-        """The picture as a PNG file."""
+        """The image as a PNG file."""
         data = _chunk(b"IDAT", _compressed(self))
         return _SIGNATURE + _header(self) + data + _chunk(b"IEND", b"")
 
 
 def animated_png(frames: Sequence[Frame], fps: int) -> bytes:
-    """An animated PNG, which browsers play; other programs show the first frame.
+    """Encode an animated PNG, which browsers play; other programs show the first frame.
 
     Args:
-        frames: At least one, all of one size.
+        frames: At least one, all of the same size.
         fps: Frames per second.
     """
     first = frames[0]
@@ -70,7 +70,7 @@ def _header(frame: Frame) -> bytes:
 def _compressed(frame: Frame) -> bytes:
     num_bytes = frame.width * frame.channels
     rows = (
-        b"\0" + frame.pixels[start : start + num_bytes]  # \0: the row isn't filtered
+        b"\0" + frame.pixels[start : start + num_bytes]  # \0: no filter
         for start in range(0, num_bytes * frame.height, num_bytes)
     )
     return zlib.compress(b"".join(rows), _LEVEL)

@@ -1,4 +1,4 @@
-"""Source files of a run: which are taken, and a snapshot of them."""
+"""Source files of a run: selecting and archiving them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SUFFIXES = frozenset({".py", ".pyi", ".yaml", ".yml", ".toml", ".json", ".cfg", ".ini", ".sh"})
-"""Endings of the files that are taken: code and config."""
+"""Suffixes of code and config files."""
 
 _NAMES = frozenset({"Dockerfile", "Makefile", "requirements.txt", "constraints.txt"})
 _SKIPPED_FOLDERS = frozenset(
@@ -23,12 +23,12 @@ _MAX_TOTAL_BYTES = 20_000_000
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """Files below a directory.
+    """The selected files below a directory.
 
     Args:
-        directory: Where they are.
-        paths: Those that are taken, relative to it, sorted.
-        too_large: Those that would have been, but for their size.
+        directory: The directory that was searched.
+        paths: Selected files, relative to `directory`, sorted.
+        too_large: Files left out because of their size.
     """
 
     directory: Path
@@ -36,24 +36,24 @@ class SourceFiles:
     too_large: tuple[str, ...]
 
     def archive(self) -> bytes:
-        """A zip of the files; equal bytes for equal files."""
+        """A zip of the files; deterministic for the same contents."""
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
             for path in self.paths:
                 try:
                     content = (self.directory / path).read_bytes()
                 except OSError:
-                    continue  # gone since it was listed
+                    continue  # deleted since it was listed
                 archive.writestr(zipfile.ZipInfo(path), content, zipfile.ZIP_DEFLATED)
         return buffer.getvalue()
 
 
 def source_files(directory: Path, *, leave_out: Path | None = None) -> SourceFiles:
-    """Code and config files below a directory: small ones, and not those of an environment.
+    """Select small code and config files below a directory, skipping virtual environments.
 
     Args:
-        directory: Links in it aren't followed.
-        leave_out: A folder whose files aren't taken, such as that of the run.
+        directory: The directory to search; links aren't followed.
+        leave_out: A directory to skip, such as the run directory.
     """
     taken: list[str] = []
     too_large: list[str] = []
@@ -69,7 +69,7 @@ def source_files(directory: Path, *, leave_out: Path | None = None) -> SourceFil
 
 
 def short_digest(content: bytes) -> str:
-    """A name for the content: 12 hexadecimal digits of its SHA-256."""
+    """The first 12 hexadecimal digits of the content's SHA-256."""
     return hashlib.sha256(content).hexdigest()[:12]
 
 

@@ -1,8 +1,8 @@
-"""Norms and histograms of tensors that may be spread over ranks, without a host sync.
+"""Norms and histograms of tensors that may be sharded over ranks, without a host sync.
 
-A rank holds a tensor whole, or a shard that other ranks may hold too. Each adds what it holds,
-divided by the number of ranks that hold the same, and a sum over all ranks is right in every
-layout: one collective for all tensors, whatever their meshes.
+A rank holds a whole tensor or a shard, and other ranks may hold replicas of it. Each rank
+contributes its values divided by the number of replicas, so a sum over all ranks is correct in
+every layout: one collective for all tensors, whatever their meshes.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from dream_trainer.world import World
 
 NUM_BINS = 64
 _MAX_SAMPLES = 2**20
-"""Values of a rank's part of a tensor that go into its histogram; of more, evenly spaced ones."""
+"""Maximum number of values per rank and tensor in a histogram; larger shards are subsampled."""
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """What is known of several tensors, still on the device.
+class TensorStats:
+    """Statistics of several tensors, still on the device.
 
     Args:
         sums: Float64 `(tensors, 3)`: sum of squares, sum, number of values.
         bounds: Float64 `(tensors, 2)`: smallest and largest finite value.
-        counts: Float64 `(tensors, bins)`, or None where no histogram was asked for.
+        counts: Float64 `(tensors, bins)`; None without histograms.
     """
 
     sums: Tensor
@@ -37,12 +37,12 @@ class Statistics:
     counts: Tensor | None
 
     def norms(self) -> list[float | None]:
-        """L2 norms; None for tensors without values. Waits for the device."""
+        """L2 norms; None for tensors without values. One device sync."""
         sums = self.sums.tolist()
         return [squares**0.5 if num_values else None for squares, _, num_values in sums]
 
     def histograms(self) -> list[Histogram | None]:
-        """Histograms of the finite values; None where there are none. Waits for the device."""
+        """Histograms of the finite values; None if there are none. Device syncs."""
         if self.counts is None:
             return [None] * len(self.sums)
         rows = zip(self.counts.tolist(), self.bounds.tolist(), self.sums.tolist(), strict=True)
@@ -59,20 +59,20 @@ class Statistics:
         ]
 
 
-def statistics(
+def tensor_stats(
     tensors: Sequence[Tensor | None], world: World, *, with_histograms: bool
-) -> Statistics:
+) -> TensorStats:
     """Norms, sums and histograms of tensors. No host synchronization.
 
     Collective: all ranks call it for the same tensors, each with its shards. Two collectives,
     three with histograms.
 
     Args:
-        tensors: None counts as one without values.
-        world: Whose ranks hold them.
+        tensors: None counts as a tensor without values.
+        world: The ranks that hold the tensors.
         with_histograms: Whether to count values in bins.
     """
-    parts = [_part(tensor, world) for tensor in tensors]
+    parts = [_local_values(tensor, world) for tensor in tensors]
     sums = world.all_reduce(torch.stack([_sums(*part, world.device) for part in parts]), "sum")
     bounds = torch.stack([_bounds(tensor, world.device) for tensor, _ in parts])
     signs = torch.tensor([-1.0, 1.0], dtype=torch.float64).to(world.device)
@@ -80,21 +80,21 @@ def statistics(
     counts = None
     if with_histograms:
         rows = [
-            _counts(tensor, num_copies, low_and_high)
+            _bin_counts(tensor, num_copies, low_and_high)
             for (tensor, num_copies), low_and_high in zip(parts, bounds, strict=True)
         ]
         counts = world.all_reduce(torch.stack(rows), "sum")
-    return Statistics(sums, bounds, counts)
+    return TensorStats(sums, bounds, counts)
 
 
-def _part(tensor: Tensor | None, world: World) -> tuple[Tensor, int]:
-    """What this rank holds of a tensor, flat, and how many ranks hold the same."""
+def _local_values(tensor: Tensor | None, world: World) -> tuple[Tensor, int]:
+    """This rank's values of a tensor, flattened, and the number of replicas of them."""
     if tensor is None:
         return torch.empty(0, device=world.device), world.world_size
     distributed = sys.modules.get("torch.distributed.tensor")  # importing it takes 0.5 s
     if distributed is None or not isinstance(tensor, distributed.DTensor):
         if tensor.layout is not torch.strided:
-            tensor = tensor.coalesce().values()  # the zeros between them don't count
+            tensor = tensor.coalesce().values()  # implicit zeros don't count
         return tensor.detach().flatten(), world.world_size
     if any(placement.is_partial() for placement in tensor.placements):
         whole = tensor.full_tensor()
@@ -106,7 +106,7 @@ def _part(tensor: Tensor | None, world: World) -> tuple[Tensor, int]:
 
 
 def _sums(values: Tensor, num_copies: int, device: torch.device) -> Tensor:
-    exact = torch.float64  # in float32 a norm over millions of values is off by 3e-5
+    exact = torch.float64  # a float32 norm over millions of values is off by 3e-5
     squares = torch.linalg.vector_norm(values, dtype=exact).square()
     num_values = torch.full_like(squares, values.numel())
     sums = torch.stack([squares, values.sum(dtype=exact), num_values])
@@ -122,7 +122,7 @@ def _bounds(values: Tensor, device: torch.device) -> Tensor:
     return torch.stack([low, high]).to(device, torch.float64)
 
 
-def _counts(values: Tensor, num_copies: int, bounds: Tensor) -> Tensor:
+def _bin_counts(values: Tensor, num_copies: int, bounds: Tensor) -> Tensor:
     counts = torch.zeros(NUM_BINS, dtype=torch.float64, device=bounds.device)
     if values.numel() == 0:
         return counts
@@ -133,5 +133,5 @@ def _counts(values: Tensor, num_copies: int, bounds: Tensor) -> Tensor:
     bins = (sample - low) / (high - low) * NUM_BINS
     is_finite = bins.isfinite()
     bins = torch.where(is_finite, bins, 0.0).clamp(0, NUM_BINS - 1).long()
-    # Not histc or bincount: the one refuses NaN, the other waits for the device.
+    # Not histc or bincount: histc rejects NaN, bincount syncs with the device.
     return counts.scatter_add_(0, bins, is_finite.double() * weight)

@@ -1,4 +1,4 @@
-"""What a run spends its time and memory on."""
+"""Profiling: traces, benchmarks, graph breaks, host syncs, callback costs, memory snapshots."""
 
 from dream_callbacks.profile.benchmark import BenchmarkCallback, BenchmarkResult
 from dream_callbacks.profile.callback import ProfileCallback

@@ -1,4 +1,4 @@
-"""BenchmarkCallback: how fast a run is, and how much memory it takes."""
+"""BenchmarkCallback: step times, throughput and peak memory of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dream_callbacks.profile.measurement import Measurement, Steps
+from dream_callbacks.profile.measurement import MeasuredSteps, Measurement
 from dream_callbacks.profile.step_times import quantile
 from dream_trainer.callbacks import Every, RankZeroCallback
 from dream_trainer.trainer.mixins import LoggerMixin
@@ -25,14 +25,14 @@ class BenchmarkResult:
     """Speed of some optimizer steps.
 
     Attributes:
-        num_steps: Steps that were measured.
-        median_s: Seconds of the median step.
-        p90_s: Seconds that nine steps of ten stay below.
-        samples_per_s: Over all data-parallel ranks.
-        tokens_per_s: Likewise; None if it isn't known how many a sample has.
-        waiting_share: Part of the host's time between the end of a batch and the beginning of
-            the next: the loader, and callbacks after a batch.
-        peak_bytes: Most memory in use by now: of the rank's CUDA device, else of the process.
+        num_steps: Number of measured steps.
+        median_s: Median step time in seconds.
+        p90_s: 90th percentile of the step time in seconds.
+        samples_per_s: Throughput over all data-parallel ranks.
+        tokens_per_s: The same in tokens; None without `tokens_per_sample`.
+        waiting_share: Fraction of the host time between the end of a batch and the start of the
+            next: the loader, and callbacks after a batch.
+        peak_bytes: Peak memory so far, of the rank's CUDA device or else of the process.
     """
 
     num_steps: int
@@ -53,7 +53,7 @@ class BenchmarkResult:
         )
 
     def scalars(self) -> dict[str, float]:
-        """The values, under the names that they are logged with."""
+        """The values by the names that they are logged under."""
         values = {
             "benchmark/step_ms_median": self.median_s * 1e3,
             "benchmark/step_ms_p90": self.p90_s * 1e3,
@@ -66,23 +66,23 @@ class BenchmarkResult:
 
 
 class BenchmarkCallback(RankZeroCallback):
-    """Measures optimizer steps on global rank 0, at a few microseconds each.
+    """Measures optimizer steps on global rank 0, with an overhead of a few microseconds each.
 
-    A step lasts from the end of the one before to its own, with loading and callbacks, and
-    without validation or what happens between epochs. On CUDA the device's time is taken, with
-    events, and the host waits for it at the end of `fit` only; the device's statistics of peak
-    memory are set back when measuring begins.
+    A step lasts from the end of the previous step to its own end, including loading and callbacks,
+    excluding validation and the time between epochs. On CUDA, device time is measured with events,
+    with one device sync at the end of `fit`; the device's peak memory statistics are reset when
+    measuring starts.
 
-    Values are logged now and then if the trainer has a LoggerMixin, and at the end of `fit` to
-    Python's logging; `result` keeps them.
+    Values are logged at the cadence `every` if the trainer has a LoggerMixin, and at the end of
+    `fit` to Python's logging; `result` holds them.
 
     Args:
-        skip: Steps at the beginning of each `fit` that don't count.
+        skip: Steps at the beginning of each `fit` that aren't measured.
         every: How often to log.
-        tokens_per_sample: For tokens per second.
+        tokens_per_sample: Enables tokens per second.
 
     Attributes:
-        result: Of all steps of the last `fit` that count; None if there were none.
+        result: Result over all measured steps of the last `fit`; None if there were none.
 
     Raises:
         ValueError: If `skip` is below 0 or `tokens_per_sample` below 1.
@@ -111,7 +111,7 @@ class BenchmarkCallback(RankZeroCallback):
         self._first_step = self.trainer.global_step
 
     def pre_train_epoch(self) -> None:
-        self._begin_if_due()
+        self._start_if_due()
         if self._measurement is not None:
             self._measurement.restart()
 
@@ -125,7 +125,7 @@ class BenchmarkCallback(RankZeroCallback):
         if self.trainer.is_accumulating_gradients:
             return
         if self._measurement is None:
-            self._begin_if_due()
+            self._start_if_due()
             return
         self._measurement.end_step()
         if self._cadence.due(self.trainer.global_step, self.trainer.current_epoch):
@@ -141,12 +141,12 @@ class BenchmarkCallback(RankZeroCallback):
             return
         steps = None if measurement is None else measurement.finish()
         if steps is None or not steps.durations_s:
-            logger.warning("there was no step to measure after the first %d; lower skip", self.skip)
+            logger.warning("fit had no step to measure after skip=%d steps; lower skip", self.skip)
             return
         self.result = self._result(steps)
         logger.info("benchmark: %s", self.result)
 
-    def _begin_if_due(self) -> None:
+    def _start_if_due(self) -> None:
         step, device = self.trainer.global_step, self.trainer.world.device
         if self._measurement is None and step - self._first_step >= self.skip:
             if device.type == "cuda":
@@ -155,11 +155,11 @@ class BenchmarkCallback(RankZeroCallback):
             self._measurement = Measurement(device)
             self._measurement.restart()
 
-    def _log(self, steps: Steps) -> None:
+    def _log(self, steps: MeasuredSteps) -> None:
         if isinstance(self.trainer, LoggerMixin) and steps.durations_s:
             self.trainer.log_dict(self._result(steps).scalars())
 
-    def _result(self, steps: Steps) -> BenchmarkResult:
+    def _result(self, steps: MeasuredSteps) -> BenchmarkResult:
         world = self.trainer.world
         samples_per_s = steps.num_samples * world.dp_size / sum(steps.durations_s)
         tokens = self.tokens_per_sample

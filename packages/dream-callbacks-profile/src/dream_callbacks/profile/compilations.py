@@ -1,8 +1,8 @@
-"""What torch.compile does while a run goes on: each compilation, its graph breaks, and whose it is.
+"""torch.compile's compilations during a run, with their graph breaks and modules.
 
-Nothing is reset, run twice or patched: dynamo tells of each compilation and keeps a list of graph
-breaks by itself. It doesn't say which module *instance* it compiles, but it compiles while that
-module is being called, so the module is found in the Python stack of that moment.
+Nothing is reset, run twice or patched: dynamo calls back for each compilation and keeps a list of
+graph breaks. It doesn't report the module *instance*, but it compiles while that module is being
+called, so the module is found on the Python stack.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class GraphBreak:
     """A place where compiled code returns to Python.
 
     Attributes:
-        reason: Dynamo's explanation, with hints; several lines.
-        stack: Where, outermost call first.
+        reason: Dynamo's explanation with hints, on several lines.
+        stack: User stack of the break, outermost call first.
     """
 
     reason: str
@@ -36,15 +36,15 @@ class Compilation:
     """One attempt to compile one function.
 
     Attributes:
-        compile_id: "3/1": function 3, compiled again once.
-        module: Whose method it is; None if it was compiled outside of any module's call.
-        function: Name of the function; "" if dynamo gave up before it looked.
-        file: Where the function is.
+        compile_id: "3/1": function 3, first recompilation.
+        module: Module whose call was compiled; None outside any module.
+        function: Name of the function; "" if dynamo failed before reading it.
+        file: Source file of the function.
         line: First line of the function.
-        graph_breaks: Places where its graph was cut.
-        failure: Why it runs uncompiled; None if it doesn't.
-        recompile_reason: What had changed since it was compiled before.
-        duration_s: Seconds that it took.
+        graph_breaks: Graph breaks in the function.
+        failure: Why it runs uncompiled; None if it is compiled.
+        recompile_reason: The guard that failed; None for a first compilation.
+        duration_s: Compile time in seconds.
     """
 
     compile_id: str
@@ -59,7 +59,7 @@ class Compilation:
 
     @property
     def code(self) -> tuple[str, int]:
-        """Identifies the function: modules of one class share it, and what was compiled of it."""
+        """Key of the function; modules of one class share it and its compiled code."""
         return self.file, self.line
 
 
@@ -70,12 +70,12 @@ class CompileWatch:
         self._compilations: list[Compilation] = []
         self._last_metrics: object = None
         self._num_breaks_at_start = 0
-        # By compile id, and by its number before the slash.
+        # Breaks by compile id, modules by its number before the slash.
         self._breaks: dict[str, tuple[GraphBreak, ...]] = {}
         self._modules: dict[str, nn.Module | None] = {}
 
     def start(self) -> None:
-        """Watch from now on. Imports dynamo, which takes most of a second."""
+        """Start watching. Imports dynamo, which takes most of a second."""
         from torch._dynamo import callback_handler
 
         self._last_metrics = _last(_all_metrics())
@@ -83,7 +83,7 @@ class CompileWatch:
         callback_handler.register_end_callback(self._on_end)
 
     def stop(self) -> None:
-        """Watch no more; what was collected can still be taken."""
+        """Stop watching; collected compilations can still be taken."""
         from torch._dynamo import callback_handler
 
         # torch._dynamo.reset() may have removed them.
@@ -93,7 +93,7 @@ class CompileWatch:
             callback_handler.remove_end_callback(self._on_end)
 
     def take(self) -> list[Compilation]:
-        """Compilations since the last time; 1 µs if there are none."""
+        """Compilations since the last call; costs 1 µs if there are none."""
         self._collect()
         taken, self._compilations = self._compilations, []
         return taken
@@ -101,7 +101,7 @@ class CompileWatch:
     def _on_start(self, args: CallbackArgs) -> None:
         from torch._dynamo import graph_break_reasons
 
-        self._collect()  # dynamo keeps the last 64 only
+        self._collect()  # dynamo keeps only the last 64
         if args.callback_trigger.name == "DYNAMO":
             self._num_breaks_at_start = len(graph_break_reasons)
             self._modules[_function_number(args.compile_id)] = _called_module()
@@ -159,7 +159,7 @@ def _function_number(compile_id: str) -> str:
 
 
 def _called_module() -> nn.Module | None:
-    """The module that is being called, seen from inside of a callback of dynamo's."""
+    """The innermost module being called, from within a dynamo callback."""
     frame = inspect.currentframe()
     while frame is not None:
         caller = frame.f_locals.get("self")

@@ -1,4 +1,4 @@
-"""CallbackCostCallback: how much time each callback takes in each hook."""
+"""CallbackCostCallback: host time of each callback in each hook."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Cost:
-    """What a callback's hook takes.
+    """Host time of one hook of a callback.
 
     Attributes:
-        num_calls: How often it was called.
-        total_s: Host seconds in all.
+        num_calls: Number of calls.
+        total_s: Total host time in seconds.
     """
 
     num_calls: int
@@ -38,15 +38,15 @@ class Cost:
 class CallbackCostCallback(Callback):
     """Measures the host time of every callback's hooks during some optimizer steps.
 
-    Clocks are put between the callbacks, as callbacks of their own; none is wrapped or changed.
-    They are in the collection while it measures, cost 1 µs or so per callback and hook, and what
-    they cost themselves is subtracted. The most expensive hooks are logged when the steps are
-    done. Contexts and what runs before training aren't measured. A callback that is added
-    meanwhile counts for its neighbour.
+    Clocks are inserted between the callbacks, as callbacks; no callback is wrapped or changed.
+    They are in the collection only while measuring and cost about 1 µs per callback and hook,
+    which is subtracted. The most expensive hooks are logged after these steps. Contexts and hooks
+    before training aren't measured. The time of a callback added while measuring is attributed to
+    its neighbor.
 
     Args:
-        skip: Optimizer steps at the beginning of each `fit` that are left out.
-        num_steps: Optimizer steps to measure, with the validation and epoch ends between them.
+        skip: Optimizer steps to skip at the beginning of each `fit`.
+        num_steps: Optimizer steps to measure, including validation and epoch ends between them.
 
     Raises:
         ValueError: If `skip` is below 0 or `num_steps` below 1.
@@ -61,24 +61,24 @@ class CallbackCostCallback(Callback):
         self.num_steps = num_steps
         self._costs: dict[tuple[str, str], Cost] = {}
         self._clocks: _Clocks | None = None
-        self._is_wanted = False
+        self._is_enabled = False
 
     @property
     def costs(self) -> Mapping[tuple[str, str], Cost]:
-        """Of the last `fit` on this rank, by name of the callback and hook; dearest first."""
+        """Costs in the last `fit` on this rank, by callback name and hook; most expensive first."""
         return self._costs
 
     def pre_fit(self) -> None:
         self._costs = {}
         self._clocks = None
-        self._is_wanted = True
+        self._is_enabled = True
         self._first_step = self.trainer.global_step
 
     def pre_train_epoch(self) -> None:
         self._start_if_due()
 
     def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
-        if not self._is_wanted or self.trainer.is_accumulating_gradients:
+        if not self._is_enabled or self.trainer.is_accumulating_gradients:
             return
         if self.trainer.global_step - self._first_step == self.skip + self.num_steps:
             self._finish()
@@ -89,14 +89,14 @@ class CallbackCostCallback(Callback):
 
     def _start_if_due(self) -> None:
         num_done = self.trainer.global_step - self._first_step
-        if self._is_wanted and self._clocks is None and num_done >= self.skip:
+        if self._is_enabled and self._clocks is None and num_done >= self.skip:
             own = next(name for name, cb in self.trainer.callbacks.items() if cb is self)
             self._clocks = _Clocks(self.trainer.callbacks, own)
             self._started_s = time.perf_counter()
 
     def _finish(self) -> None:
         clocks, self._clocks = self._clocks, None
-        self._is_wanted = False
+        self._is_enabled = False
         if clocks is not None:
             elapsed_s = time.perf_counter() - self._started_s
             self._costs = clocks.remove()
@@ -108,11 +108,11 @@ class CallbackCostCallback(Callback):
 
 
 class _Clocks:
-    """Callbacks before the first, between all, and after the last one of a collection.
+    """Clock callbacks before the first, between all, and after the last callback of a collection.
 
     Args:
-        callbacks: Holds them until `remove`.
-        own: Name of a callback that isn't reported.
+        callbacks: Collection that holds the clocks until `remove`.
+        own: Name of the callback that isn't reported.
     """
 
     def __init__(self, callbacks: CallbackCollection, own: str) -> None:
@@ -131,20 +131,20 @@ class _Clocks:
             self._clock_names, [None, *names], [*names, None], strict=True
         ):
             clock = _new_clock(self._tick, earlier)
-            # Itself: a name would stand for all callbacks of a class of that name, too.
+            # The instance: a name would also match all callbacks of a class with that name.
             clock.after = () if earlier is None else (callbacks[earlier],)
             clock.before = () if later is None else (callbacks[later],)
             callbacks.append(clock, clock_name)
 
     def remove(self) -> dict[tuple[str, str], Cost]:
-        """Take the clocks out again.
+        """Remove the clocks from the collection.
 
         Returns:
-            What each hook took beyond a clock's own time; the dearest first.
+            Cost of each hook without the clocks' own time, most expensive first.
         """
         for name in self._clock_names:
             self._callbacks.pop(name, None)
-        # Between two clocks around a callback that doesn't have the hook.
+        # Times between two clocks around a callback without the hook: the clocks' own cost.
         idle_s = [t for key, ts in self._times_s.items() if key not in self._reported for t in ts]
         clock_s = statistics.median(idle_s) if idle_s else 0.0
         costs = {
@@ -162,13 +162,13 @@ class _Clocks:
 
 
 class _Clock(Callback):
-    # They differ between instances.
-    before: Collection[Any] = ()  # type: ignore[misc]  # a class variable of Callback's
+    # Set for each instance.
+    before: Collection[Any] = ()  # type: ignore[misc]  # a class variable in Callback
     after: Collection[Any] = ()  # type: ignore[misc]
 
 
 def _new_clock(tick: Callable[[str | None, str], None], earlier: str | None) -> _Clock:
-    """A callback that ticks in every hook."""
+    """A callback that calls `tick` in every hook."""
 
     def ticking(hook: str) -> Callable[..., None]:
         def method(self: Callback, *args: Any) -> None:
@@ -185,7 +185,7 @@ def _table(costs: Mapping[tuple[str, str], Cost], elapsed_s: float, limit: int =
     total_s = sum(cost.total_s for cost in costs.values())
     title = (
         f"callbacks took {total_s * 1e3:.3g} ms of {elapsed_s * 1e3:.3g} ms "
-        f"({total_s / elapsed_s:.1%}); the dearest hooks:"
+        f"({total_s / elapsed_s:.1%}); the most expensive hooks:"
     )
     shown = list(costs.items())[:limit]
     width = max((len(f"{name}.{hook}") for (name, hook), _ in shown), default=0)

@@ -1,4 +1,4 @@
-"""FindGraphBreaksCallback: where, in which module and why torch.compile cuts the graph."""
+"""FindGraphBreaksCallback: reports torch.compile's graph breaks with module, line and reason."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dream_callbacks.profile.break_report import entry, is_cut, module_names, summary
+from dream_callbacks.profile.break_report import (
+    format_entry,
+    format_summary,
+    has_break,
+    module_names,
+)
 from dream_callbacks.profile.compilations import Compilation, CompileWatch
 from dream_trainer.callbacks import Callback
 
@@ -17,23 +22,23 @@ logger = logging.getLogger(__name__)
 
 
 class FindGraphBreaksCallback(Callback):
-    """Writes down each graph break, each function left uncompiled and each recompilation.
+    """Writes each graph break, each function left uncompiled and each recompilation to a file.
 
-    It watches the run's own compilations, in training and validation; nothing is reset, patched
-    or run twice, and training goes on. Each entry names the module instance that was being
-    called (`model.blocks.3`) and the user's lines. What is compiled for one instance serves the
-    others of its class if its guards hold; these are listed with the entry. The first breaks are
-    also logged, once, as a warning.
+    It observes the run's own compilations, in training and validation; nothing is reset, patched
+    or run twice. Each entry has the name of the module instance that was called
+    (`model.blocks.3`) and the user's lines. Code compiled for one instance is reused for others
+    of its class if its guards hold; the entry lists them. The first breaks are also logged once,
+    as a warning.
 
     Costs 1 µs per batch, and the import of dynamo in `pre_fit`. The file is written on global
-    rank 0, from its own compilations; a later `fit` adds to it.
+    rank 0, from its own compilations; a later `fit` appends to it.
 
     Args:
-        log_file: Where to write; a relative path lies in the run directory.
-        skip: Optimizer steps at the beginning of each `fit` whose compilations are left out; to
-            see only what is compiled after the first step, for example.
-        fullgraph: Make graph breaks and functions left uncompiled an error, on each rank, at the
-            end of the batch that had them.
+        log_file: File to write; a relative path is relative to the run directory.
+        skip: Optimizer steps at the beginning of each `fit` whose compilations are ignored, for
+            example to see only recompilations.
+        fullgraph: Raise an error for graph breaks and functions left uncompiled, on each rank, at
+            the end of the batch.
 
     Raises:
         ValueError: If `skip` is below 0.
@@ -50,86 +55,90 @@ class FindGraphBreaksCallback(Callback):
         self.fullgraph = fullgraph
         self._watch: CompileWatch | None = None
         self._names: dict[nn.Module, str] = {}
-        self._seen: list[Compilation] = []
-        self._forget()
+        self._compilations: list[Compilation] = []
+        self._reset()
 
     @property
     def path(self) -> Path:
-        """The file; it is there once something was compiled."""
+        """Path of the file, which exists once something was compiled."""
         return self.trainer.run_dir / self.log_file
 
     # Hooks
 
     def pre_fit(self) -> None:
-        self._forget()
+        self._reset()
         self._first_step = self.trainer.global_step
         self._names = module_names(self.trainer.named_models())
         self._watch = CompileWatch()
         self._watch.start()
 
     def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
-        self._look(self.trainer.global_step + self.trainer.is_accumulating_gradients)
+        self._report_new(self.trainer.global_step + self.trainer.is_accumulating_gradients)
 
     def post_validation_epoch(self, result: dict[str, Any]) -> None:
-        self._look(self.trainer.global_step + 1)
+        self._report_new(self.trainer.global_step + 1)
 
     def post_fit(self) -> None:
         if self._watch is None:
             return
         self._write(self._take(self.trainer.global_step + 1))
         if self.trainer.world.is_global_zero:
-            self._conclude()
-        self._forget()
+            self._log_summary()
+        self._reset()
 
-    # Inside
+    # Internals
 
-    def _look(self, step: int) -> None:
-        """Report what was compiled in an optimizer step, numbered from 1."""
+    def _report_new(self, step: int) -> None:
+        """Report new compilations of an optimizer step, numbered from 1."""
         new = self._take(step)
         self._write(new)
-        if not any(map(is_cut, new)):
+        if not any(map(has_break, new)):
             return
         if self._num_warned_of == 0 and self.trainer.world.is_global_zero:
             self._warn(f"in step {step}")
         if self.fullgraph:
-            entries = "\n".join(entry(c, self._seen, self._names) for c in new if is_cut(c))
+            entries = "\n".join(
+                format_entry(c, self._compilations, self._names) for c in new if has_break(c)
+            )
             raise RuntimeError(
-                f"{summary(new, self._names)}; fullgraph=True requires that nothing is cut: "
-                f"change the code, or set fullgraph=False to go on\n{entries}"
+                f"{format_summary(new, self._names)}; fullgraph=True allows no graph break: "
+                f"change the code, or set fullgraph=False to continue\n{entries}"
             )
 
     def _take(self, step: int) -> list[Compilation]:
         new = [] if self._watch is None else self._watch.take()
         if self.skip and step - self._first_step <= self.skip:
             return []
-        self._seen += new
+        self._compilations += new
         return new
 
-    def _conclude(self) -> None:
-        num_cut = sum(map(is_cut, self._seen))
-        if not self._seen:
+    def _log_summary(self) -> None:
+        num_cut = sum(map(has_break, self._compilations))
+        if not self._compilations:
             logger.info(
                 "nothing was compiled in this fit; call model.compile(), or set "
                 "DeviceParameters(compile_model=True)"
             )
         elif num_cut == 0:
-            logger.info("torch.compile: %s", summary(self._seen, self._names))
+            logger.info("torch.compile: %s", format_summary(self._compilations, self._names))
         elif num_cut > self._num_warned_of:
             self._warn("by the end of fit")
 
     def _warn(self, when: str) -> None:
-        self._num_warned_of = sum(map(is_cut, self._seen))
-        text = summary(self._seen, self._names)
+        self._num_warned_of = sum(map(has_break, self._compilations))
+        text = format_summary(self._compilations, self._names)
         logger.warning("torch.compile, %s: %s; see %s", when, text, self.path)
 
     def _write(self, new: list[Compilation]) -> None:
         if not new or not self.trainer.world.is_global_zero:
             return
-        title = f"# step {self.trainer.global_step}: {summary(new, self._names)}"
-        if len(new) == len(self._seen):
+        title = f"# step {self.trainer.global_step}: {format_summary(new, self._names)}"
+        if len(new) == len(self._compilations):
             title = f"# {self.trainer.experiment}, torch {torch.__version__}\n{title}"
         entries = [
-            entry(c, self._seen, self._names) for c in new if is_cut(c) or c.recompile_reason
+            format_entry(c, self._compilations, self._names)
+            for c in new
+            if has_break(c) or c.recompile_reason
         ]
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,15 +147,15 @@ class FindGraphBreaksCallback(Callback):
         except OSError as error:
             logger.error("graph breaks couldn't be written to %s: %s", self.path, error)
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         if self._watch is not None:
             self._watch.stop()
         self._watch = None
         self._names = {}
-        self._seen = []
+        self._compilations = []
         self._first_step = 0
         self._num_warned_of = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy watches nothing, and doesn't take the models along.
-        return super().__getstate__() | {"_watch": None, "_names": {}, "_seen": []}
+        # A copy watches nothing and must not copy the models.
+        return super().__getstate__() | {"_watch": None, "_names": {}, "_compilations": []}

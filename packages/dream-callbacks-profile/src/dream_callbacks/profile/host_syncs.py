@@ -1,4 +1,4 @@
-"""FindHostSyncsCallback: which steps wait for the device, and in which line."""
+"""FindHostSyncsCallback: finds steps and lines that synchronize the host with the device."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ logger = logging.getLogger(__name__)
 
 
 class FindHostSyncsCallback(Callback):
-    """Finds where the host waits for the device in some optimizer steps, everyone's hooks included.
+    """Finds host–device syncs in some optimizer steps, including the hooks of other callbacks.
 
-    A host that waits can't queue the next operations, and the device runs dry. On CUDA the
-    driver says when it waits. On the CPU, where nothing waits, the operations are found that
-    would on a GPU, except copies; for these steps compiled models run uncompiled.
+    During a sync the host can't queue operations, and the device idles. On CUDA, torch's sync
+    debug mode reports syncs. On the CPU, where nothing waits, it finds the operations that would
+    sync on a GPU, except copies; compiled models run uncompiled in these steps.
 
-    Validation is left out. Global rank 0 writes the places to the file and logs a line, as a
-    warning if there were any; the steps themselves are slower meanwhile. Each `fit` looks anew.
-    The last in each hook, so that it sees what the others do.
+    Validation is excluded. Global rank 0 writes the places to the file and logs one line, as a
+    warning if there were any; the watched steps are slower. Each `fit` watches again. Runs last in
+    each hook, so that it sees the other callbacks.
 
     Args:
-        log_file: Where to write; a relative path lies in the run directory.
-        skip: Optimizer steps at the beginning of `fit` that are left out.
-        num_steps: Optimizer steps to look at.
+        log_file: File to write; a relative path is relative to the run directory.
+        skip: Optimizer steps to skip at the beginning of `fit`.
+        num_steps: Optimizer steps to watch.
 
     Raises:
         ValueError: If `skip` is below 0 or `num_steps` below 1.
@@ -48,29 +48,29 @@ class FindHostSyncsCallback(Callback):
         self.num_steps = num_steps
         self._syncs: dict[int, list[HostSync]] = {}
         self._watch: SyncWatch | None = None
-        self._is_wanted = False
+        self._is_enabled = False
 
     @property
     def syncs(self) -> Mapping[int, Sequence[HostSync]]:
-        """What was found on this rank in the last `fit`: by step, numbered from 1."""
+        """Syncs of this rank in the last `fit`, by step, numbered from 1."""
         return self._syncs
 
     @property
     def path(self) -> Path:
-        """The file; it is there once the steps are done."""
+        """Path of the file, which is written after these steps."""
         return self.trainer.run_dir / self.log_file
 
     def pre_fit(self) -> None:
         self._pause()
         self._syncs = {}
-        self._is_wanted = True
+        self._is_enabled = True
         self._first_step = self.trainer.global_step
 
     def pre_train_epoch(self) -> None:
         self._watch_if_due()
 
     def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
-        if not self._is_wanted or self.trainer.is_accumulating_gradients:
+        if not self._is_enabled or self.trainer.is_accumulating_gradients:
             return
         step = self.trainer.global_step
         if self._watch is not None:
@@ -90,7 +90,7 @@ class FindHostSyncsCallback(Callback):
 
     def _watch_if_due(self) -> None:
         num_done = self.trainer.global_step - self._first_step
-        if self._is_wanted and self._watch is None and num_done >= self.skip:
+        if self._is_enabled and self._watch is None and num_done >= self.skip:
             on_cuda = self.trainer.world.device.type == "cuda"
             self._watch = CudaWatch() if on_cuda else DispatchWatch()
             self._watch.start()
@@ -102,18 +102,18 @@ class FindHostSyncsCallback(Callback):
 
     def _finish(self) -> None:
         self._pause()
-        if self._is_wanted and self._syncs and self.trainer.world.is_global_zero:
+        if self._is_enabled and self._syncs and self.trainer.world.is_global_zero:
             self._report()
-        self._is_wanted = False
+        self._is_enabled = False
 
     def _report(self) -> None:
         places = Counter((s.operation, s.place) for syncs in self._syncs.values() for s in syncs)
         waiting = [step for step, syncs in self._syncs.items() if syncs]
         summary = (
-            f"the host waits for the device in {len(waiting)} of {len(self._syncs)} steps, "
+            f"host–device syncs in {len(waiting)} of {len(self._syncs)} steps, "
             f"at {len(places)} place{'' if len(places) == 1 else 's'}"
         )
-        lines = [f"# {self.trainer.experiment}: {summary}", f"steps that wait: {waiting}"]
+        lines = [f"# {self.trainer.experiment}: {summary}", f"steps with syncs: {waiting}"]
         lines += [
             f"{count:>6} ×  {operation}  at {place}"
             for (operation, place), count in places.most_common()

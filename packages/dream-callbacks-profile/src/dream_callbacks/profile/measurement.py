@@ -1,4 +1,4 @@
-"""Measurement: durations, samples and waiting of a run's steps, recent ones and all of them."""
+"""Measurement: durations, samples and waiting time of recent steps and of all steps."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dream_callbacks.profile.step_times import CudaClock, HostClock, StepTimes
 
 
 @dataclass(frozen=True)
-class Steps:
-    """Some steps that were measured.
+class MeasuredSteps:
+    """Measured steps.
 
     Attributes:
-        durations_s: Seconds of each.
-        num_samples: That this rank processed in them.
-        waiting_share: Part of the host's time that was spent between batches.
+        durations_s: Duration of each step, in seconds.
+        num_samples: Samples that this rank processed in all of them.
+        waiting_share: Fraction of the host time spent between batches.
     """
 
     durations_s: Sequence[float]
@@ -35,17 +35,17 @@ class _Totals:
         self.waiting_s = 0.0
         self.busy_s = 0.0
 
-    def steps(self) -> Steps:
+    def steps(self) -> MeasuredSteps:
         host_s = self.waiting_s + self.busy_s
         share = self.waiting_s / host_s if host_s > 0 else 0.0
-        return Steps(self.durations_s, self.num_samples, share)
+        return MeasuredSteps(self.durations_s, self.num_samples, share)
 
 
 class Measurement:
-    """Told of batches and steps as they begin and end; never waits for the device.
+    """Measures steps from the start and end of batches, without device syncs until `finish`.
 
     Args:
-        device: What the steps run on.
+        device: Device of the steps.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -54,44 +54,44 @@ class Measurement:
         )
         self._all, self._recent = _Totals(), _Totals()
         self._num_samples = 0
-        self._batch_began_s = self._batch_ended_s = time.perf_counter()
+        self._batch_start_s = self._batch_end_s = time.perf_counter()
 
     def restart(self) -> None:
-        """The next step begins now; what was before it belongs to none."""
+        """Start the next step now; the time before belongs to no step."""
         self._times.restart()
         self._num_samples = 0
-        self._batch_ended_s = time.perf_counter()
+        self._batch_end_s = time.perf_counter()
 
     def begin_batch(self, num_samples: int) -> None:
-        """A batch of the step begins."""
+        """Start a batch of the step."""
         self._num_samples += num_samples
-        self._batch_began_s = time.perf_counter()
+        self._batch_start_s = time.perf_counter()
         for totals in (self._all, self._recent):
-            totals.waiting_s += self._batch_began_s - self._batch_ended_s
+            totals.waiting_s += self._batch_start_s - self._batch_end_s
 
     def end_batch(self) -> None:
-        """The batch is done."""
-        self._batch_ended_s = time.perf_counter()
+        """End the batch."""
+        self._batch_end_s = time.perf_counter()
         for totals in (self._all, self._recent):
-            totals.busy_s += self._batch_ended_s - self._batch_began_s
+            totals.busy_s += self._batch_end_s - self._batch_start_s
 
     def end_step(self) -> None:
-        """The step is done with the batch, and the next begins."""
+        """End the step and start the next."""
         self._times.step(self._num_samples)
         self._num_samples = 0
 
-    def take_recent(self) -> Steps:
-        """Steps since the last time, as far as the device is done with them."""
-        self._gather(wait=False)
+    def take_recent(self) -> MeasuredSteps:
+        """Steps since the last call that the device has completed."""
+        self._collect(wait=False)
         recent, self._recent = self._recent, _Totals()
         return recent.steps()
 
-    def finish(self) -> Steps:
-        """All steps. Waits for the device."""
-        self._gather(wait=True)
+    def finish(self) -> MeasuredSteps:
+        """All steps. One device sync."""
+        self._collect(wait=True)
         return self._all.steps()
 
-    def _gather(self, *, wait: bool) -> None:
+    def _collect(self, *, wait: bool) -> None:
         for duration_s, num_samples in self._times.take(wait=wait):
             for totals in (self._all, self._recent):
                 totals.durations_s.append(duration_s)

@@ -1,4 +1,4 @@
-"""MemorySnapshotCallback: who holds the memory of a CUDA device, for PyTorch's viewer."""
+"""MemorySnapshotCallback: snapshots of CUDA memory for PyTorch's memory viewer."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ logger = logging.getLogger(__name__)
 class MemorySnapshotCallback(Callback):
     """Records allocations of the CUDA device during some optimizer steps, with their stacks.
 
-    The snapshot is written when the steps are done, at the end of `fit`, and when the device runs
-    out of memory meanwhile: with `num_steps=None`, which records to the end, that shows what
-    filled it. Costs some microseconds per allocation while it records. Each `fit` records anew.
-    On the CPU there is nothing to record; a warning says so, and training goes on.
+    The snapshot is written after these steps, at the end of `fit`, or when the device runs out of
+    memory while recording; `num_steps=None` records until the end, so that the snapshot shows the
+    cause. Costs some microseconds per allocation while it records. Each `fit` records again. On
+    the CPU it only logs a warning.
 
-    Open the file at https://pytorch.org/memory_viz, which doesn't send it anywhere.
+    Open the file at https://pytorch.org/memory_viz, which doesn't upload it.
 
     Args:
-        skip: Optimizer steps at the beginning of `fit` that are left out.
+        skip: Optimizer steps to skip at the beginning of `fit`.
         num_steps: Optimizer steps to record. None: until the end.
         ranks: Global ranks to record. None: all.
-        output_dir: Where snapshots go. Default: `memory` in the run directory.
-        max_entries: Allocations and frees to remember, the last ones.
+        output_dir: Directory for snapshots. Default: `memory` in the run directory.
+        max_entries: Maximum number of allocations and frees to keep; older ones are dropped.
 
     Raises:
         ValueError: If a number is out of range.
@@ -54,18 +54,18 @@ class MemorySnapshotCallback(Callback):
         self.output_dir = output_dir
         self.max_entries = max_entries
         self._is_recording = False
-        self._is_wanted = False
+        self._is_enabled = False
 
     def pre_fit(self) -> None:
         self._stop()
         self._num_steps_done = 0
-        self._is_wanted = self.ranks is None or self.trainer.world.rank in self.ranks
+        self._is_enabled = self.ranks is None or self.trainer.world.rank in self.ranks
         device = self.trainer.world.device
-        if self._is_wanted and device.type != "cuda":
-            self._is_wanted = False
+        if self._is_enabled and device.type != "cuda":
+            self._is_enabled = False
             logger.warning(
-                "this run is on %s, and PyTorch records allocations of CUDA devices only: no "
-                "memory snapshot is made; BenchmarkCallback reports the process's peak",
+                "this run is on %s, but PyTorch only records allocations of CUDA devices: no "
+                "memory snapshot is written; BenchmarkCallback reports the process's peak memory",
                 device,
             )
 
@@ -73,13 +73,13 @@ class MemorySnapshotCallback(Callback):
         self._start_if_due()
 
     def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
-        if not self._is_wanted or self.trainer.is_accumulating_gradients:
+        if not self._is_enabled or self.trainer.is_accumulating_gradients:
             return
         self._num_steps_done += 1
         if self.num_steps is not None and self._num_steps_done == self.skip + self.num_steps:
             self._write(f"step{self.trainer.global_step}")
             self._stop()
-            self._is_wanted = False
+            self._is_enabled = False
         self._start_if_due()
 
     def on_exception(self, exception: BaseException) -> None:
@@ -90,11 +90,11 @@ class MemorySnapshotCallback(Callback):
     def post_fit(self) -> None:
         self._write(f"step{self.trainer.global_step}")
         self._stop()
-        self._is_wanted = False
+        self._is_enabled = False
 
     def _start_if_due(self) -> None:
-        if self._is_wanted and not self._is_recording and self._num_steps_done >= self.skip:
-            from torch.cuda.memory import _record_memory_history  # documented, and not public
+        if self._is_enabled and not self._is_recording and self._num_steps_done >= self.skip:
+            from torch.cuda.memory import _record_memory_history  # documented, but not public
 
             _record_memory_history(max_entries=self.max_entries)
             self._is_recording = True
@@ -102,7 +102,7 @@ class MemorySnapshotCallback(Callback):
     def _write(self, name: str) -> None:
         if not self._is_recording:
             return
-        from torch.cuda.memory import _dump_snapshot  # documented, and not public
+        from torch.cuda.memory import _dump_snapshot  # documented, but not public
 
         folder = Path(self.output_dir or self.trainer.run_dir / "memory")
         path = folder / f"rank{self.trainer.world.rank}.{name}.pickle"
@@ -110,7 +110,7 @@ class MemorySnapshotCallback(Callback):
             folder.mkdir(parents=True, exist_ok=True)
             _dump_snapshot(str(path))
         except OSError as error:
-            logger.error("a memory snapshot couldn't be written, and the run goes on: %s", error)
+            logger.error("a memory snapshot couldn't be written; the run continues: %s", error)
         else:
             logger.info("wrote %s; open it at https://pytorch.org/memory_viz", path)
 

@@ -1,4 +1,4 @@
-"""Recordings: torch's profiler on some optimizer steps of a run, in windows or as it was given."""
+"""torch.profiler on some optimizer steps of a run: in windows, or with the user's schedule."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch.profiler import ProfilerAction, profile, schedule
 
 
 @dataclass(frozen=True, kw_only=True)
-class Windows:
-    """Which steps are recorded; the names are those of `torch.profiler.schedule`.
+class ProfilerWindows:
+    """Steps to record; the names are those of `torch.profiler.schedule`.
 
     Args:
-        wait: Steps to leave out before each recording.
-        warmup: Steps before each recording whose values are thrown away.
+        wait: Steps to skip before each recording.
+        warmup: Steps before each recording whose values are discarded.
         active: Steps in a recording.
         repeat: Number of recordings.
-        skip_first: Steps to leave out once, at the beginning.
+        skip_first: Steps to skip once, at the beginning.
 
     Raises:
         ValueError: If a number is out of range.
@@ -41,48 +41,48 @@ class Windows:
 
     @property
     def num_steps(self) -> int:
-        """Steps after which all is recorded."""
+        """Number of steps until the last recording is complete."""
         cycle = self.wait + self.warmup + self.active
         return self.skip_first + cycle * self.repeat
 
     @property
     def num_steps_before(self) -> int:
-        """Steps before the first that is recorded."""
+        """Number of steps before the first recorded one."""
         return self.skip_first + self.wait + self.warmup
 
     def schedule(self) -> Callable[[int], ProfilerAction]:
-        """What to do in a step, from 0; all of it the same as torch's."""
+        """The equivalent schedule of torch.profiler, by step from 0."""
         return schedule(**asdict(self))
 
 
-class Recording(Protocol):
-    """A profiler at work in one `fit`."""
+class ProfilerRun(Protocol):
+    """A profiler during one `fit`."""
 
-    def begin(self) -> None:
-        """Be at work for the step that comes; does nothing if it is already."""
+    def resume(self) -> None:
+        """Prepare for the next step; no effect if already running."""
 
     def step(self) -> None:
-        """A step is done, and the next begins."""
+        """End a step and start the next."""
 
     def pause(self) -> None:
-        """Record nothing until `begin`."""
+        """Record nothing until `resume`."""
 
-    def end(self) -> None:
-        """Hand over what was recorded. Nothing else is called afterwards."""
+    def stop(self) -> None:
+        """Save the recording. No other method is called afterwards."""
 
 
-class WindowRecording:
-    """Records windows, each with a profiler of its own: none exists in between.
+class WindowedProfiler:
+    """Records windows, with a new profiler for each; none exists in between.
 
     Args:
-        windows: Which steps.
-        first_step: Number that the first step has in a trace.
-        make_profiler: Makes a profiler with the given schedule, and doesn't start it.
+        windows: Steps to record.
+        first_step: Number of the first step in traces.
+        make_profiler: Creates a profiler with the given schedule, without starting it.
     """
 
     def __init__(
         self,
-        windows: Windows,
+        windows: ProfilerWindows,
         first_step: int,
         make_profiler: Callable[[Callable[[int], ProfilerAction]], profile],
     ) -> None:
@@ -96,18 +96,18 @@ class WindowRecording:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is left to record."""
+        """Whether the last recording is complete."""
         return self.num_steps >= self._windows.num_steps
 
-    def begin(self) -> None:
+    def resume(self) -> None:
         if self._profiler is not None or self._action(self.num_steps) is ProfilerAction.NONE:
             return
-        profiler = self._make_profiler(self._action_of_run_step)
-        # A new profiler counts from 0; like this a trace says which steps of the run it shows.
+        profiler = self._make_profiler(self._action_at_step)
+        # A new profiler counts from 0; with this, the trace shows the run's step numbers.
         profiler.step_num = self._first_step + self.num_steps
         profiler.current_action = self._action(self.num_steps)  # type: ignore[assignment]  # narrowed by torch's __init__
         with warnings.catch_warnings():
-            # torch 2.11 warns before there is an earlier recording that could be cleared.
+            # torch 2.11 warns although there is no earlier recording to clear.
             warnings.filterwarnings("ignore", message=".*Profiler clears events")
             profiler.start()
         self._profiler, self._num_recorded = profiler, 0
@@ -121,10 +121,10 @@ class WindowRecording:
             self.pause()
         profiler, self._profiler = self._profiler, None
         if profiler is None:
-            self.begin()
+            self.resume()
         else:
             profiler.step()
-            self._profiler = profiler  # not after an error, see GivenRecording
+            self._profiler = profiler  # not after an error, see UserProfiler
 
     def pause(self) -> None:
         profiler, self._profiler = self._profiler, None
@@ -133,41 +133,41 @@ class WindowRecording:
                 profiler.on_trace_ready = None
             profiler.stop()
 
-    def end(self) -> None:
+    def stop(self) -> None:
         self.pause()
 
-    def _action_of_run_step(self, step: int) -> ProfilerAction:
-        # torch asks for step 0 when the profiler is made.
+    def _action_at_step(self, step: int) -> ProfilerAction:
+        # torch calls this with step 0 in the profiler's constructor.
         return self._action(max(step - self._first_step, 0))
 
 
-class GivenRecording:
-    """Starts, steps and stops a profiler that has a schedule of its own.
+class UserProfiler:
+    """Starts, steps and stops a profiler with its own schedule.
 
     Args:
-        profiler: Not started yet, or stopped.
+        profiler: A profiler that isn't running.
     """
 
     def __init__(self, profiler: profile) -> None:
         self._profiler = profiler
-        self._has_begun = False
-        self._is_sound = False
+        self._has_started = False
+        self._can_stop = False
 
-    def begin(self) -> None:
-        if not self._has_begun:
-            self._has_begun = True
+    def resume(self) -> None:
+        if not self._has_started:
+            self._has_started = True
             self._profiler.start()
-            self._is_sound = True
+            self._can_stop = True
 
     def step(self) -> None:
-        # To stop a profiler that failed to start a trace is a segmentation fault.
-        self._is_sound = False
+        # Stopping a profiler that failed to start a trace is a segmentation fault.
+        self._can_stop = False
         self._profiler.step()
-        self._is_sound = True
+        self._can_stop = True
 
     def pause(self) -> None:
-        """Does nothing: the schedule is not ours."""
+        """Does nothing: the profiler follows its own schedule."""
 
-    def end(self) -> None:
-        if self._is_sound:
+    def stop(self) -> None:
+        if self._can_stop:
             self._profiler.stop()

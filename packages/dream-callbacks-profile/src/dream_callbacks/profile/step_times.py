@@ -1,4 +1,4 @@
-"""How long steps take: marks on the host's or the device's time line, read without waiting."""
+"""Durations of steps, from marks on the host or device timeline, read without a device sync."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ MarkT = TypeVar("MarkT")
 
 
 class Clock(Protocol[MarkT]):
-    """Where the marks are set."""
+    """A timeline on which marks are set."""
 
     def mark(self) -> MarkT:
-        """A moment: now, or when the device has done all that it was given so far."""
+        """A mark: now, or when the device has completed everything queued so far."""
 
     def is_reached(self, mark: MarkT) -> bool:
-        """Whether the moment has come. Doesn't wait."""
+        """Whether the mark has been reached. Doesn't wait."""
 
     def seconds(self, start: MarkT, end: MarkT) -> float:
-        """Time between two moments that have come."""
+        """Time between two marks that have been reached."""
 
     def wait(self) -> None:
-        """Return when all moments have come."""
+        """Wait until all marks have been reached."""
 
 
 class HostClock:
-    """For devices on which operations are done when they return."""
+    """Host time, for devices whose operations are synchronous."""
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -42,11 +42,11 @@ class HostClock:
         return end - start
 
     def wait(self) -> None:
-        """Nothing runs later than it is called."""
+        """Does nothing: all operations are synchronous."""
 
 
 class CudaClock:
-    """Events in the device's current stream: 2 µs each, and the host doesn't wait."""
+    """Events in the device's current stream: 2 µs each, without a device sync."""
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -64,10 +64,10 @@ class CudaClock:
 
 
 class StepTimes(Generic[MarkT]):
-    """Durations of steps, each from one mark to the next, with the samples that they took.
+    """Durations of steps, each from one mark to the next, with their numbers of samples.
 
     Args:
-        clock: Where the marks are set.
+        clock: Timeline of the marks.
     """
 
     def __init__(self, clock: Clock[MarkT]) -> None:
@@ -76,21 +76,21 @@ class StepTimes(Generic[MarkT]):
         self._pending: deque[tuple[MarkT, MarkT, int]] = deque()
 
     def restart(self) -> None:
-        """The next step begins now; what was before it belongs to none."""
+        """Start the next step now; the time before belongs to no step."""
         self._start = self._clock.mark()
 
     def step(self, num_samples: int) -> None:
-        """A step is done, and the next begins."""
+        """End a step and start the next."""
         now = self._clock.mark()
         if self._start is not None:
             self._pending.append((self._start, now, num_samples))
         self._start = now
 
     def take(self, *, wait: bool = False) -> list[tuple[float, int]]:
-        """Seconds and samples of the steps, in order, that weren't taken yet and have ended.
+        """Seconds and samples of the completed steps since the last call, in order.
 
         Args:
-            wait: Until all have ended.
+            wait: Wait until all steps have completed.
         """
         if wait:
             self._clock.wait()
@@ -102,14 +102,14 @@ class StepTimes(Generic[MarkT]):
 
 
 def quantile(values: Iterable[float], share: float) -> float:
-    """The value below which a share of the values lies, interpolated between neighbours.
+    """The quantile of the values, with linear interpolation.
 
     Raises:
         ValueError: If there are no values.
     """
     ordered = sorted(values)
     if not ordered:
-        raise ValueError("there are no values to take a quantile of; at least 1 is required")
-    place = share * (len(ordered) - 1)
-    low, high = ordered[math.floor(place)], ordered[math.ceil(place)]
-    return low + (high - low) * (place - math.floor(place))
+        raise ValueError("a quantile of no values is undefined; at least 1 is required")
+    position = share * (len(ordered) - 1)
+    low, high = ordered[math.floor(position)], ordered[math.ceil(position)]
+    return low + (high - low) * (position - math.floor(position))

@@ -1,8 +1,7 @@
-"""Where the host waits for the device: found on CUDA by CUDA itself, on the CPU by what would wait.
+"""Detection of host–device syncs: by CUDA itself, or on the CPU by operations that would sync.
 
-On the CPU nothing waits, but the operations that would on a GPU can be seen on their way to the
-kernels: reading a value (`.item()`, `float(x)`, `if x`), and whatever has an output whose shape
-depends on values.
+On the CPU nothing syncs, but a dispatch mode sees the operations that would sync on a GPU: reading
+a value (`.item()`, `float(x)`, `if x`), and operations whose output shape depends on values.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _HOST_SIDE = (
     *(str(Path(_TORCH, part)) for part in ("optim", "utils/data", "distributed")),
     str(cpu_collectives.__file__),
 )
-"""What keeps counters, seeds and flags on the CPU, whatever the device."""
+"""Code that keeps counters, seeds and flags on the CPU, whatever the device."""
 
 _READS = "_local_scalar_dense"
 
@@ -49,11 +48,11 @@ _MESSAGE = "called a synchronizing"
 
 @dataclass(frozen=True)
 class HostSync:
-    """A place where the host waits.
+    """A host–device sync.
 
     Attributes:
-        operation: What waits.
-        stack: Lines outside of torch, outermost first.
+        operation: Name of the operation that syncs.
+        stack: Frames outside torch, outermost first.
     """
 
     operation: str
@@ -61,30 +60,30 @@ class HostSync:
 
     @property
     def place(self) -> str:
-        """The innermost line outside of torch."""
+        """The innermost line outside torch."""
         if not self.stack:
-            return "inside of torch"
+            return "inside torch"
         frame = self.stack[-1]
         return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
 
 
 class SyncWatch(Protocol):
-    """Collects what it sees from `start` to `stop`."""
+    """Collects syncs from `start` to `stop`."""
 
     def start(self) -> None: ...
 
     def stop(self) -> None: ...
 
     def take(self) -> list[HostSync]:
-        """What was seen since the last time."""
+        """Syncs since the last call."""
 
 
 class DispatchWatch(TorchDispatchMode):
-    """Sees the operations that would wait if their tensors were on a GPU."""
+    """Detects operations that would sync if their tensors were on a GPU."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
-        self._seen: list[HostSync] = []
+        self._syncs: list[HostSync] = []
 
     def start(self) -> None:
         self.__enter__()  # type: ignore[no-untyped-call]
@@ -93,8 +92,8 @@ class DispatchWatch(TorchDispatchMode):
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def take(self) -> list[HostSync]:
-        seen, self._seen = self._seen, []
-        return seen
+        syncs, self._syncs = self._syncs, []
+        return syncs
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -104,15 +103,15 @@ class DispatchWatch(TorchDispatchMode):
             frames = traceback.extract_stack()[:-1]
             if not _is_host_side(frames):
                 operation = "reading a value" if name == _READS else name
-                self._seen.append(HostSync(operation, _outside_of_torch(frames)))
+                self._syncs.append(HostSync(operation, _user_frames(frames)))
         return func(*args, **(kwargs or {}))
 
 
 class CudaWatch:
-    """Lets CUDA warn whenever it waits, and keeps these warnings to itself."""
+    """Detects syncs by torch's sync debug mode, without showing its warnings."""
 
     def __init__(self) -> None:
-        self._seen: list[HostSync] = []
+        self._syncs: list[HostSync] = []
 
     def start(self) -> None:
         self._mode_before = torch.cuda.get_sync_debug_mode()
@@ -120,7 +119,7 @@ class CudaWatch:
         self._catching.__enter__()
         warnings.filterwarnings("always", message=_MESSAGE)
         self._show = warnings.showwarning
-        warnings.showwarning = self._note  # undone by catch_warnings
+        warnings.showwarning = self._record  # undone by catch_warnings
         torch.cuda.set_sync_debug_mode("warn")
 
     def stop(self) -> None:
@@ -128,13 +127,13 @@ class CudaWatch:
         self._catching.__exit__(None, None, None)
 
     def take(self) -> list[HostSync]:
-        seen, self._seen = self._seen, []
-        return seen
+        syncs, self._syncs = self._syncs, []
+        return syncs
 
-    def _note(self, message: Any, *args: Any, **kwargs: Any) -> None:
+    def _record(self, message: Any, *args: Any, **kwargs: Any) -> None:
         if _MESSAGE in str(message):
             frames = traceback.extract_stack()[:-1]
-            self._seen.append(HostSync("a CUDA operation", _outside_of_torch(frames)))
+            self._syncs.append(HostSync("a CUDA operation", _user_frames(frames)))
         else:
             self._show(message, *args, **kwargs)
 
@@ -143,7 +142,7 @@ def _would_wait(name: str, args: tuple[Any, ...]) -> bool:
     if name == _READS or name.lstrip("_") in _VALUE_DEPENDENT:
         return True
     if name == "repeat_interleave":
-        return len(args) == 1  # without the size of its output
+        return len(args) == 1  # without output_size
     if name in _INDEXING:
         return any(
             isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
@@ -153,7 +152,7 @@ def _would_wait(name: str, args: tuple[Any, ...]) -> bool:
 
 
 def _is_host_side(frames: Sequence[FrameSummary]) -> bool:
-    """Whether the tensor would be on the CPU on a GPU machine too."""
+    """Whether the tensor would be on the CPU in a GPU run too."""
     for frame in reversed(frames):
         if frame.filename.startswith(_HOST_SIDE):
             return True
@@ -162,7 +161,7 @@ def _is_host_side(frames: Sequence[FrameSummary]) -> bool:
     return False
 
 
-def _outside_of_torch(frames: Iterable[FrameSummary]) -> tuple[FrameSummary, ...]:
+def _user_frames(frames: Iterable[FrameSummary]) -> tuple[FrameSummary, ...]:
     return tuple(
         frame
         for frame in frames

@@ -1,4 +1,4 @@
-"""The console on stdout: a terminal, a notebook or a file, which may break at any time."""
+"""Rich consoles on stdout, and handling of write errors."""
 
 from __future__ import annotations
 
@@ -16,46 +16,46 @@ _FILE_WIDTH = 160
 
 
 def stdout_console() -> Console:
-    """A console on what stdout is now; it takes text as it is."""
-    file = cast(TextIO, _Lossy(sys.stdout))
+    """A console on the current stdout, without markup or highlighting."""
+    file = cast(TextIO, _LossyStream(sys.stdout))
     console = Console(file=file, highlight=False, markup=False, emoji=False)
     if not is_terminal(console) and not console.is_jupyter:
-        # Not 80 columns, nor COLUMNS, which a parent process with readline exports unasked.
+        # Not 80 columns, nor COLUMNS, which parent processes with readline export.
         console.width = _FILE_WIDTH
     return console
 
 
 def is_terminal(console: Console) -> bool:
-    """Whether somebody sees it, at its width; FORCE_COLOR makes rich take a pipe for that."""
+    """Whether stdout is a terminal; with FORCE_COLOR, rich itself treats a pipe as one."""
     isatty = getattr(console.file, "isatty", None)
     return isatty is not None and isatty()
 
 
 def write(what: RenderableType) -> None:
-    """Write a table or a text to stdout; if that isn't possible, warn and go on."""
-    with unless_broken(_warn):
+    """Write a table or text to stdout; a write error only warns."""
+    with catch_write_errors(_warn):
         stdout_console().print(what)
 
 
 @contextmanager
-def unless_broken(give_up: Callable[[Exception], None]) -> Iterator[None]:
-    """Keep the errors of a stream that can't be written to from ending the run.
+def catch_write_errors(on_error: Callable[[Exception], None]) -> Iterator[None]:
+    """Catch the errors of a stream that can't be written.
 
     Args:
-        give_up: Called with the error.
+        on_error: Called with the error.
     """
     try:
         yield
     except OSError as error:
-        give_up(error)
+        on_error(error)
     except SystemExit as error:
         if not isinstance(error.__context__, BrokenPipeError):
             raise
-        give_up(error.__context__)  # rich makes one of the other
+        on_error(error.__context__)  # rich raises SystemExit for BrokenPipeError
 
 
-class _Lossy:
-    """Stands for a stream and writes "?" for characters that its encoding lacks."""
+class _LossyStream:
+    """Wraps a stream; writes "?" for characters that its encoding lacks."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -71,4 +71,4 @@ class _Lossy:
 
 
 def _warn(error: Exception) -> None:
-    logger.warning("stdout can't be written to (%r); training goes on", error)
+    logger.warning("stdout can't be written (%r); training continues", error)

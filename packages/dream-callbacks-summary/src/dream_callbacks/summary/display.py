@@ -1,4 +1,4 @@
-"""Where the bar is drawn: the bottom of a terminal, a notebook's output, or lines in a file."""
+"""Display of the bar: in place in a terminal or notebook, or as lines in a file."""
 
 from __future__ import annotations
 
@@ -11,69 +11,69 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from dream_callbacks.summary.console import is_terminal, stdout_console, unless_broken
-from dream_callbacks.summary.stdout_redirect import LinesAbove, Redirection
+from dream_callbacks.summary.console import catch_write_errors, is_terminal, stdout_console
+from dream_callbacks.summary.stdout_redirect import LineStream, StdoutRedirect
 
 logger = logging.getLogger(__name__)
 
 
 class Display:
-    """Shows lines that change, and keeps lines that don't above them.
+    """Shows live lines, with permanent lines above them.
 
-    In a terminal, or a notebook with ipywidgets, the changing lines are drawn in place, and what
-    else is written to stdout, to stderr and by logging comes above. Elsewhere only the lines that
-    are kept are written.
+    In a terminal, or a notebook with ipywidgets, the live lines are redrawn in place, and other
+    output to stdout, stderr and logging is printed above them. Elsewhere only permanent lines are
+    written.
 
-    No thread: nothing is drawn, and no lock held, but inside a call, so that workers can be forked
-    at any time. The cursor is never hidden, so that nothing is to be restored after a kill. A
-    stream that can't be written to any more, such as that of a terminal that was closed, ends the
-    display and not the run.
+    Uses no thread: it draws and holds locks only inside its methods, so workers can be forked at
+    any time. The cursor isn't hidden, so a killed process leaves the terminal usable. If the
+    stream can't be written any more, for example because the terminal was closed, the display is
+    disabled and the run continues.
 
     Attributes:
-        is_live: Whether there are lines that change.
+        is_live: Whether live lines are shown.
     """
 
     def __init__(self) -> None:
         self._console = stdout_console()
         self.is_live = _can_be_live(self._console)
         self._live: Live | None = None
-        self._redirection = Redirection(self.keep)
+        self._redirect = StdoutRedirect(self.write_line)
         self._is_broken = False
 
     @property
     def width(self) -> int:
-        """Columns for a line that changes."""
+        """Columns of a live line."""
         return self._console.width - 1  # some terminals wrap after the last one
 
     @property
     def ascii_only(self) -> bool:
-        """Whether bars must be drawn in ASCII."""
+        """Whether bars must be drawn in ASCII only."""
         return self._console.options.ascii_only
 
     def show(self, lines: Sequence[Text]) -> None:
-        """Draw lines in place of those before; always the same number of them, on a live display.
+        """Replace the live lines; their number must stay the same.
 
-        They must not change later: another thread that prints draws them again.
+        The lines must not be modified later: they are redrawn when another thread prints.
         """
         if not self._is_broken:
-            with unless_broken(self._give_up):
+            with catch_write_errors(self._disable):
                 self._draw(Group(*lines))
 
-    def keep(self, line: Text) -> None:
-        """Write a line that stays."""
+    def write_line(self, line: Text) -> None:
+        """Write a permanent line."""
         if not self._is_broken:
-            with unless_broken(self._give_up):
+            with catch_write_errors(self._disable):
                 self._console.print(line, soft_wrap=True)
 
     def close(self) -> None:
-        """Leave the lines as they are and give the streams back. A second call does nothing."""
+        """Leave the lines as they are and restore the streams. Idempotent."""
         live, self._live = self._live, None
         try:
             if live is not None and not self._is_broken:
-                with unless_broken(self._give_up):
+                with catch_write_errors(self._disable):
                     live.stop()
         finally:
-            self._redirection.stop()
+            self._redirect.stop()
 
     def _draw(self, lines: Group) -> None:
         if self._live is not None:
@@ -89,14 +89,14 @@ class Display:
         )
         self._live.start(refresh=True)
         self._console.show_cursor(True)
-        if not self._console.is_jupyter:  # a notebook keeps other output apart by itself
-            self._redirection.start()
+        if not self._console.is_jupyter:  # a notebook separates other output by itself
+            self._redirect.start()
 
-    def _give_up(self, error: Exception) -> None:
+    def _disable(self, error: Exception) -> None:
         self._is_broken = True
-        self._redirection.stop()
+        self._redirect.stop()
         logger.warning(
-            "stdout can't be written to (%r): progress isn't shown any more, training goes on",
+            "stdout can't be written (%r): the progress display is disabled; training continues",
             error,
         )
 
@@ -104,6 +104,6 @@ class Display:
 def _can_be_live(console: Console) -> bool:
     if console.is_jupyter:
         return importlib.util.find_spec("ipywidgets") is not None
-    if isinstance(sys.stdout, LinesAbove):  # another trainer's bar is there, outside of this one
+    if isinstance(sys.stdout, LineStream):  # an outer trainer shows its bar
         return False
     return is_terminal(console) and console.is_interactive and not console.is_dumb_terminal

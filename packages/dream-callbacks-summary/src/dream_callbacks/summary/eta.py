@@ -1,4 +1,4 @@
-"""Where a run stands, and how long the rest of it will take."""
+"""Progress within the epoch, and the estimated remaining time of a run."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dream_trainer.trainer import BaseTrainer
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where in an epoch a run stands.
+class EpochProgress:
+    """Progress within an epoch.
 
     Args:
         epoch: Number of the epoch, from 1.
-        num_epochs: How many there will be; None if only steps or seconds end the run.
-        batches: Batches of the epoch that are done.
-        num_batches: Batches that the epoch will have, fewer than the loader's if `max_steps` ends
-            the run inside it; None if that can't be known.
-        steps: Optimizer steps of the epoch that are done.
-        num_steps: Optimizer steps that the epoch will have, as `num_batches`.
+        num_epochs: Total number of epochs; None if only steps or time limit the run.
+        batches: Completed batches of the epoch.
+        num_batches: Total batches of the epoch, fewer than the loader's if `max_steps` ends the
+            run within it; None if unknown.
+        steps: Completed optimizer steps of the epoch.
+        num_steps: Total optimizer steps of the epoch; None if unknown.
     """
 
     epoch: int
@@ -31,12 +31,12 @@ class Place:
 
     @property
     def fraction(self) -> float | None:
-        """How much of the epoch is done, 0 to 1."""
+        """Completed fraction of the epoch, 0 to 1; None if unknown."""
         return self.batches / self.num_batches if self.num_batches else None
 
 
-def place_of(trainer: BaseTrainer) -> Place:
-    """Where a trainer stands now, also in the middle of an epoch that another session began."""
+def epoch_progress(trainer: BaseTrainer) -> EpochProgress:
+    """Current progress of a trainer, also in the middle of a resumed epoch."""
     parameters, batches = trainer.training_parameters, trainer.counters.epoch_batches
     accumulation = parameters.gradient_accumulation_steps
     num_batches = trainer.num_train_batches
@@ -45,7 +45,7 @@ def place_of(trainer: BaseTrainer) -> Place:
     if num_steps is not None and num_batches is not None and parameters.max_steps is not None:
         last = max(steps + parameters.max_steps - trainer.global_step, steps)
         num_steps, num_batches = min(num_steps, last), min(num_batches, last * accumulation)
-    return Place(
+    return EpochProgress(
         epoch=trainer.current_epoch + 1,
         num_epochs=_finite(parameters.epoch_limit),
         batches=batches,
@@ -62,16 +62,16 @@ def seconds_left(
     validation_s: float | None,
     elapsed_s: float,
 ) -> float | None:
-    """How long the run will take from now on, by whichever of its limits comes first.
+    """Estimated remaining time of the run, by the limit that is reached first.
 
     Args:
-        trainer: In `fit`.
-        batches_per_s: How fast it trains.
-        validation_s: How long a validation run takes, if one has been seen.
-        elapsed_s: How long `fit` has been running.
+        trainer: The trainer, in `fit`.
+        batches_per_s: Training speed.
+        validation_s: Duration of a validation run; None if unknown.
+        elapsed_s: Time since `fit` began.
 
     Returns:
-        Seconds; None if that can't be told yet.
+        Seconds; None if unknown.
     """
     parameters = trainer.training_parameters
     limits = []
@@ -85,7 +85,7 @@ def seconds_left(
 
 
 def _batches_left(trainer: BaseTrainer) -> float:
-    """Batches until the last epoch or step; infinite if neither is known."""
+    """Remaining batches by the limits of epochs and steps; infinite without a limit."""
     parameters, num_batches = trainer.training_parameters, trainer.num_train_batches
     steps = parameters.step_limit - trainer.global_step
     by_steps = steps * parameters.gradient_accumulation_steps
@@ -96,7 +96,7 @@ def _batches_left(trainer: BaseTrainer) -> float:
 
 
 def _validations_left(trainer: BaseTrainer, batches: float) -> int:
-    """Validation runs that come with so many more batches."""
+    """Number of validation runs during the remaining batches."""
     parameters = trainer.training_parameters
     if not trainer.validates:
         return 0

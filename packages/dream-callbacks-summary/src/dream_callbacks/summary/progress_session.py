@@ -1,4 +1,4 @@
-"""Session: what the bar knows and says during one call of `fit`."""
+"""ProgressSession: state and output of the progress bar during one call of `fit`."""
 
 from __future__ import annotations
 
@@ -8,237 +8,237 @@ from typing import Any
 
 from dream_callbacks.summary import progress_text
 from dream_callbacks.summary.display import Display
-from dream_callbacks.summary.eta import place_of, seconds_left
-from dream_callbacks.summary.rate import Rate
-from dream_callbacks.summary.scalars import LateScalar
-from dream_callbacks.summary.text_layout import Bar, Piece, fitted, plain
+from dream_callbacks.summary.displayed_scalars import AsyncScalar
+from dream_callbacks.summary.eta import epoch_progress, seconds_left
+from dream_callbacks.summary.smoothed_rate import SmoothedRate
+from dream_callbacks.summary.text_layout import Bar, Piece, fit_line, plain_line
 from dream_trainer.callbacks import Every
 from dream_trainer.trainer import BaseTrainer
 
 _MOST_LINES_AT_ONCE = 5
 _LINES_PER_S = 1.0
-"""Lines that stay above a bar: epochs of milliseconds would push all else off the screen."""
+"""Rate limit of lines above a bar; epochs of milliseconds would fill the screen."""
 
 
-class Session:
-    """Keeps what happened since `fit` began, and shows how things stand.
+class ProgressSession:
+    """Tracks the progress of one `fit` and displays it.
 
     Args:
-        trainer: In `fit`.
-        smoothing: As that of ProgressBar.
-        line_every: As that of ProgressBar.
+        trainer: The trainer, in `fit`.
+        smoothing: `smoothing` of ProgressBar.
+        line_every: `line_every` of ProgressBar.
 
     Attributes:
-        has_trained: Whether a batch was trained.
+        has_trained: Whether a training batch has completed.
     """
 
     def __init__(self, trainer: BaseTrainer, smoothing: float, line_every: Every) -> None:
         self._trainer = trainer
-        self._began_s = monotonic()
-        self._rate = Rate(smoothing)
-        self._pace = Rate(smoothing / 10)  # the time that is left needn't follow every breath
+        self._start_s = monotonic()
+        self._rate = SmoothedRate(smoothing)
+        self._eta_rate = SmoothedRate(smoothing / 10)  # the remaining time should not fluctuate
         self._restart_clock()
         self.has_trained = False
-        self._scalar = LateScalar()
-        self._scalar_name: str | None = None
-        self._validation: _Validation | None = None
-        self._validated: tuple[int, Mapping[str, float]] | None = None
+        self._scalar = AsyncScalar()
+        self._metric_name: str | None = None
+        self._validation: _ValidationRun | None = None
+        self._last_validation: tuple[int, Mapping[str, float]] | None = None
         self._validation_s: float | None = None
-        self._untold_epoch: Mapping[str, float] | None = None
-        self._untold_validation: Mapping[str, float] = {}
-        self._untold: Sequence[Piece] | None = None
-        self._lines_to_spend: float = _MOST_LINES_AT_ONCE
-        self._told_s = self._began_s
+        self._pending_epoch: Mapping[str, float] | None = None
+        self._pending_validation: Mapping[str, float] = {}
+        self._skipped_line: Sequence[Piece] | None = None
+        self._line_budget: float = _MOST_LINES_AT_ONCE
+        self._last_line_s = self._start_s
         self._line_every = line_every
         self._cadence = line_every.start(trainer.global_step)
         self._display = Display()
 
-    # What happens
+    # Updates
 
     def begin_epoch(self) -> None:
-        """The first batch of an epoch is waited for."""
+        """Start an epoch, before its first batch is loaded."""
         self._restart_clock()
 
-    def trained_batch(self) -> None:
-        """Another training batch is done, or several."""
+    def update_training(self) -> None:
+        """Count the training batches completed since the last call."""
         if self.has_trained:
             self._measure()
-        else:  # the first one compiles and allocates; it says nothing about the others
+        else:  # the first batch compiles and allocates, so it isn't measured
             self._restart_clock()
             self.has_trained = True
 
     def end_epoch(self, means: Mapping[str, float]) -> None:
-        """The batches of an epoch are done."""
+        """End the training batches of an epoch."""
         self._measure()
-        self._untold_epoch = means
+        self._pending_epoch = means
         if not self._display.is_live:
-            self.tell_epoch()
+            self.write_epoch()
 
     def begin_validation(self) -> None:
-        """A validation run begins."""
+        """Start a validation run."""
         self._measure()
-        self._validation = _Validation(self._trainer)
+        self._validation = _ValidationRun(self._trainer)
 
-    def validated_batch(self, num_batches: int) -> None:
-        """So many batches of the validation run are done."""
+    def update_validation(self, num_batches: int) -> None:
+        """Set the number of completed batches of the validation run."""
         if self._validation is not None:
             self._validation.num_done = num_batches
 
     def end_validation(self, result: Mapping[str, float]) -> None:
-        """A validation run is done."""
+        """End a validation run."""
         run, self._validation = self._validation, None
         self._restart_clock()
         if run is None or run.is_sanity_check:
             return
         self._validation_s = run.elapsed_s
-        self._validated = (self._trainer.global_step, result)
-        if self._untold_epoch is not None:
-            self._untold_validation = result
+        self._last_validation = (self._trainer.global_step, result)
+        if self._pending_epoch is not None:
+            self._pending_validation = result
         else:
-            self._tell([*self._when(), *progress_text.values(result, is_validation=True)])
+            self._write([*self._position(), *progress_text.values(result, is_validation=True)])
 
-    def tell_epoch(self) -> None:
-        """Say what came of an epoch, above a bar in one line with its validation."""
-        means, self._untold_epoch = self._untold_epoch, None
-        result, self._untold_validation = self._untold_validation, {}
+    def write_epoch(self) -> None:
+        """Write the line of an epoch; above a bar, it includes the validation."""
+        means, self._pending_epoch = self._pending_epoch, None
+        result, self._pending_validation = self._pending_validation, {}
         if means is not None:
             numbers = [
                 *progress_text.values(means),
                 *progress_text.values(result, is_validation=True),
             ]
-            self._tell([*self._when(), *numbers, *self._speed()])
+            self._write([*self._position(), *numbers, *self._speed()])
 
     def _measure(self) -> None:
-        for rate in (self._rate, self._pace):
+        for rate in (self._rate, self._eta_rate):
             rate.add(self._trainer.local_batches, monotonic())
 
     def _restart_clock(self) -> None:
-        for rate in (self._rate, self._pace):
+        for rate in (self._rate, self._eta_rate):
             rate.restart(self._trainer.local_batches, monotonic())
 
-    # What is shown
+    # Output
 
-    def draw(self, name: str | None, newest: Any) -> None:
-        """Show how things stand.
+    def draw(self, name: str | None, latest: Any) -> None:
+        """Show the current progress.
 
         Args:
-            name: Of the scalar to show.
-            newest: The scalar, not read yet.
+            name: Name of the scalar to show.
+            latest: Value of the scalar, possibly still on the device.
         """
-        self._scalar_name = name
-        self._scalar.read(newest)
+        self._metric_name = name
+        self._scalar.read(latest)
         if self._display.is_live:
             self._draw_live()
         elif self._cadence.due(self._trainer.global_step):
-            self._display.keep(plain(self._line()))
+            self._display.write_line(plain_line(self._status_line()))
 
-    def close(self, name: str | None, newest: Any) -> None:
-        """Say how it ended and give the terminal back; arguments as those of `draw`."""
+    def close(self, name: str | None, latest: Any) -> None:
+        """Write how the run ended and restore the streams; arguments as for `draw`."""
         try:
-            if self._trainer.exception is None:  # after one, the device may be out of order
-                self._scalar_name = name
-                self._scalar.read(newest)
-            self.tell_epoch()
-            if self._untold is not None:
-                self._display.keep(fitted(self._untold, self._display.width))
+            if self._trainer.exception is None:  # after an error, reading from the device may fail
+                self._metric_name = name
+                self._scalar.read(latest)
+            self.write_epoch()
+            if self._skipped_line is not None:
+                self._display.write_line(fit_line(self._skipped_line, self._display.width))
             if self._display.is_live:
                 self._draw_live()
             elif self._trainer.counters.epoch_stage == "train":
-                self._display.keep(plain(self._line()))
+                self._display.write_line(plain_line(self._status_line()))
         finally:
             self._display.close()
         for piece in progress_text.ending(self._trainer):
-            self._display.keep(plain([piece]))
+            self._display.write_line(plain_line([piece]))
 
     def _draw_live(self) -> None:
-        lines = [self._training()]
-        if self._trainer.validates:  # the same number of lines all the time
-            lines.append(self._validating())
+        lines = [self._training_line()]
+        if self._trainer.validates:  # the number of lines must not change
+            lines.append(self._validation_line())
         width, ascii_only = self._display.width, self._display.ascii_only
-        self._display.show([fitted(line, width, ascii_only=ascii_only) for line in lines])
+        self._display.show([fit_line(line, width, ascii_only=ascii_only) for line in lines])
 
-    def _tell(self, pieces: Sequence[Piece]) -> None:
-        """Write a line that stays; above a bar not too many of them."""
+    def _write(self, pieces: Sequence[Piece]) -> None:
+        """Write a permanent line; above a bar, rate-limited."""
         pieces, now_s = [*pieces, self._elapsed()], monotonic()
-        earned = (now_s - self._told_s) * _LINES_PER_S
-        self._lines_to_spend = min(self._lines_to_spend + earned, _MOST_LINES_AT_ONCE)
-        self._told_s = now_s
+        refill = (now_s - self._last_line_s) * _LINES_PER_S
+        self._line_budget = min(self._line_budget + refill, _MOST_LINES_AT_ONCE)
+        self._last_line_s = now_s
         if not self._display.is_live:
-            self._display.keep(plain(pieces))
+            self._display.write_line(plain_line(pieces))
             self._cadence = self._line_every.start(self._trainer.global_step)
-        elif self._lines_to_spend >= 1:
-            self._display.keep(fitted(pieces, self._display.width))
-            self._lines_to_spend -= 1
-            self._untold = None
+        elif self._line_budget >= 1:
+            self._display.write_line(fit_line(pieces, self._display.width))
+            self._line_budget -= 1
+            self._skipped_line = None
         else:
-            self._untold = pieces
+            self._skipped_line = pieces
 
-    def _line(self) -> list[Piece | Bar]:
-        """How things stand, in one line."""
+    def _status_line(self) -> list[Piece | Bar]:
+        """The current progress in one line."""
         if self._validation is None:
-            return self._training()
-        return [progress_text.epoch(place_of(self._trainer)), *self._validating()]
+            return self._training_line()
+        return [progress_text.epoch(epoch_progress(self._trainer)), *self._validation_line()]
 
-    def _training(self) -> list[Piece | Bar]:
-        place = place_of(self._trainer)
+    def _training_line(self) -> list[Piece | Bar]:
+        progress = epoch_progress(self._trainer)
         return [
-            progress_text.epoch(place),
-            *progress_text.bar(place.fraction),
-            progress_text.count(place.steps, place.num_steps, "steps"),
+            progress_text.epoch(progress),
+            *progress_text.bar(progress.fraction),
+            progress_text.count(progress.steps, progress.num_steps, "steps"),
             *self._speed(),
             self._elapsed(),
-            *self._left(),
-            *self._newest(),
+            *self._time_left(),
+            *self._metric(),
         ]
 
-    def _validating(self) -> list[Piece | Bar]:
+    def _validation_line(self) -> list[Piece | Bar]:
         if self._validation is not None:
             return self._validation.line()
-        if self._validated is None:
+        if self._last_validation is None:
             return []
-        step, result = self._validated
+        step, result = self._last_validation
         return [
             progress_text.label("validation"),
             *progress_text.values(result),
             progress_text.result_of_step(step),
         ]
 
-    def _when(self) -> tuple[Piece, Piece]:
+    def _position(self) -> tuple[Piece, Piece]:
         trainer = self._trainer
         max_steps = trainer.training_parameters.max_steps
-        return progress_text.epoch(place_of(trainer)), progress_text.at_step(
+        return progress_text.epoch(epoch_progress(trainer)), progress_text.at_step(
             trainer.global_step, max_steps
         )
 
-    def _newest(self) -> Iterator[Piece]:
-        if self._scalar_name is not None and self._scalar.value is not None:
-            yield from progress_text.values({self._scalar_name: self._scalar.value})
+    def _metric(self) -> Iterator[Piece]:
+        if self._metric_name is not None and self._scalar.value is not None:
+            yield from progress_text.values({self._metric_name: self._scalar.value})
 
     def _speed(self) -> Iterator[Piece]:
         accumulation = self._trainer.training_parameters.gradient_accumulation_steps
         return progress_text.steps_per_s(self._rate.per_second, accumulation)
 
     def _elapsed(self) -> Piece:
-        return progress_text.elapsed(monotonic() - self._began_s)
+        return progress_text.elapsed(monotonic() - self._start_s)
 
-    def _left(self) -> Iterator[Piece]:
+    def _time_left(self) -> Iterator[Piece]:
         return progress_text.left(
             seconds_left(
                 self._trainer,
-                batches_per_s=self._pace.per_second,
+                batches_per_s=self._eta_rate.per_second,
                 validation_s=self._validation_s,
-                elapsed_s=monotonic() - self._began_s,
+                elapsed_s=monotonic() - self._start_s,
             )
         )
 
 
-class _Validation:
-    """A validation run that goes on."""
+class _ValidationRun:
+    """A validation run in progress."""
 
     def __init__(self, trainer: BaseTrainer) -> None:
         self.num_done = 0
         self.is_sanity_check = trainer.local_batches == 0
-        self._began_s = monotonic()
+        self._start_s = monotonic()
         self._total = trainer.num_val_batches
         if self.is_sanity_check:
             wanted = trainer.training_parameters.num_sanity_val_steps
@@ -246,11 +246,11 @@ class _Validation:
 
     @property
     def elapsed_s(self) -> float:
-        return monotonic() - self._began_s
+        return monotonic() - self._start_s
 
     def line(self) -> list[Piece | Bar]:
         return [
-            progress_text.label("try-out" if self.is_sanity_check else "validation"),
+            progress_text.label("sanity" if self.is_sanity_check else "validation"),
             *progress_text.bar(self.num_done / self._total if self._total else None),
             progress_text.count(self.num_done, self._total, "batches"),
             progress_text.elapsed(self.elapsed_s),

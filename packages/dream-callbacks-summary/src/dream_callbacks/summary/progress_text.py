@@ -1,83 +1,89 @@
-"""Phrases: what is said of a run, in pieces of a line."""
+"""Text of progress lines, as pieces."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from dream_callbacks.summary.text_layout import Bar, Piece, duration, number, speed
+from dream_callbacks.summary.text_layout import (
+    Bar,
+    Piece,
+    format_duration,
+    format_number,
+    format_speed,
+)
 
 if TYPE_CHECKING:
-    from dream_callbacks.summary.eta import Place
+    from dream_callbacks.summary.eta import EpochProgress
     from dream_trainer.trainer import AbstractTrainer
 
-# What stays where there is no room for all; of numbers, the first ones.
-_WHERE, _HOW_FAR, _NUMBER, _LEFT, _SPEED, _BAR, _ELAPSED, _WHEN = 90, 80, 70, 40, 30, 20, 10, 5
+# Importance of the pieces; earlier numbers are more important than later ones.
+_LABEL, _COUNT, _NUMBER, _ETA, _SPEED, _BAR, _ELAPSED, _STEP = 90, 80, 70, 40, 30, 20, 10, 5
 
 _LABEL_WIDTH = len("validation")
 
 
-def epoch(place: Place) -> Piece:
-    """Which epoch: "epoch 2/10"."""
-    of = "" if place.num_epochs is None else f"/{place.num_epochs}"
-    return Piece(f"{f'epoch {place.epoch}{of}':<{_LABEL_WIDTH}}", "bold", _WHERE)
+def epoch(progress: EpochProgress) -> Piece:
+    """The epoch: "epoch 2/10"."""
+    of = "" if progress.num_epochs is None else f"/{progress.num_epochs}"
+    return Piece(f"{f'epoch {progress.epoch}{of}':<{_LABEL_WIDTH}}", "bold", _LABEL)
 
 
 def label(text: str) -> Piece:
-    """What a line is about, as wide as most epochs are."""
-    return Piece(f"{text:<{_LABEL_WIDTH}}", "dim", _WHERE)
+    """The label of a line, padded to the width of most epochs."""
+    return Piece(f"{text:<{_LABEL_WIDTH}}", "dim", _LABEL)
 
 
 def count(done: int, total: int | None, unit: str) -> Piece:
-    """How many of how many: "312/1,000 steps"."""
+    """Completed and total count: "312/1,000 steps"."""
     if total is None:
-        return Piece(f"{done:,} {unit}", "", _HOW_FAR)
-    return Piece(f"{done:>{len(f'{total:,}')},}/{total:,} {unit}", "", _HOW_FAR)
+        return Piece(f"{done:,} {unit}", "", _COUNT)
+    return Piece(f"{done:>{len(f'{total:,}')},}/{total:,} {unit}", "", _COUNT)
 
 
 def bar(fraction: float | None) -> Iterator[Bar]:
-    """A bar, if it is known how much is done."""
+    """A bar, if the fraction is known."""
     if fraction is not None:
         yield Bar(fraction, _BAR)
 
 
 def at_step(step: int, max_steps: int | None) -> Piece:
-    """When, in optimizer steps of the run: "step 1,312"; "step 1,312/5,000" if they limit it."""
+    """The optimizer step of the run: "step 1,312", or "step 1,312/5,000" with `max_steps`."""
     of = "" if max_steps is None else f"/{max_steps:,}"
-    return Piece(f"step {step:,}{of}", "", _HOW_FAR)
+    return Piece(f"step {step:,}{of}", "", _COUNT)
 
 
 def result_of_step(step: int) -> Piece:
-    """Since when a number stands there."""
-    return Piece(f"at step {step:,}", "dim", _WHEN)
+    """The step at which a result was computed: "at step 1,312"."""
+    return Piece(f"at step {step:,}", "dim", _STEP)
 
 
 def values(numbers: Mapping[str, float], *, is_validation: bool = False) -> Iterator[Piece]:
-    """Names and numbers: "loss 1.823"; "val accuracy 0.4310" if they are told beside others."""
+    """Names and numbers: "loss 1.823"; "val accuracy 0.4310" for validation."""
     for index, (name, value) in enumerate(numbers.items()):
         prefix = "val " if is_validation and not name.startswith("val") else ""
-        yield Piece(f"{prefix}{name} {number(value)}", "cyan", _NUMBER - min(index, 20))
+        yield Piece(f"{prefix}{name} {format_number(value)}", "cyan", _NUMBER - min(index, 20))
 
 
 def steps_per_s(batches_per_s: float | None, accumulation: int) -> Iterator[Piece]:
-    """How fast, if that is known: "48.2 steps/s"."""
+    """The speed, if known: "48.2 steps/s"."""
     if batches_per_s:
-        yield Piece(speed(batches_per_s / accumulation), "", _SPEED)
+        yield Piece(format_speed(batches_per_s / accumulation), "", _SPEED)
 
 
 def elapsed(seconds: float) -> Piece:
-    """For how long: "1:05"."""
-    return Piece(duration(seconds), "dim", _ELAPSED)
+    """Elapsed time: "1:05"."""
+    return Piece(format_duration(seconds), "dim", _ELAPSED)
 
 
 def left(seconds: float | None) -> Iterator[Piece]:
-    """For how much longer, if that is known and it isn't over: "12:40 left"."""
+    """Remaining time, if known and not zero: "12:40 left"."""
     if seconds:
-        yield Piece(f"{duration(seconds)} left", "", _LEFT)
+        yield Piece(f"{format_duration(seconds)} left", "", _ETA)
 
 
 def ending(trainer: AbstractTrainer) -> Iterator[Piece]:
-    """Why a run ended before its time, if it did."""
+    """Why a run ended early, if it did."""
     error, step = trainer.exception, f"{trainer.global_step:,}"
     if isinstance(error, KeyboardInterrupt):
         yield Piece(f"interrupted at step {step}", "yellow")

@@ -1,4 +1,4 @@
-"""Facts: what a run consists of, in words; names, and a line or more for each."""
+"""Facts about a run for the trainer summary: device, layout, data, optimizers, callbacks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from dream_callbacks.summary.modules import num_elements
+from dream_callbacks.summary.model_rows import num_elements
 from dream_trainer.trainer import BaseTrainer
 
 _MOST_HOOKS = 4
 
 
-def facts_of(trainer: BaseTrainer) -> dict[str, list[str]]:
-    """What there is to say of a trainer that is set up, without what doesn't apply to it."""
+def run_facts(trainer: BaseTrainer) -> dict[str, list[str]]:
+    """Facts about a trainer that is set up: lines of text by name, without empty ones."""
     facts = {
         "run": [f"{trainer.project} / {trainer.group} / {trainer.experiment}"],
         "directory": [str(trainer.run_dir)],
@@ -41,13 +41,13 @@ def _resumes(trainer: BaseTrainer) -> list[str]:
     if not trainer.local_batches:
         return []
     epoch, batches = trainer.current_epoch + 1, trainer.counters.epoch_batches
-    done = f"{_counted(batches, 'batch')} of epoch {epoch} done"
+    done = f"{_plural(batches, 'batch')} of epoch {epoch} done"
     return [f"after step {trainer.global_step:,}, {done}"]
 
 
 def _device(device: torch.device) -> str:
     if device.type != "cuda":
-        threads = _counted(torch.get_num_threads(), "thread")
+        threads = _plural(torch.get_num_threads(), "thread")
         return f"{device}, {threads}, torch {torch.__version__}"
     properties = torch.cuda.get_device_properties(device)
     memory_gib = properties.total_memory / 2**30
@@ -59,13 +59,13 @@ def _layout(trainer: BaseTrainer) -> str:
     axes = [f"{axis} {size}" for axis, size in asdict(world.shape).items() if size > 1]
     extras = {
         "parameters offloaded to the host": parameters.cpu_offload,
-        "activations recomputed": parameters.checkpoint_activations,
+        "activation checkpointing": parameters.checkpoint_activations,
         "compiled": parameters.compile_model,
     }
     return ", ".join(
         [
             world.shape.layout,
-            _counted(world.world_size, "rank"),
+            _plural(world.world_size, "rank"),
             *([f"mesh {' × '.join(axes)}"] if axes else []),
             *(text for text, applies in extras.items() if applies),
         ]
@@ -89,13 +89,13 @@ def _training(trainer: BaseTrainer) -> str:
     parameters, num_batches = trainer.training_parameters, trainer.num_train_batches
     accumulation, texts = parameters.gradient_accumulation_steps, []
     if math.isfinite(parameters.epoch_limit):
-        texts.append(_counted(int(parameters.epoch_limit), "epoch"))
+        texts.append(_plural(int(parameters.epoch_limit), "epoch"))
     if parameters.max_steps is not None:
-        texts.append(f"at most {_counted(parameters.max_steps, 'step')}")
+        texts.append(f"at most {_plural(parameters.max_steps, 'step')}")
     if parameters.max_time is not None:
         texts.append(f"at most {parameters.max_time:g} s")
     if num_batches is not None:
-        texts.append(f"{_counted(math.ceil(num_batches / accumulation), 'step')} per epoch")
+        texts.append(f"{_plural(math.ceil(num_batches / accumulation), 'step')} per epoch")
     if accumulation > 1:
         texts.append(f"{accumulation} batches per step")
     if parameters.gradient_clip_val is not None:
@@ -122,23 +122,23 @@ def _validation(trainer: BaseTrainer) -> str:
     if loader is None:
         return "none"
     if not trainer.validates or parameters.val_every_n_steps == 0:
-        return "never, though there is a loader"
+        return "disabled, the loader is not used"
     steps = parameters.val_every_n_steps
     texts = [
         _loader(loader, trainer.num_val_batches),
-        "each epoch" if steps is None else f"every {_counted(steps, 'step')}",
+        "each epoch" if steps is None else f"every {_plural(steps, 'step')}",
     ]
     if parameters.num_sanity_val_steps:
-        texts.append(f"{_counted(parameters.num_sanity_val_steps, 'batch')} tried out first")
+        texts.append(f"sanity check of {_plural(parameters.num_sanity_val_steps, 'batch')}")
     return ", ".join(texts)
 
 
 def _loader(loader: Iterable[Any], num_batches: int | None) -> str:
-    count = "any number of batches" if num_batches is None else _counted(num_batches, "batch")
+    count = "any number of batches" if num_batches is None else _plural(num_batches, "batch")
     text = f"{type(loader).__name__}, {count}"
     if isinstance(loader, DataLoader):
         text += f" of {loader.batch_size}" if loader.batch_size is not None else ""
-        text += f", {_counted(loader.num_workers, 'worker')}" if loader.num_workers else ""
+        text += f", {_plural(loader.num_workers, 'worker')}" if loader.num_workers else ""
     return text
 
 
@@ -151,7 +151,7 @@ def _optimizer(name: str, optimizer: Optimizer) -> str:
         texts.append(
             f"lr {' to '.join(f'{rate:g}' for rate in dict.fromkeys((rates[0], rates[-1])))}"
         )
-    texts.append(f"{_counted(total, 'parameter')}")
+    texts.append(f"{_plural(total, 'parameter')}")
     if len(groups) > 1:
         texts.append(f"{len(groups)} groups")
     return f"{name}: {', '.join(texts)}"
@@ -176,7 +176,7 @@ def _callbacks(trainer: BaseTrainer) -> Iterator[str]:
 
 
 def _in_order(names: Iterable[str], hooks: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
-    """Names in the order in which they run, as far as that shows in the hooks."""
+    """Names sorted by their order of execution in the hooks."""
     waiting, done = list(names), set[str]()
     earlier = {
         name: {other for row in hooks.values() if name in row for other in row[: row.index(name)]}
@@ -189,7 +189,7 @@ def _in_order(names: Iterable[str], hooks: Mapping[str, tuple[str, ...]]) -> Ite
         yield name
 
 
-def _counted(count: int, what: str) -> str:
+def _plural(count: int, what: str) -> str:
     plural = "" if count == 1 else "es" if what.endswith("ch") and what != "epoch" else "s"
     return f"{count:,} {what}{plural}"
 

@@ -1,4 +1,4 @@
-"""What else is written while the bar is shown: whole lines, above it."""
+"""Redirection of other output while the bar is shown: whole lines, above the bar."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.ansi import AnsiDecoder
 from rich.text import Text
 
 
-class LinesAbove:
-    """Stands for a stream while a bar stands below what it writes.
+class LineStream:
+    """Replaces a terminal stream while the bar is shown.
 
-    Hands on whole lines. Of a line that was written over and over, as bars of other libraries do,
-    what it was in the end. All else is the stream's own.
+    Passes on whole lines. A line that was overwritten with carriage returns, as by progress bars
+    of other libraries, is passed on in its final state. Other attributes are those of the stream.
 
     Args:
         stream: The terminal's stream.
@@ -26,21 +26,23 @@ class LinesAbove:
     def __init__(self, stream: TextIO, write_line: Callable[[Text], None]) -> None:
         self._stream = stream
         self._write_line = write_line
-        self._decoder = AnsiDecoder()  # a colour may go on over several lines
-        self._begun = ""
-        self._is_finished = False
+        self._decoder = AnsiDecoder()  # a color may span several lines
+        self._partial_line = ""
+        self._is_closed = False
         self._lock = threading.RLock()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        if self._is_finished:  # somebody has kept it
+        if self._is_closed:  # a reference was kept
             return self._stream.write(text)
         with self._lock:
-            *lines, self._begun = (self._begun + text).split("\n")
-            # What a carriage return has made invisible needn't be kept until the line ends.
-            self._begun = self._begun[self._begun.rstrip("\r").rfind("\r") + 1 :]
+            *lines, self._partial_line = (self._partial_line + text).split("\n")
+            # Drop text that a carriage return has overwritten.
+            self._partial_line = self._partial_line[
+                self._partial_line.rstrip("\r").rfind("\r") + 1 :
+            ]
             for line in lines:
                 self._write_line(self._decoder.decode_line(_visible(line)))
         return len(text)
@@ -50,54 +52,58 @@ class LinesAbove:
             self.write(line)
 
     def flush(self) -> None:
-        if self._is_finished:  # before that, half a line has no place above the bar
+        if self._is_closed:  # before that, partial lines stay buffered
             self._stream.flush()
 
     def finish(self) -> None:
-        """Write what was begun of a line, and from now on to the stream itself."""
+        """Write the partial line; later writes go to the stream itself."""
         with self._lock:
-            self._is_finished = True
-            begun, self._begun = self._begun, ""
-        if begun:
-            self._write_line(self._decoder.decode_line(begun))
+            self._is_closed = True
+            partial_line, self._partial_line = self._partial_line, ""
+        if partial_line:
+            self._write_line(self._decoder.decode_line(partial_line))
 
 
-class Redirection:
-    """Leads stdout, stderr and the handlers of logging that write there to lines above a bar.
+class StdoutRedirect:
+    """Redirects stdout, stderr and logging handlers that write to them to lines above a bar.
 
-    stderr is led there only if it is a terminal, so that `2> errors.log` gets the errors.
+    Only terminals are redirected, so `2> errors.log` still gets the errors.
 
     Args:
-        write_line: As that of LinesAbove.
+        write_line: `write_line` of LineStream.
     """
 
     def __init__(self, write_line: Callable[[Text], None]) -> None:
         self._write_line = write_line
         self._originals: dict[str, TextIO] = {}
-        self._standins: dict[str, LinesAbove] = {}
+        self._replacements: dict[str, LineStream] = {}
 
     def start(self) -> None:
         for name in ("stdout", "stderr"):
             stream: TextIO | None = getattr(sys, name)
             if stream is not None and stream.isatty():
                 self._originals[name] = stream
-                self._standins[name] = LinesAbove(stream, self._write_line)
-                setattr(sys, name, cast(TextIO, self._standins[name]))
-        # A handler made before writes to the stream of that time, past sys.stderr.
-        self._replace_in_handlers({id(self._originals[n]): self._standins[n] for n in self._names})
+                self._replacements[name] = LineStream(stream, self._write_line)
+                setattr(sys, name, cast(TextIO, self._replacements[name]))
+        # Existing handlers hold the original stream, not sys.stderr.
+        self._replace_in_handlers(
+            {id(self._originals[n]): self._replacements[n] for n in self._names}
+        )
 
     def stop(self) -> None:
         for name in self._names:
-            if getattr(sys, name) is self._standins[name]:
+            if getattr(sys, name) is self._replacements[name]:
                 setattr(sys, name, self._originals[name])
-        self._replace_in_handlers({id(self._standins[n]): self._originals[n] for n in self._names})
-        for standin in self._standins.values():
-            standin.finish()
-        self._originals, self._standins = {}, {}
+        self._replace_in_handlers(
+            {id(self._replacements[n]): self._originals[n] for n in self._names}
+        )
+        for replacement in self._replacements.values():
+            replacement.finish()
+        self._originals, self._replacements = {}, {}
 
     @property
     def _names(self) -> tuple[str, ...]:
-        return tuple(self._standins)
+        return tuple(self._replacements)
 
     def _replace_in_handlers(self, replacements: dict[int, Any]) -> None:
         for handler in _stream_handlers():
@@ -108,12 +114,12 @@ class Redirection:
 def _stream_handlers() -> Iterator[logging.StreamHandler[Any]]:
     loggers = [logging.root, *logging.root.manager.loggerDict.values()]
     for logger in loggers:
-        if isinstance(logger, logging.Logger):  # others hold the place of a name's parent
+        if isinstance(logger, logging.Logger):  # the others are placeholders
             for handler in logger.handlers:
                 if isinstance(handler, logging.StreamHandler):
                     yield handler
 
 
 def _visible(line: str) -> str:
-    """What a terminal shows of a line in the end."""
+    """The text of a line that remains visible in a terminal."""
     return line.rstrip("\r").rpartition("\r")[2] if "\r" in line else line

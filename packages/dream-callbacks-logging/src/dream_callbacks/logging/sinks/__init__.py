@@ -1,4 +1,4 @@
-"""Where logged values go: JSON lines, TensorBoard, Weights & Biases."""
+"""Sinks for logged values: JSON lines, TensorBoard, Weights & Biases."""
 
 from dream_callbacks.logging.sinks.background import BackgroundSink
 from dream_callbacks.logging.sinks.base import DeferredSink, Histogram, LoggedRun, OpenedSink

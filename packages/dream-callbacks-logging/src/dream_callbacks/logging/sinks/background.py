@@ -1,8 +1,8 @@
-"""BackgroundSink: a slow sink on a thread of its own, behind a queue that can't grow for ever.
+"""BackgroundSink: runs a slow sink on its own thread, behind a bounded queue.
 
-Whatever the sink does, a call costs the training thread the time to put something on a queue: a
-server that doesn't answer, a child process that is frozen or killed, a slow disk are the thread's
-trouble. What can't be taken any more is dropped and counted, and said once in the log.
+A call costs the training thread one put on a queue. An unresponsive server, a frozen or killed
+child process or a slow disk only block the sink's thread. Calls that don't fit in the queue are
+dropped and counted, with one warning in the log.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dream_callbacks.logging.frames import images_of, png_of_figure, videos_of
+from dream_callbacks.logging.frames import figure_png, image_frames, video_frames
 from dream_callbacks.logging.sinks.base import Histogram, OpenedSink
 
 logger = logging.getLogger(__name__)
@@ -26,24 +26,24 @@ _Action = Callable[[OpenedSink], None]
 
 _MOST_FAILURES_IN_A_ROW = 3
 _IDLE_S = 1.0
-"""An empty queue for this long lets the sink flush."""
+"""The sink is flushed after the queue has been empty for this long."""
 
 _DRAIN_S = 30.0
-"""What waits on the queue at the end of a run has this long."""
+"""Time limit for the calls on the queue at the end of a run."""
 
 
 class BackgroundSink(OpenedSink):
     """Runs another sink on a daemon thread.
 
     Args:
-        name: In messages.
+        name: Name of the sink in messages.
         open_sink: Opens the sink; called on the thread.
-        abort: Breaks whatever the thread is waiting for; called when it doesn't come to an end.
-        start_timeout_s: How long the constructor waits for `open_sink`. If it takes longer, it
-            goes on in the background.
-        open_timeout_s: `open_sink` is given up if it takes longer and the run ends.
-        stall_timeout_s: So is any other call.
-        capacity: Calls that may wait; more are dropped.
+        abort: Unblocks the thread; called if it doesn't finish in time.
+        start_timeout_s: How long the constructor waits for `open_sink`, which then continues in
+            the background.
+        open_timeout_s: At the end of a run, `open_sink` is abandoned after this time.
+        stall_timeout_s: The same for any other call.
+        capacity: Maximum number of queued calls; more are dropped.
     """
 
     def __init__(
@@ -87,16 +87,16 @@ class BackgroundSink(OpenedSink):
         self._put(lambda sink: sink.log_histogram(name, histogram, step))
 
     def log_images(self, name: str, images: Any, step: int, captions: Any = None) -> None:
-        # Read now: the tensor may change, and its device memory be needed, before the thread runs.
-        frames = images_of(images)
+        # Copied now: the tensor may change, or its device memory be freed, before the thread runs.
+        frames = image_frames(images)
         self._put(lambda sink: sink.log_images(name, frames, step, captions))
 
     def log_videos(self, name: str, videos: Any, step: int, fps: int = 8) -> None:
-        frames = videos_of(videos)
+        frames = video_frames(videos)
         self._put(lambda sink: sink.log_videos(name, frames, step, fps))
 
     def log_plot(self, name: str, figure: Any, step: int) -> None:
-        picture = png_of_figure(figure)
+        picture = figure_png(figure)
         self._put(lambda sink: sink.log_plot(name, picture, step))
 
     def log_config(self, config: Mapping[str, Any]) -> None:
@@ -109,7 +109,7 @@ class BackgroundSink(OpenedSink):
         self._put(lambda sink: sink.flush())
 
     def close(self, error: BaseException | None = None) -> None:
-        """Let the thread do what waits, then close the sink, as long as the timeouts allow."""
+        """Process the queued calls, then close the sink, within the timeouts."""
         if os.getpid() != self._pid or self._is_closing:
             return
         self._error = error
@@ -125,8 +125,8 @@ class BackgroundSink(OpenedSink):
             self._thread.join(0.02)
         if self._thread.is_alive():
             logger.warning(
-                "%s doesn't finish (%d calls wait, one takes %.0f s): given up; nothing else of "
-                "the run is affected",
+                "%s did not finish (%d calls queued, one has taken %.0f s) and was abandoned; the "
+                "rest of the run is not affected",
                 self._name,
                 self._queue.qsize(),
                 self._busy_for_s(),
@@ -136,11 +136,11 @@ class BackgroundSink(OpenedSink):
             self._abort()
             self._thread.join(2.0)
         if self._num_dropped:
-            logger.warning("%s: %d calls were dropped in all", self._name, self._num_dropped)
+            logger.warning("%s: %d calls were dropped in total", self._name, self._num_dropped)
 
     def _put(self, action: _Action) -> None:
         if os.getpid() != self._pid or self._is_closing:
-            return  # a forked loader worker, or too late
+            return  # a forked loader worker, or closed
         if self._is_dead:
             self._num_dropped += 1
             return
@@ -150,17 +150,17 @@ class BackgroundSink(OpenedSink):
             self._num_dropped += 1
             self._warn_once(
                 "full",
-                f"{self._queue.maxsize} calls wait and it takes no more; what is logged until it "
-                "answers is dropped here, not from other sinks",
+                f"the queue is full ({self._queue.maxsize} calls); calls are dropped until it "
+                "responds; other sinks are not affected",
             )
         if self._busy_for_s() > self._patience_s():
             self._warn_once(
                 "stalled",
-                f"hasn't answered for {self._busy_for_s():.0f} s; training goes on without it",
+                f"hasn't responded for {self._busy_for_s():.0f} s; training continues without it",
             )
 
     def _patience_s(self) -> float:
-        """How long the thread may take for what it does now."""
+        """Time limit of the call that the thread is making now."""
         if self._sink is None:
             return self._open_timeout_s
         if self._sink_is_closing:
@@ -189,18 +189,18 @@ class BackgroundSink(OpenedSink):
             what = "failed"
             self._serve(self._sink)
             if self._is_dead:
-                return  # given up meanwhile
+                return  # abandoned by `close`
             what = "couldn't be closed"
             self._busy_since_s, self._sink_is_closing = time.monotonic(), True
             self._sink.close(self._error)
-        except Exception as error:  # noqa: BLE001  # a tracker must not end the run
+        except Exception as error:  # noqa: BLE001  # a failing tracker must not end the run
             self._give_up(what, error)
 
     def _serve(self, sink: OpenedSink) -> None:
-        """Do what is on the queue until told to stop.
+        """Process the queue until it is closed.
 
         Raises:
-            Exception: What the sink raised, if there is no hope that the next call will do.
+            Exception: The sink's error, after a lost connection or several failures in a row.
         """
         num_failures = 0
         while not self._is_dead and (action := self._next_action()) is not None:
@@ -213,7 +213,7 @@ class BackgroundSink(OpenedSink):
                 if isinstance(error, ConnectionError) or num_failures >= _MOST_FAILURES_IN_A_ROW:
                     raise
                 self._warn_once(
-                    type(error).__name__, f"left out what it can't take: {error!r:.300}"
+                    type(error).__name__, f"a value it can't log was left out: {error!r:.300}"
                 )
             finally:
                 self._busy_since_s = None
@@ -228,4 +228,6 @@ class BackgroundSink(OpenedSink):
         if not self._is_dead:
             self._is_dead = True
             self._num_dropped += sum(action is not None for action in list(self._queue.queue))
-            self._warn_once("dead", f"{what} and is off for the rest of the run: {error!r:.500}")
+            self._warn_once(
+                "disabled", f"{what} and is disabled for the rest of the run: {error!r:.500}"
+            )

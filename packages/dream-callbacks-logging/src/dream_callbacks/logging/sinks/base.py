@@ -1,4 +1,4 @@
-"""What a sink is: a description that can be opened for a run, and what opening it gives."""
+"""Base classes of sinks: a deferred sink, and the opened sink that it returns for a run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class LoggedRun:
     """The run that a sink is opened for.
 
     Args:
-        project: First folder of the run directory.
-        group: Second folder.
-        experiment: Third folder.
-        run_dir: Where the run writes; needn't exist yet.
-        step: Optimizer steps done. Above 0, the run continues: what was logged for later steps
-            by a session that crashed is about to be logged again.
+        project: First component of the run directory.
+        group: Second component.
+        experiment: Third component.
+        run_dir: Run directory; may not exist yet.
+        step: Completed optimizer steps. Above 0, the run is resumed: values that a crashed
+            session logged for later steps will be logged again.
     """
 
     project: str
@@ -31,13 +31,13 @@ class LoggedRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Histogram:
-    """How values are distributed.
+    """Histogram of the values of a tensor.
 
     Args:
-        counts: Values in each bin; estimates where only a part was counted.
-        edges: Of the bins, one more than `counts`, evenly spaced and rising.
+        counts: Number of values in each bin; an estimate if the tensor was subsampled.
+        edges: Edges of the bins, one more than `counts`, evenly spaced and ascending.
         total: Sum of all values.
-        total_of_squares: Sum of their squares.
+        total_of_squares: Sum of the squares of all values.
     """
 
     counts: Sequence[float]
@@ -47,59 +47,59 @@ class Histogram:
 
 
 class OpenedSink:
-    """Takes values until it is closed. What a sink doesn't override, it leaves out.
+    """Receives values until it is closed. Methods that aren't overridden discard their values.
 
-    No method raises for a value that the sink can't hold, nor for a disk or server that fails:
-    it says so once in the log, and training goes on.
+    No method raises for a value that the sink can't store, or for a disk or server that fails:
+    it logs one warning and training continues.
     """
 
     close_timeout_s: float = 10.0
-    """How long `close` may take; on a background thread it is given up then."""
+    """Time limit of `close` on a background thread, in seconds."""
 
     def log_scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Take numbers by name."""
+        """Log numbers by name."""
 
     def log_histogram(self, name: str, histogram: Histogram, step: int) -> None:
-        """Take a distribution."""
+        """Log a histogram."""
 
     def log_images(self, name: str, images: Any, step: int, captions: Any = None) -> None:
-        """Take images: `(batch, channels, height, width)`, 0 to 1 or uint8."""
+        """Log images: `(batch, channels, height, width)`, 0 to 1 or uint8."""
 
     def log_videos(self, name: str, videos: Any, step: int, fps: int = 8) -> None:
-        """Take videos: `(batch, time, channels, height, width)`, 0 to 1 or uint8."""
+        """Log videos: `(batch, time, channels, height, width)`, 0 to 1 or uint8."""
 
     def log_plot(self, name: str, figure: Any, step: int) -> None:
-        """Take a matplotlib figure."""
+        """Log a matplotlib figure."""
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        """Take what the run was started with, as plain nested data."""
+        """Log the config of the run, as nested data."""
 
     def log_code(self, directory: Path) -> None:
-        """Take the source files below a directory."""
+        """Log the source files below a directory."""
 
     def flush(self) -> None:
-        """Write out what is still in memory."""
+        """Write buffered values."""
 
     def close(self, error: BaseException | None = None) -> None:
-        """Write out everything and let go.
+        """Write buffered values and release all resources.
 
         Args:
-            error: What ended the run before its time, if anything did.
+            error: The exception that ended the run, if any.
         """
 
 
 class DeferredSink(ABC):
-    """Where logged values go, as a description: nothing is opened until a run begins.
+    """Options of a sink, which is opened when a run begins.
 
-    The same description may be opened for several runs, one after the other, and be copied.
+    Can be copied, and opened for several runs one after the other.
     """
 
     survives_crash = True
-    """Whether a line is safe once it was logged. Beside a sink that can't say so, LoggerCallback
-    writes JSON lines."""
+    """Whether logged values survive a crash. If no sink guarantees it, LoggerCallback adds JSON
+    lines."""
 
-    def check(self) -> None:  # noqa: B027  # most sinks need nothing
-        """See that what `open` needs is installed; called before anything is launched.
+    def check(self) -> None:  # noqa: B027  # most sinks need no library
+        """Check that the libraries that `open` needs are installed; called before launch.
 
         Raises:
             ImportError: If a library is missing.
@@ -107,8 +107,8 @@ class DeferredSink(ABC):
 
     @abstractmethod
     def open(self, run: LoggedRun) -> OpenedSink:
-        """Open it for a run; called on global rank 0 alone.
+        """Open the sink for a run; called on global rank 0 only.
 
         Raises:
-            OSError: If nothing can be written there.
+            OSError: If it can't be written.
         """

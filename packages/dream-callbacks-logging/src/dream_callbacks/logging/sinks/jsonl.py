@@ -1,13 +1,13 @@
-"""JSONLinesSink: a line of JSON for each call, safe on disk's side of the process at once.
+"""JSONLinesSink: one line of JSON per call, in the page cache when the call returns.
 
 Lines with numbers::
 
     {"step": 40, "time": 1767225600.25, "train/loss": 2.31, "epoch": 0.5}
 
-All others have an "event": "start" (a session; what an earlier one logged for later steps is
-superseded), "config", "code", "images", "videos", "plot", "histogram", "end". Pictures are PNG
-files beside the log. NaN and infinities are the strings "NaN", "Infinity", "-Infinity", since
-JSON has no numbers for them: every JSON reader takes the line, and float() the string.
+All others have an "event": "start" (a new session, which supersedes earlier lines for later
+steps), "config", "code", "images", "videos", "plot", "histogram", "end". Images are PNG files next
+to the log. NaN and infinities are the strings "NaN", "Infinity", "-Infinity", since JSON has no
+numbers for them: every JSON parser reads the line, and float() parses the string.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 
-from dream_callbacks.logging.frames import images_of, png_of_figure, videos_of
+from dream_callbacks.logging.frames import figure_png, image_frames, video_frames
 from dream_callbacks.logging.history import LOG_NAME, START
 from dream_callbacks.logging.png import animated_png
 from dream_callbacks.logging.sinks.base import DeferredSink, Histogram, LoggedRun, OpenedSink
 from dream_callbacks.logging.source_files import short_digest, source_files
-from dream_callbacks.logging.to_jsonable import as_number, plain, spelled
+from dream_callbacks.logging.to_jsonable import as_number, encode_non_finite, to_jsonable
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +39,11 @@ _RESERVED = frozenset({"step", "time", "event"})
 class JSONLinesSink(DeferredSink):
     """Appends to a file of JSON lines; `read_jsonl` reads it back.
 
-    Each line is one system call: a killed process has lost none. Pictures, and a zip of the code
-    if it is logged, lie beside the file.
+    Each line is one system call, so a killed process loses none. Images, and a zip of the code if
+    it is logged, are stored next to the file.
 
     Args:
-        path: Relative to the run's directory.
+        path: Path relative to the run directory.
     """
 
     def __init__(self, path: str | os.PathLike[str] = LOG_NAME) -> None:
@@ -64,7 +64,7 @@ class _JSONLinesFile(OpenedSink):
         self._file: int | None = os.open(
             path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644
         )
-        # A line that a full disk or a power failure cut off must not swallow the next one.
+        # A line truncated by a full disk or a power failure must not swallow the next one.
         self._is_cut_off = _ends_inside_line(path)
         self._write(
             {
@@ -86,7 +86,7 @@ class _JSONLinesFile(OpenedSink):
             number = as_number(value)
             key = str(name)
             line[f"{key}_" if key in _RESERVED else key] = (
-                plain(value) if number is None else number
+                to_jsonable(value) if number is None else number
             )
         self._write(line, step)
 
@@ -102,22 +102,22 @@ class _JSONLinesFile(OpenedSink):
 
     def log_images(self, name: str, images: Any, step: int, captions: Any = None) -> None:
         if os.getpid() == self._pid:
-            files = [frame.png for frame in images_of(images)]
-            more = {} if captions is None else {"captions": plain(captions)}
+            files = [frame.png for frame in image_frames(images)]
+            more = {} if captions is None else {"captions": to_jsonable(captions)}
             self._write_files("images", name, files, step, more)
 
     def log_videos(self, name: str, videos: Any, step: int, fps: int = 8) -> None:
         if os.getpid() == self._pid:
-            files = [animated_png(frames, fps) for frames in videos_of(videos)]
+            files = [animated_png(frames, fps) for frames in video_frames(videos)]
             self._write_files("videos", name, files, step, {"fps": fps})
 
     def log_plot(self, name: str, figure: Any, step: int) -> None:
         if os.getpid() == self._pid:
-            picture = png_of_figure(figure)
+            picture = figure_png(figure)
             self._write_files("plot", name, [picture] if picture else [], step, {})
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        self._write({"event": "config", "config": plain(config)}, self._step)
+        self._write({"event": "config", "config": to_jsonable(config)}, self._step)
 
     def log_code(self, directory: Path) -> None:
         if os.getpid() != self._pid:
@@ -139,7 +139,7 @@ class _JSONLinesFile(OpenedSink):
         if self._file is None or os.getpid() != self._pid:
             return
         text = None if error is None else f"{type(error).__name__}: {error}"
-        self._write({"event": "end", "error": plain(text)}, self._step)
+        self._write({"event": "end", "error": to_jsonable(text)}, self._step)
         os.close(self._file)
         self._file = None
 
@@ -165,16 +165,16 @@ class _JSONLinesFile(OpenedSink):
         return True
 
     def _write(self, line: Mapping[str, Any], step: int) -> None:
-        """Append a line; never raises for its content or the disk."""
+        """Append a line; never raises for its content or a disk error."""
         if self._file is None or os.getpid() != self._pid:
             return  # closed, or a forked loader worker
-        self._step = step = as_number(step) or 0  # type: ignore[assignment]  # a whole number
+        self._step = step = as_number(step) or 0  # type: ignore[assignment]  # an integer
         head = {"step": step, "time": round(time.time(), 3)}
         try:
             text = json.dumps({**head, **line}, allow_nan=False)
         except (ValueError, TypeError):
-            # The rare line: json tells what it can't spell faster than we could look.
-            text = json.dumps(spelled(plain({**head, **line})))
+            # Rare: letting json fail is faster than checking each value.
+            text = json.dumps(encode_non_finite(to_jsonable({**head, **line})))
         data = f"\n{text}\n".encode() if self._is_cut_off else f"{text}\n".encode()
         try:
             num_written = os.write(self._file, data)
@@ -183,13 +183,13 @@ class _JSONLinesFile(OpenedSink):
             return
         self._is_cut_off = num_written < len(data)
         if self._is_cut_off:
-            self._lost(OSError(f"{num_written} of {len(data)} bytes were written; no space left?"))
+            self._lost(OSError(f"{num_written} of {len(data)} bytes written; is the disk full?"))
 
     def _lost(self, error: OSError) -> None:
         self._num_lost += 1
         if self._num_lost == 1:
             logger.warning(
-                "%s can't be written: %s; training goes on, and so do later lines if they can",
+                "%s can't be written: %s; training continues, and later lines are still tried",
                 self._path,
                 error,
             )
@@ -204,6 +204,6 @@ def _ends_inside_line(path: Path) -> bool:
 
 
 def _safe_name(name: str) -> str:
-    """A relative path without dots or other surprises; slashes make folders."""
+    """A safe relative path for a name; slashes separate directories."""
     parts = [re.sub(r"[^\w.-]", "_", part).strip(".") for part in str(name).split("/")]
     return "/".join(part[:100] for part in parts if part) or "unnamed"

@@ -9,23 +9,23 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dream_callbacks.logging.frames import images_of, png_of_figure, videos_of
+from dream_callbacks.logging.frames import figure_png, image_frames, video_frames
 from dream_callbacks.logging.png import Frame, animated_png
 from dream_callbacks.logging.sinks.background import BackgroundSink
 from dream_callbacks.logging.sinks.base import DeferredSink, Histogram, LoggedRun, OpenedSink
 from dream_callbacks.logging.source_files import source_files
-from dream_callbacks.logging.to_jsonable import as_number, plain, spelled
+from dream_callbacks.logging.to_jsonable import as_number, encode_non_finite, to_jsonable
 
 
 class TensorBoardSink(DeferredSink):
-    """Writes events for TensorBoard, on a thread of its own.
+    """Writes events for TensorBoard, on its own thread.
 
-    A run that resumes hides the events after the step that it resumed at, as its steps come
-    again.
+    A resumed run hides earlier events after the step at which it resumed, since these steps are
+    logged again.
 
     Args:
-        directory: Relative to the run's directory.
-        flush_s: A killed process has lost at most so many seconds.
+        directory: Directory relative to the run directory.
+        flush_s: A killed process loses at most this many seconds.
     """
 
     survives_crash = False
@@ -45,8 +45,8 @@ class TensorBoardSink(DeferredSink):
 
     def open(self, run: LoggedRun) -> OpenedSink:
         self.check()
-        # Here and not on the thread: a process that forks while a module is half imported
-        # hangs in its child.
+        # Not on the thread: if the process forks while the thread holds an import lock, the child
+        # hangs.
         from torch.utils.tensorboard import SummaryWriter
 
         directory = run.run_dir / self.directory
@@ -60,7 +60,7 @@ class TensorBoardSink(DeferredSink):
 
 
 class _EventFile(OpenedSink):
-    """Runs on the thread of a BackgroundSink: what it raises is handled there."""
+    """Runs on the thread of a BackgroundSink, which handles its errors."""
 
     def __init__(self, writer: Any, run: LoggedRun) -> None:
         self._writer = writer
@@ -86,24 +86,24 @@ class _EventFile(OpenedSink):
         )
 
     def log_images(self, name: str, images: Any, step: int, captions: Any = None) -> None:
-        for index, frame in enumerate(images_of(images)):
+        for index, frame in enumerate(image_frames(images)):
             self._add_picture(f"{name}/{index}", frame, frame.png, step)
         if captions is not None:
-            self._add_text(f"{name}/captions", plain(captions), step)
+            self._add_text(f"{name}/captions", to_jsonable(captions), step)
 
     def log_videos(self, name: str, videos: Any, step: int, fps: int = 8) -> None:
-        for index, frames in enumerate(videos_of(videos)):
+        for index, frames in enumerate(video_frames(videos)):
             self._add_picture(f"{name}/{index}", frames[0], animated_png(frames, fps), step)
 
     def log_plot(self, name: str, figure: Any, step: int) -> None:
-        picture = png_of_figure(figure)
+        picture = figure_png(figure)
         if picture:
-            width = int.from_bytes(picture[16:20], "big")  # where a PNG has its size
+            width = int.from_bytes(picture[16:20], "big")  # size in the PNG header
             height = int.from_bytes(picture[20:24], "big")
             self._add_picture(name, Frame(width, height, 3, b""), picture, step)
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        self._add_text("config", plain(config), self._run.step)
+        self._add_text("config", to_jsonable(config), self._run.step)
 
     def log_code(self, directory: Path) -> None:
         sources = source_files(directory, leave_out=self._run.run_dir)
@@ -118,12 +118,12 @@ class _EventFile(OpenedSink):
         self._writer.close()
 
     def _add_text(self, name: str, value: Any, step: int) -> None:
-        text = value if isinstance(value, str) else json.dumps(spelled(value), indent=2)
-        self._writer.add_text(name, f"```\n{text}\n```", step)  # a block of code in Markdown
+        text = value if isinstance(value, str) else json.dumps(encode_non_finite(value), indent=2)
+        self._writer.add_text(name, f"```\n{text}\n```", step)  # a Markdown code block
 
     def _add_picture(self, name: str, frame: Frame, encoded: bytes, step: int) -> None:
-        # add_image would decode and encode again; a browser plays animated PNGs, for which
-        # add_video would need moviepy.
+        # add_image would decode and re-encode; add_video would need moviepy, while browsers play
+        # animated PNGs.
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         image = Summary.Image(

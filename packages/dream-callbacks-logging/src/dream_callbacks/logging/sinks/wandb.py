@@ -1,9 +1,9 @@
-"""WandBSink: a run of Weights & Biases, online or offline, that can't hold training up.
+"""WandBSink: a Weights & Biases run, online or offline, that never blocks training.
 
-wandb hands everything to a process of its own, wandb-core, and waits for it. Here a thread does
-that waiting: whether the server is out of reach, or wandb-core frozen or killed, a call costs the
-training thread the same microseconds. The x axis is `global_step`, a value beside the others:
-wandb drops what comes with a step of its own that doesn't grow.
+wandb sends everything to a child process, wandb-core, and waits for it. Here a background thread
+waits instead: if the server is unreachable, or wandb-core is frozen or killed, a call still costs
+the training thread the same microseconds. The x axis is `global_step`, logged as a value: wandb
+drops rows whose own step doesn't increase.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from dream_callbacks.logging.frames import images_of, png_of_figure, videos_of
+from dream_callbacks.logging.frames import figure_png, image_frames, video_frames
 from dream_callbacks.logging.png import Frame
 from dream_callbacks.logging.sinks.background import BackgroundSink
 from dream_callbacks.logging.sinks.base import DeferredSink, Histogram, LoggedRun, OpenedSink
 from dream_callbacks.logging.sinks.wandb_service import kill_services, running_services
 from dream_callbacks.logging.source_files import source_files
-from dream_callbacks.logging.to_jsonable import as_number, plain, spelled
+from dream_callbacks.logging.to_jsonable import as_number, encode_non_finite, to_jsonable
 
 logger = logging.getLogger(__name__)
 
@@ -40,35 +40,35 @@ _OFFLINE_CLOSE_S = 10.0
 _PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 _own_runs: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Runs opened here. Any other active one is the user's: it is logged to, and left open."""
+"""Runs opened here. Any other active run is the user's: it is logged to but not finished."""
 
 
 class WandBSink(DeferredSink):
     """Logs to Weights & Biases.
 
-    Without a key, or while the server can't be reached, the run is logged offline, below the
-    run's directory; `wandb sync` uploads it later. A run that resumes goes on under its id, which
-    is kept in `wandb-run.json` in the run's directory. If the script has called `wandb.init`
-    itself, that run is used, and left for the script to finish.
+    Without an API key, or if the server is unreachable, the run is logged offline below the run
+    directory; `wandb sync` uploads it later. A resumed run keeps its id, which is stored in
+    `wandb-run.json` in the run directory. If the script has called `wandb.init` itself, that run
+    is used, and the script must finish it.
 
     Args:
-        mode: "online", "offline" or "disabled". Default: as wandb's settings say (WANDB_MODE,
+        mode: "online", "offline" or "disabled". Default: wandb's own setting (WANDB_MODE,
             `wandb offline`).
-        project: Default: the trainer's.
-        entity: Default: that of the account.
-        group: Default: the trainer's.
-        name: Default: the trainer's `experiment`.
-        id: Default: drawn, and kept for resuming.
-        tags: Of the run.
-        notes: Of the run.
-        job_type: Of the run.
-        settings: More of `wandb.Settings`.
-        init_timeout_s: How long the server may take to answer; the run is offline then.
-            Training waits for 5 s of it.
+        project: Default: the trainer's project.
+        entity: Default: the account's default entity.
+        group: Default: the trainer's group.
+        name: Default: the trainer's experiment.
+        id: Default: a random id, stored for resuming.
+        tags: Tags of the run.
+        notes: Notes of the run.
+        job_type: Job type of the run.
+        settings: Further arguments of `wandb.Settings`.
+        init_timeout_s: How long to wait for the server before logging offline. Training waits
+            for at most 5 s of it.
         finish_timeout_s: How long uploading may take at the end; `wandb sync` uploads the rest.
 
     Raises:
-        ValueError: If the mode is none of these.
+        ValueError: If `mode` is unknown.
     """
 
     survives_crash = False
@@ -81,7 +81,7 @@ class WandBSink(DeferredSink):
         entity: str | None = None,
         group: str | None = None,
         name: str | None = None,
-        id: str | None = None,  # noqa: A002  # as wandb calls it
+        id: str | None = None,  # noqa: A002  # wandb's name for it
         tags: Sequence[str] = (),
         notes: str | None = None,
         job_type: str | None = None,
@@ -91,7 +91,7 @@ class WandBSink(DeferredSink):
     ) -> None:
         if mode not in (None, "online", "offline", "disabled"):
             raise ValueError(
-                f'mode={mode!r}: "online", "offline", "disabled" or None for wandb\'s own setting '
+                f'mode={mode!r}: "online", "offline", "disabled" or None (wandb\'s own setting) '
                 "is required"
             )
         self.mode = mode
@@ -113,8 +113,8 @@ class WandBSink(DeferredSink):
 
     def open(self, run: LoggedRun) -> WandBRun:
         self.check()
-        # Here and not on the thread: a process that forks while a module is half imported
-        # hangs in its child.
+        # Not on the thread: if the process forks while the thread holds an import lock, the child
+        # hangs.
         import wandb
 
         run.run_dir.mkdir(parents=True, exist_ok=True)
@@ -125,44 +125,44 @@ class WandBRun(BackgroundSink):
     """An opened WandBSink.
 
     Args:
-        sink: What to open.
-        run: What is logged.
-        wandb: The library.
+        sink: The sink to open.
+        run: The run to log.
+        wandb: The wandb module.
     """
 
     def __init__(self, sink: WandBSink, run: LoggedRun, wandb: Any) -> None:
         self._run: Any = None
         self._wandb = wandb
-        services = running_services()  # not ours to kill
+        services = running_services()  # started by the user: never killed here
 
-        def opened() -> OpenedSink:
+        def open_connection() -> OpenedSink:
             connection = _Connection(sink, run, wandb, services)
             self._run = connection.run
             return connection
 
         super().__init__(
             "W&B",
-            opened,
+            open_connection,
             abort=lambda: kill_services(running_services() - services),
             open_timeout_s=2.0 * sink.init_timeout_s + 30.0,
         )
 
     @property
     def run(self) -> Any:
-        """The `wandb.Run`; None until it is open, and if it couldn't be opened.
+        """The `wandb.Run`; None until it is open, or if opening failed.
 
-        Its own methods wait for wandb-core, unlike those of this sink.
+        Its methods wait for wandb-core, unlike those of this sink.
         """
         return self._run
 
     def _give_up(self, what: str, error: Exception) -> None:
         super()._give_up(what, error)
-        if isinstance(error, ConnectionError):  # what the end of wandb-core looks like from here
+        if isinstance(error, ConnectionError):  # wandb-core has exited
             _tear_down(self._wandb)
 
 
 class _Connection(OpenedSink):
-    """Runs on the thread of a BackgroundSink: what it raises is handled there."""
+    """Runs on the thread of a BackgroundSink, which handles its errors."""
 
     def __init__(self, sink: WandBSink, logged: LoggedRun, wandb: Any, services: set[int]) -> None:
         self._sink = sink
@@ -174,8 +174,8 @@ class _Connection(OpenedSink):
         self._copied: list[Path] = []
         active = wandb.run
         self._is_own = active is None or active in _own_runs
-        self._id = self._chosen_id() if self._is_own else None
-        self.run = self._opened() if self._is_own else active
+        self._id = self._run_id() if self._is_own else None
+        self.run = self._open_run() if self._is_own else active
         if self._is_own:
             _own_runs.add(self.run)
         is_offline = self.run.settings.mode != "online"
@@ -192,7 +192,7 @@ class _Connection(OpenedSink):
         self._add({name: self._wandb.Histogram(np_histogram=bins)}, step)
 
     def log_images(self, name: str, images: Any, step: int, captions: Any = None) -> None:
-        pictures = [_pil_image(frame) for frame in images_of(images)]
+        pictures = [_pil_image(frame) for frame in image_frames(images)]
         texts = _captions(captions, len(pictures))
         wandb_images = [
             self._wandb.Image(picture, caption=text)
@@ -204,7 +204,7 @@ class _Connection(OpenedSink):
         folder = self._logged.run_dir / "wandb" / "to-log"
         folder.mkdir(parents=True, exist_ok=True)
         wandb_videos = []
-        for frames in videos_of(videos):
+        for frames in video_frames(videos):
             first, *others = [_pil_image(frame) for frame in frames]
             path = folder / f"{secrets.token_hex(8)}.gif"
             duration_ms = 1000 // max(1, fps)
@@ -216,13 +216,13 @@ class _Connection(OpenedSink):
     def log_plot(self, name: str, figure: Any, step: int) -> None:
         from PIL import Image
 
-        picture = png_of_figure(figure)
+        picture = figure_png(figure)
         if picture:
             self._add({name: self._wandb.Image(Image.open(io.BytesIO(picture)))}, step)
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        # wandb writes text, so NaN must be spelled; a resumed run may have changed values.
-        self.run.config.update(spelled(plain(config)), allow_val_change=True)
+        # wandb stores JSON, which has no NaN; a resumed run may have changed values.
+        self.run.config.update(encode_non_finite(to_jsonable(config)), allow_val_change=True)
 
     def log_code(self, directory: Path) -> None:
         sources = source_files(directory, leave_out=self._logged.run_dir)
@@ -244,7 +244,7 @@ class _Connection(OpenedSink):
             self.run.finish(exit_code=_exit_code(error))
 
     def _add(self, values: Mapping[str, Any], step: int) -> None:
-        """Gather what belongs to one step, so that it becomes one row."""
+        """Collect the values of one step, so that they become one row."""
         if step != self._pending_step or not values.keys().isdisjoint(self._pending):
             self.flush()
         self._pending_step = step
@@ -252,24 +252,24 @@ class _Connection(OpenedSink):
 
     # Opening
 
-    def _opened(self) -> Any:
+    def _open_run(self) -> Any:
         mode = self._sink.mode or str(self._wandb.setup().settings.mode)
-        if mode == "online" and not has_key(self._wandb):
+        if mode == "online" and not has_api_key(self._wandb):
             logger.warning(
-                "W&B has no key, so the run is logged offline; `wandb login` gives it one, and "
+                "W&B has no API key, so the run is logged offline; `wandb login` sets a key, and "
                 "`wandb sync` uploads the run"
             )
             mode = "offline"
         if mode == "online":
             try:
                 return self._init(mode)
-            except Exception as error:  # noqa: BLE001  # whatever it is, offline is what is left
+            except Exception as error:  # noqa: BLE001  # after any error, log offline
                 logger.warning(
-                    "W&B's server isn't reached (%s), so the run is logged offline; `wandb sync` "
-                    "uploads it",
+                    "the W&B server can't be reached (%s), so the run is logged offline; "
+                    "`wandb sync` uploads it",
                     str(error).partition("\n")[0],
                 )
-                # wandb-core keeps the run's id taken until it ends.
+                # wandb-core holds the run's id until it exits.
                 kill_services(running_services() - self._services)
                 _tear_down(self._wandb)
                 mode = "offline"
@@ -281,7 +281,7 @@ class _Connection(OpenedSink):
     def _init(self, mode: str) -> Any:
         sink, logged = self._sink, self._logged
         settings = {
-            "console": "off",  # it would take over what progress bars write to
+            "console": "off",  # it would capture the progress bar's output
             "init_timeout": sink.init_timeout_s,
             "quiet": True,
             "silent": mode != "online",
@@ -294,7 +294,7 @@ class _Connection(OpenedSink):
             group=sink.group or logged.group,
             name=sink.name or logged.experiment,
             id=self._id,
-            resume=None if mode == "offline" else "allow",  # offline, wandb would only warn
+            resume=None if mode == "offline" else "allow",  # offline, wandb only warns about it
             tags=sink.tags or None,
             notes=sink.notes,
             job_type=sink.job_type,
@@ -302,12 +302,12 @@ class _Connection(OpenedSink):
             settings=self._wandb.Settings(**settings),
         )
 
-    def _chosen_id(self) -> str | None:
-        """The run's id: that of the run that is continued, or a new one."""
+    def _run_id(self) -> str | None:
+        """Id of the run: stored by the resumed run, or new."""
         if self._sink.id is not None:
             return self._sink.id
         if "WANDB_RUN_ID" in os.environ or "WANDB_SWEEP_ID" in os.environ:
-            return None  # wandb takes it from there
+            return None  # wandb reads the id from the environment
         path = self._logged.run_dir / _ID_FILE
         if self._logged.step > 0:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -319,10 +319,10 @@ class _Connection(OpenedSink):
         return run_id
 
 
-def has_key(wandb: Any) -> bool:
-    """Whether wandb could log in without asking on the terminal, under our progress bar.
+def has_api_key(wandb: Any) -> bool:
+    """Whether wandb can log in without prompting on the terminal, over the progress bar.
 
-    Looks where wandb looks; `wandb.login` itself would ask the server who that is.
+    Checks the same places as wandb; `wandb.login` itself would contact the server.
     """
     settings = wandb.setup().settings
     if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")):
@@ -340,8 +340,8 @@ def has_key(wandb: Any) -> bool:
 
 
 def _tear_down(wandb: Any) -> None:
-    """Let wandb forget a wandb-core that is gone, or it would wait for it at exit."""
-    with contextlib.suppress(Exception, SystemExit):  # it raises that the process is gone
+    """Make wandb forget a wandb-core that has exited; it would wait for it at exit."""
+    with contextlib.suppress(Exception, SystemExit):  # it raises because the process has exited
         wandb.teardown(exit_code=1)
 
 

@@ -1,4 +1,4 @@
-"""The wandb-core processes of this process: which they are, and how to end one that hangs."""
+"""Finding and killing wandb-core child processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def running_services() -> set[int]:
 
 
 def kill_services(pids: Iterable[int]) -> None:
-    """End processes at once: a frozen one takes no milder signal."""
+    """Kill processes with SIGKILL; a stopped process ignores other signals."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -31,7 +31,7 @@ def _from_proc() -> Iterator[tuple[int, int, str]]:
             # "pid (name) state parent …", and the name may hold spaces and brackets.
             head, _, tail = path.read_text(errors="replace").rpartition(")")
         except OSError:
-            continue  # gone meanwhile
+            continue  # exited since it was listed
         state, parent = tail.split()[:2]
         if state != "Z":
             yield int(path.parent.name), int(parent), head.partition("(")[2]

@@ -1,4 +1,4 @@
-"""Traces as files: gzipped, named as TensorBoard's plugin wants them, never half written."""
+"""Trace files: gzipped, named for TensorBoard's plugin, written atomically."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from pathlib import Path
 from torch.profiler import profile
 
 _COMPRESS_LEVEL = 6
-"""A fifth of the time of gzip's own default (9), for files a sixth larger."""
+"""Takes a fifth of the time of gzip's default (9), for files a sixth larger."""
 
 
 def write_trace(profiler: profile, output_dir: Path, rank: int) -> Path:
-    """Write what a profiler has just recorded.
+    """Write the recording of a profiler; blocks training.
 
-    Works once per recording: torch gives a trace away a single time. Training waits meanwhile.
+    Works once per recording, since torch exports a trace only once.
 
     Args:
-        profiler: In its `on_trace_ready`.
-        output_dir: Made if it isn't there.
-        rank: Part of the file's name; TensorBoard shows it as the worker.
+        profiler: The profiler, in its `on_trace_ready`.
+        output_dir: Directory for the file; created if missing.
+        rank: Part of the file name; TensorBoard shows it as the worker.
 
     Returns:
-        The file, `rank0.<nanoseconds>.pt.trace.json.gz`.
+        Path of the file, `rank0.<nanoseconds>.pt.trace.json.gz`.
 
     Raises:
-        OSError: If it can't be written.
+        OSError: If the file can't be written.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     path = output_dir / f"rank{rank}.{time.time_ns()}.pt.trace.json.gz"
-    # TensorBoard looks into the folder at any time; it doesn't know these names.
+    # TensorBoard may scan the directory at any time; it ignores these names.
     raw = path.with_name(f".{path.name}.raw")
     compressed = path.with_name(f".{path.name}.part")
     try:
@@ -49,9 +49,9 @@ def write_trace(profiler: profile, output_dir: Path, rank: int) -> Path:
 
 
 def how_to_view(output_dir: Path) -> str:
-    """The commands that show traces, for a person."""
+    """How to view traces, for a log message."""
     return (
-        f"look at it with: tensorboard --logdir '{output_dir}' (the page's PYTORCH_PROFILER tab; "
+        f"view with: tensorboard --logdir '{output_dir}' (the page's PYTORCH_PROFILER tab; "
         "pip install 'dream-callbacks-profile[view]'), or open a file in Perfetto or "
         "chrome://tracing"
     )

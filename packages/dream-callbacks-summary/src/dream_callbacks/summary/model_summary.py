@@ -1,4 +1,4 @@
-"""ModelSummary: which modules the models have, how large they are, and where they lie."""
+"""ModelSummary: prints the modules of the models with their sizes and placements."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.text import Text
 from torch import nn
 
 from dream_callbacks.summary.console import write
-from dream_callbacks.summary.modules import Row, rows_of
+from dream_callbacks.summary.model_rows import Row, model_rows
 from dream_trainer.callbacks import RankZeroCallback
 from dream_trainer.trainer import AbstractTrainer
 
@@ -17,19 +17,19 @@ from dream_trainer.trainer import AbstractTrainer
 class ModelSummary(RankZeroCallback[AbstractTrainer]):
     """Prints a table of the models once they are set up.
 
-    For each module down to a depth: its parameters over all ranks, those that are trained, their
-    dtype, whether they are sharded or replicated, and the bytes of parameters and buffers on
-    rank 0. What modules share counts once. No forward pass, no collectives.
+    For each module down to `depth`: number of parameters over all ranks, number of trainable
+    parameters, dtypes, placement (sharded or replicated), and the bytes of parameters and buffers
+    on rank 0. Shared tensors count once. No forward pass, no collectives.
 
     Args:
-        depth: Levels of modules to show below each model; 0 shows the models alone.
+        depth: Levels of modules to show below each model; 0 shows only the models.
 
     Raises:
         ValueError: If `depth` isn't a whole number of at least 0.
     """
 
     def __init__(self, depth: int = 1) -> None:
-        self.depth = checked_depth(depth)
+        self.depth = validate_depth(depth)
 
     def post_setup(self) -> None:
         trainer = self.trainer
@@ -40,28 +40,28 @@ class ModelSummary(RankZeroCallback[AbstractTrainer]):
         )
 
 
-def checked_depth(depth: object) -> int:
-    """The depth, if it is one.
+def validate_depth(depth: object) -> int:
+    """Validate and return a depth.
 
     Raises:
-        ValueError: If it isn't.
+        ValueError: If it isn't a whole number of at least 0.
     """
     if isinstance(depth, bool) or not isinstance(depth, int) or depth < 0:
         raise ValueError(
-            f"depth={depth!r}: a whole number of at least 0 is required; 0 shows the models alone"
+            f"depth={depth!r}: a whole number of at least 0 is required; 0 shows only the models"
         )
     return depth
 
 
 def model_table(models: Mapping[str, nn.Module], depth: int, *, is_distributed: bool) -> Table:
-    """The modules of some models as a table.
+    """A table of the modules of some models.
 
     Args:
-        models: By name.
-        depth: Levels of modules to show below each.
-        is_distributed: Whether to say where parameters are.
+        models: Models by name.
+        depth: Levels of modules to show below each model.
+        is_distributed: Whether to show placements.
     """
-    rows = list(rows_of(models, depth))
+    rows = list(model_rows(models, depth))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("module", no_wrap=True)
     table.add_column("type")
@@ -101,7 +101,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def num_bytes(count: int) -> str:
-    """A number of bytes as "12 B", "1.5 KiB", "2.3 GiB"."""
+    """Format a number of bytes as "12 B", "1.5 KiB", "2.3 GiB"."""
     size, unit = float(count), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if size < 1024 or unit == "TiB":

@@ -1,4 +1,4 @@
-"""Steps per second of training, not counting validation and what comes between epochs."""
+"""Steps per second of training, excluding validation and time between epochs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 
 class Stopwatch:
-    """Counts seconds while it runs."""
+    """Accumulates seconds while it is running."""
 
     def __init__(self) -> None:
         self._counted_s = 0.0
@@ -22,22 +22,22 @@ class Stopwatch:
         return self._counted_s + running_s
 
     def run(self) -> None:
-        """Count from now on."""
+        """Start or continue; no effect while running."""
         if self._since_s is None:
             self._since_s = time.monotonic()
 
     def pause(self) -> None:
-        """Count no further."""
+        """Stop until the next `run`."""
         self._counted_s = self.seconds
         self._since_s = None
 
 
 class StepRate:
-    """How many steps pass in a second of a stopwatch.
+    """Steps per second of a stopwatch.
 
     Args:
-        step: Steps done at the start.
-        watch: What counts the seconds.
+        step: Steps completed at the start.
+        watch: Measures the seconds.
     """
 
     def __init__(self, step: int, watch: Stopwatch) -> None:
@@ -46,7 +46,7 @@ class StepRate:
         self._seconds = watch.seconds
 
     def read(self, step: int) -> float:
-        """Steps per second since the last time, `step` being done by now."""
+        """Steps per second since the last call, with `step` steps completed now."""
         seconds = self._watch.seconds
         num_steps, passed_s = step - self._step, seconds - self._seconds
         self._step, self._seconds = step, seconds

@@ -3,7 +3,12 @@ from typing import Any
 import pytest
 import torch
 
-from dream_callbacks.summary.scalars import LateScalar, is_scalar, numbers_in, scalar_to_show
+from dream_callbacks.summary.displayed_scalars import (
+    AsyncScalar,
+    default_metric,
+    is_scalar,
+    read_scalars,
+)
 from dream_trainer.testing import run_on_ranks
 
 
@@ -19,8 +24,8 @@ from dream_trainer.testing import run_on_ranks
     ],
     ids=["loss", "first with loss in its name", "first", "not a vector", "none", "empty"],
 )
-def test_the_loss_like_first_scalar_is_shown(result: dict[str, Any], expected: str | None):
-    assert scalar_to_show(result) == expected
+def test_the_first_loss_is_the_default_metric(result: dict[str, Any], expected: str | None):
+    assert default_metric(result) == expected
 
 
 @pytest.mark.parametrize(
@@ -29,15 +34,15 @@ def test_the_loss_like_first_scalar_is_shown(result: dict[str, Any], expected: s
     ids=str,
 )
 def test_a_scalar_is_read(value: Any):
-    scalar = LateScalar()
+    scalar = AsyncScalar()
     scalar.read(value)
 
     assert scalar.value == float(value)
 
 
 @pytest.mark.parametrize("value", [None, "1", torch.ones(2), torch.ones((), dtype=torch.cfloat)])
-def test_what_is_no_scalar_leaves_the_last_value(value: Any):
-    scalar = LateScalar()
+def test_a_non_scalar_keeps_the_last_value(value: Any):
+    scalar = AsyncScalar()
     scalar.read(1.5)
     scalar.read(value)
 
@@ -45,10 +50,10 @@ def test_what_is_no_scalar_leaves_the_last_value(value: Any):
     assert scalar.value == 1.5
 
 
-def test_of_an_epochs_result_the_scalars_are_taken_as_numbers():
+def test_scalars_of_an_epochs_result_are_read_as_numbers():
     result = {"loss": 0.5, "hits": 3, "accuracy": torch.tensor(0.25), "confusion": torch.ones(2, 2)}
 
-    assert numbers_in(result) == {"loss": 0.5, "hits": 3, "accuracy": 0.25}
+    assert read_scalars(result) == {"loss": 0.5, "hits": 3, "accuracy": 0.25}
 
 
 def read_distributed_tensors() -> list[float | None]:
@@ -60,15 +65,15 @@ def read_distributed_tensors() -> list[float | None]:
     mesh = init_device_mesh("cpu", (2,))
     local = torch.tensor(float(dist.get_rank()) + 1.0)
     values: list[float | None] = []
-    if dist.get_rank() == 0:  # alone, as in a RankZeroCallback: a collective would hang
+    if dist.get_rank() == 0:  # only rank 0, as in a RankZeroCallback: a collective would hang
         for placement in (Partial(), Replicate()):
-            scalar = LateScalar()
+            scalar = AsyncScalar()
             scalar.read(DTensor.from_local(local, mesh, (placement,), run_check=False))
             values.append(scalar.value)
     return values
 
 
-def test_one_rank_alone_never_waits_for_the_others_to_know_a_distributed_scalar():
+def test_reading_a_dtensor_on_one_rank_runs_no_collective():
     values, _ = run_on_ranks(read_distributed_tensors, 2, timeout_s=30)
 
     assert values == [None, 1.0]
@@ -76,8 +81,8 @@ def test_one_rank_alone_never_waits_for_the_others_to_know_a_distributed_scalar(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_scalar_on_a_gpu_is_known_at_a_later_reading_and_never_waited_for():
-    scalar, tensor = LateScalar(), torch.ones((), device="cuda") * 3
+def test_a_gpu_scalar_is_read_later_without_a_device_sync():
+    scalar, tensor = AsyncScalar(), torch.ones((), device="cuda") * 3
     torch.cuda.set_sync_debug_mode("error")
     try:
         scalar.read(tensor)

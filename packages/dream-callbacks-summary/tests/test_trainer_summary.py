@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from dream_callbacks.summary import ProgressBar, TrainerSummary
-from dream_callbacks.summary.run_facts import facts_of
+from dream_callbacks.summary.run_facts import run_facts
 from dream_trainer.callbacks import Callback
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
@@ -28,7 +28,7 @@ def facts(
 ) -> dict[str, list[str]]:
     trainer = trainer_class(tiny_config(tmp_path, callbacks, **settings))
     trainer.setup()
-    return facts_of(trainer)
+    return run_facts(trainer)
 
 
 def printed(root_dir: str, device: DeviceParameters | None = None) -> list[str]:
@@ -37,11 +37,11 @@ def printed(root_dir: str, device: DeviceParameters | None = None) -> list[str]:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         TinyTrainer(config).setup()
-    text = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())  # where the environment asks for colours
+    text = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())  # if the environment enables colors
     return [line.rstrip() for line in text.splitlines()]
 
 
-def test_the_facts_and_the_models_are_printed_once_the_trainer_is_set_up(tmp_path: Path):
+def test_facts_and_models_are_printed_after_setup(tmp_path: Path):
     lines = printed(str(tmp_path))
     names = [line.split()[0] for line in lines if line and not line.startswith(" ")]
 
@@ -52,25 +52,25 @@ def test_the_facts_and_the_models_are_printed_once_the_trainer_is_set_up(tmp_pat
     assert any(line.startswith("  blocks.0-1 (2 ×)") for line in lines)
 
 
-def test_the_run_and_where_it_writes_are_told(tmp_path: Path):
+def test_the_run_and_its_directory_are_shown(tmp_path: Path):
     config = tiny_config(tmp_path)
     config.project, config.group, config.experiment = "[bold]p", "g", "e"
     trainer = TinyTrainer(config)
     trainer.setup()
-    found = facts_of(trainer)
+    found = run_facts(trainer)
 
     assert found["run"] == ["[bold]p / g / e"]
     assert found["directory"] == [str(tmp_path / "[bold]p" / "g" / "e")]
     assert found["seed"] == ["42"]
 
 
-def test_a_seed_that_was_drawn_is_told(tmp_path: Path):
+def test_a_random_seed_is_shown(tmp_path: Path):
     config = tiny_config(tmp_path)
     config.seed = None
     trainer = TinyTrainer(config)
     trainer.setup()
 
-    assert facts_of(trainer)["seed"] == [str(trainer.seed)]
+    assert run_facts(trainer)["seed"] == [str(trainer.seed)]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_seed_that_was_drawn_is_told(tmp_path: Path):
     ],
     ids=str,
 )
-def test_how_long_it_trains_is_told(tmp_path: Path, training: dict[str, Any], expected: str):
+def test_the_length_of_training_is_shown(tmp_path: Path, training: dict[str, Any], expected: str):
     assert facts(tmp_path, **training)["training"] == [expected]
 
 
@@ -97,18 +97,18 @@ def test_how_long_it_trains_is_told(tmp_path: Path, training: dict[str, Any], ex
         ({"val_every_n_steps": 5}, "DataLoader, 2 batches of 4, every 5 steps"),
         (
             {"val_steps_per_epoch": 1, "num_sanity_val_steps": 2},
-            "DataLoader, 1 batch of 4, each epoch, 2 batches tried out first",
+            "DataLoader, 1 batch of 4, each epoch, sanity check of 2 batches",
         ),
-        ({"val_every_n_steps": 0}, "never, though there is a loader"),
-        ({"val_steps_per_epoch": 0}, "never, though there is a loader"),
+        ({"val_every_n_steps": 0}, "disabled, the loader is not used"),
+        ({"val_steps_per_epoch": 0}, "disabled, the loader is not used"),
     ],
     ids=str,
 )
-def test_when_it_validates_is_told(tmp_path: Path, training: dict[str, Any], expected: str):
+def test_the_validation_schedule_is_shown(tmp_path: Path, training: dict[str, Any], expected: str):
     assert facts(tmp_path, **training)["validation"] == [expected]
 
 
-def test_loaders_are_told_as_far_as_they_are_known(tmp_path: Path):
+def test_loaders_are_shown_with_known_sizes(tmp_path: Path):
     class Endless:
         def __iter__(self) -> Any:
             while True:
@@ -126,7 +126,7 @@ def test_loaders_are_told_as_far_as_they_are_known(tmp_path: Path):
     assert found["validation"] == ["Endless, any number of batches, each epoch"]
 
 
-def test_without_a_validation_loader_there_is_none(tmp_path: Path):
+def test_without_a_validation_loader_validation_is_none(tmp_path: Path):
     class NoValidation(TinyTrainer):
         def configure_dataloaders(self) -> Any:
             return super().configure_dataloaders()[0]
@@ -134,7 +134,7 @@ def test_without_a_validation_loader_there_is_none(tmp_path: Path):
     assert facts(tmp_path, NoValidation)["validation"] == ["none"]
 
 
-def test_optimizers_and_schedulers_are_told(tmp_path: Path):
+def test_optimizers_and_schedulers_are_shown(tmp_path: Path):
     class TwoOptimizers(TinyTrainer):
         def configure_optimizers(self) -> None:
             self.slow = torch.optim.SGD(
@@ -158,7 +158,7 @@ def test_optimizers_and_schedulers_are_told(tmp_path: Path):
     assert found["schedulers"] == ["warmup: LambdaLR of fast"]
 
 
-def test_callbacks_are_told_in_the_order_in_which_they_run(tmp_path: Path):
+def test_callbacks_are_listed_in_order_of_execution(tmp_path: Path):
     class Last(Callback[BaseTrainer]):
         after = {Callback}
 
@@ -185,7 +185,7 @@ def test_callbacks_are_told_in_the_order_in_which_they_run(tmp_path: Path):
     ]
 
 
-def test_a_run_that_goes_on_says_where(tmp_path: Path):
+def test_a_resumed_run_shows_its_step(tmp_path: Path):
     class Stop(Callback[BaseTrainer]):
         def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
             if batch_idx == 3:
@@ -194,11 +194,11 @@ def test_a_run_that_goes_on_says_where(tmp_path: Path):
     trainer = TinyTrainer(tiny_config(tmp_path, [Stop()], gradient_accumulation_steps=2))
     trainer.fit()
 
-    assert facts_of(trainer)["resumes"] == ["after step 2, 4 batches of epoch 1 done"]
+    assert run_facts(trainer)["resumes"] == ["after step 2, 4 batches of epoch 1 done"]
     assert "resumes" not in facts(tmp_path)
 
 
-def test_the_summary_comes_after_a_checkpoint_is_restored(tmp_path: Path):
+def test_the_summary_runs_after_the_checkpoint_callback(tmp_path: Path):
     class CheckpointCallback(Callback[BaseTrainer]):
         after = {Callback}
 
@@ -233,7 +233,7 @@ def test_the_summary_comes_after_a_checkpoint_is_restored(tmp_path: Path):
     ],
     ids=["ddp", "fsdp"],
 )
-def test_layout_and_precision_are_told(
+def test_layout_and_precision_are_shown(
     tmp_path: Path, device: DeviceParameters, layout: str, precision: str, data: str
 ):
     found, _ = run_on_ranks(facts_on_rank, 2, str(tmp_path), device)
@@ -249,7 +249,7 @@ def facts_on_rank(root_dir: str, device: DeviceParameters) -> dict[str, list[str
     return facts(root_dir, callbacks=[TrainerSummary()], device=device)
 
 
-def test_of_two_ranks_only_the_first_prints(tmp_path: Path):
+def test_on_two_ranks_only_the_first_prints(tmp_path: Path):
     first, second = run_on_ranks(printed, 2, str(tmp_path), DeviceParameters.FSDP(device="cpu"))
 
     assert first[0].startswith("run")
@@ -263,19 +263,19 @@ def test_copies_print_the_same(tmp_path: Path):
     TinyTrainer(tiny_config(tmp_path, [summary])).setup()
 
 
-def test_a_depth_that_is_no_count_is_refused():
+def test_an_invalid_depth_is_rejected():
     with pytest.raises(ValueError, match="depth=-1: a whole number of at least 0 is required"):
         TrainerSummary(depth=-1)
 
 
-def test_a_stream_that_cannot_be_written_to_costs_the_summary_and_not_the_run(
+def test_a_stream_that_cannot_be_written_does_not_end_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     trainer = TinyTrainer(tiny_config(tmp_path, [TrainerSummary()]))
     with Path("/dev/full").open("w") as full, contextlib.redirect_stdout(full):
         trainer.setup()
-        with contextlib.suppress(OSError):  # what is left in its buffer
+        with contextlib.suppress(OSError):  # flushing its buffer fails
             full.close()
 
     assert trainer.num_train_batches == 8
-    assert "stdout can't be written to" in caplog.text
+    assert "stdout can't be written" in caplog.text

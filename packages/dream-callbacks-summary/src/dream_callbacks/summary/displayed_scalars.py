@@ -1,4 +1,4 @@
-"""Scalars in a step's result: which one to show, and how to read it without waiting for it."""
+"""Scalars for display: choosing one from a step's result and reading it without a device sync."""
 
 from __future__ import annotations
 
@@ -9,60 +9,62 @@ import torch
 from torch import Tensor
 
 
-class LateScalar:
-    """The newest value of a scalar that the host knows.
+class AsyncScalar:
+    """The latest value of a scalar that has reached the host.
 
-    A value on a CUDA device is copied while the device goes on and is known by the next `read`,
-    so reading never waits. Other devices are waited for.
+    A value on a CUDA device is copied asynchronously and available at a later `read`, so `read`
+    never syncs. On other devices it does.
     """
 
     def __init__(self) -> None:
         self.value: float | None = None
-        self._coming: tuple[Tensor, Any] | None = None  # a copy under way, and the event after it
+        self._pending_copy: tuple[Tensor, Any] | None = (
+            None  # a copy under way, and the event after it
+        )
 
     def read(self, scalar: Any) -> None:
-        """Take in a scalar, or what an earlier one has become known as.
+        """Read a scalar, and complete an earlier copy that has finished.
 
         Args:
-            scalar: A number or a tensor with one element, detached; anything else is passed over.
+            scalar: A number or a detached tensor with one element; anything else is ignored.
         """
-        if self._coming is not None:
-            copy, copied = self._coming
+        if self._pending_copy is not None:
+            copy, copied = self._pending_copy
             if copied.query():
-                self.value, self._coming = copy.item(), None
+                self.value, self._pending_copy = copy.item(), None
         if not is_scalar(scalar):
             return
         local = _local(scalar)
         if not isinstance(local, Tensor):
             self.value = local
         elif local.device.type != "cuda":
-            self.value = local.item()  # host sync: once per refresh, and the CPU has it already
-        elif self._coming is None:
+            self.value = local.item()  # host sync once per refresh; none on CPU
+        elif self._pending_copy is None:
             copy = local.to("cpu", non_blocking=True)  # into pinned memory
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(local.device))
-            self._coming = (copy, copied)
+            self._pending_copy = (copy, copied)
 
 
 def is_scalar(value: Any) -> bool:
-    """Whether a value is one real number that this rank knows by itself."""
+    """Whether a value is one real number that this rank can read without other ranks."""
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex() and _local(value) is not None
     return isinstance(value, (int, float))
 
 
-def scalar_to_show(result: Mapping[str, Any]) -> str | None:
-    """The loss-like first scalar of a result: "loss", else one with "loss" in its name, else any.
+def default_metric(result: Mapping[str, Any]) -> str | None:
+    """Choose the scalar to show: "loss", else the first with "loss" in its name, else the first.
 
     Returns:
-        Its key; None if there is no scalar.
+        Key of the scalar; None if the result has no scalar.
     """
     keys = [key for key, value in result.items() if is_scalar(value)]
     return min(keys, key=lambda key: (key != "loss", "loss" not in key.lower()), default=None)
 
 
-def numbers_in(result: Mapping[str, Any]) -> dict[str, float]:
-    """The scalars of an epoch's result, by name. Waits for the device where they are tensors."""
+def read_scalars(result: Mapping[str, Any]) -> dict[str, float]:
+    """Scalars of an epoch's result as numbers, by name. Device tensors cost a device sync each."""
     locals_ = {key: _local(value) for key, value in result.items() if is_scalar(value)}
     return {
         key: value.item() if isinstance(value, Tensor) else value for key, value in locals_.items()
@@ -70,7 +72,7 @@ def numbers_in(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _local(value: Any) -> Any:
-    """A distributed tensor's value on this rank; None if it takes other ranks to know it."""
+    """Local value of a DTensor if it is replicated, else None; other values unchanged."""
     if type(value) is Tensor or not isinstance(value, Tensor):
         return value
     from torch.distributed.tensor import DTensor

@@ -1,4 +1,4 @@
-"""Names under which results are logged."""
+"""Keys under which results are logged."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import re
 _WORDS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}}
 
 
-def named_under(group: str, key: str) -> str:
-    """The key below a group, unless it says itself what it belongs to.
+def prefixed_key(group: str, key: str) -> str:
+    """Prefix a key with its group, unless its first word already names the group.
 
     "loss" of training becomes "train/loss", "accuracy" of validation "val/accuracy"; "val_loss"
-    stays as it is.
+    is unchanged.
 
     Args:
         group: "train" or "val".
-        key: As the step returned it.
+        key: Key in the step's result.
     """
     first_word = re.split(r"[/_.\- ]", key, maxsplit=1)[0].lower()
     return key if first_word in _WORDS[group] else f"{group}/{key}"

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from dream_callbacks.summary import ModelSummary
-from dream_callbacks.summary.models import model_table, num_bytes
+from dream_callbacks.summary.model_summary import model_table, num_bytes
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
 
@@ -18,11 +18,11 @@ def printed(root_dir: str, device: DeviceParameters | None = None, depth: int = 
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         TinyTrainer(config).setup()
-    text = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())  # where the environment asks for colours
+    text = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())  # if the environment enables colors
     return [line.rstrip() for line in text.splitlines()]
 
 
-def test_the_modules_of_a_model_are_a_table(tmp_path: Path):
+def test_the_modules_of_a_model_are_printed_as_a_table(tmp_path: Path):
     assert printed(str(tmp_path)) == [
         "module              type       parameters  trainable  dtype    bytes",
         "model               TinyModel         193        all  float32  772 B",
@@ -32,11 +32,11 @@ def test_the_modules_of_a_model_are_a_table(tmp_path: Path):
     ]
 
 
-def test_a_depth_of_zero_shows_the_model_alone(tmp_path: Path):
+def test_a_depth_of_zero_shows_only_the_model(tmp_path: Path):
     assert len(printed(str(tmp_path), depth=0)) == 2
 
 
-def test_of_two_ranks_the_first_prints_where_parameters_are(tmp_path: Path):
+def test_on_two_ranks_the_first_prints_placements(tmp_path: Path):
     first, second = run_on_ranks(printed, 2, str(tmp_path), DeviceParameters.FSDP(device="cpu"))
 
     assert second == []
@@ -46,7 +46,7 @@ def test_of_two_ranks_the_first_prints_where_parameters_are(tmp_path: Path):
     ]
 
 
-def test_frozen_and_tied_parameters_are_told(tmp_path: Path):
+def test_frozen_and_tied_parameters_are_shown(tmp_path: Path):
     trainer = TinyTrainer(tiny_config(tmp_path))
     trainer.setup()
     model = trainer.model
@@ -73,11 +73,11 @@ def test_frozen_and_tied_parameters_are_told(tmp_path: Path):
         (2**51, "2,048.0 TiB"),
     ],
 )
-def test_bytes_are_told_in_the_largest_unit_that_fits(count: int, expected: str):
+def test_bytes_are_formatted_in_the_largest_unit_that_fits(count: int, expected: str):
     assert num_bytes(count) == expected
 
 
 @pytest.mark.parametrize("depth", [-1, 1.5, True, None])
-def test_a_depth_that_is_no_count_is_refused(depth: int):
+def test_an_invalid_depth_is_rejected(depth: int):
     with pytest.raises(ValueError, match="a whole number of at least 0 is required"):
         ModelSummary(depth)

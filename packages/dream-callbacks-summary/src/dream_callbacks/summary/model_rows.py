@@ -1,4 +1,4 @@
-"""Rows of a model table: modules down to a depth, equal blocks in one row, numbers for each."""
+"""Rows of the model table: modules down to a depth, with equal blocks merged into one row."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 _WRAPPED = ("_orig_mod", "module")
-"""What torch.compile and DistributedDataParallel call the module that they wrap."""
+"""Attribute names of the wrapped module in torch.compile and DistributedDataParallel."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table of modules.
+    """A row of the model table.
 
-    What several modules share counts where it comes first, so that the rows of a level and a
+    A shared tensor counts in the first row that has it, so that the rows of a level and the
     model's own parameters add up.
 
     Args:
-        name: Of the module, in the one above it; "blocks.0-5 (6 ×)" for several equal ones.
-        kind: Its class; "Parameter" for a parameter that a module has beside its modules.
-        level: How deep it stands in the table; 0 for a model.
-        num_parameters: Numbers in its parameters, over all ranks.
-        num_trainable: Those of them that get gradients.
-        num_bytes: What its parameters and buffers take on this rank.
-        dtypes: Of its parameters.
-        placements: Where its parameters are: "replicated", "sharded (dp_shard)", …
-        tied_to: Parameters that it shares with an earlier row.
+        name: Name of the module in its parent; "blocks.0-5 (6 ×)" for several equal ones.
+        kind: Class name; "Parameter" for a parameter that a module holds directly.
+        level: Depth in the table; 0 for a model.
+        num_parameters: Number of parameter elements, over all ranks.
+        num_trainable: Number of elements that require gradients.
+        num_bytes: Bytes of parameters and buffers on this rank.
+        dtypes: Dtypes of the parameters.
+        placements: Placements of the parameters: "replicated", "sharded (dp_shard)", …
+        tied_to: Parameters shared with an earlier row.
     """
 
     name: str
@@ -43,16 +43,16 @@ class Row:
     tied_to: tuple[str, ...]
 
 
-def rows_of(models: Mapping[str, nn.Module], depth: int) -> Iterator[Row]:
-    """The rows of some models, each followed by those of its modules; then all in one, if several.
+def model_rows(models: Mapping[str, nn.Module], depth: int) -> Iterator[Row]:
+    """Rows of the models, each followed by those of its modules; then a total, if several.
 
-    Needs neither a forward pass nor values nor other ranks: parameters may be on the meta device,
-    sharded, or both.
+    Needs no forward pass, values or other ranks: parameters may be on the meta device, sharded,
+    or both.
 
     Args:
-        models: By name.
-        depth: How many levels of modules to show below a model. Containers such as ModuleList
-            are no level of their own.
+        models: Models by name.
+        depth: Levels of modules to show below a model. Containers such as ModuleList don't count
+            as a level.
     """
     owners: dict[int, str] = {}
     for name, model in models.items():
@@ -68,11 +68,11 @@ def rows_of(models: Mapping[str, nn.Module], depth: int) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class _Group:
-    """Modules, or parameters, that share a row: equal ones, at parallel places.
+    """Equal modules or parameters that share a row.
 
     Args:
-        name: Of the row.
-        members: Each with its path, which begins with the model's name.
+        name: Name of the row.
+        members: Paths, starting with the model's name, and modules or parameters.
     """
 
     name: str
@@ -80,9 +80,9 @@ class _Group:
 
 
 def _rows(group: _Group, depth: int, level: int, owners: Mapping[int, str]) -> Iterator[Row]:
-    yield _row(group, _kind(group.members[0][1]), level, owners)
+    yield _row(group, _class_name(group.members[0][1]), level, owners)
     if level < depth:
-        for part in _parts(group):
+        for part in _child_groups(group):
             yield from _rows(part, depth, level + 1, owners)
 
 
@@ -96,7 +96,7 @@ def _row(group: _Group, kind: str, level: int, owners: Mapping[int, str]) -> Row
                 counted[id(tensor)] = tensor
             elif isinstance(tensor, nn.Parameter):
                 model_name = path.partition(".")[0]
-                tied[_shown(owner.removeprefix(f"{model_name}."))] = None
+                tied[_without_wrappers(owner.removeprefix(f"{model_name}."))] = None
     parameters = [tensor for tensor in counted.values() if isinstance(tensor, nn.Parameter)]
     return Row(
         name=group.name,
@@ -112,12 +112,12 @@ def _row(group: _Group, kind: str, level: int, owners: Mapping[int, str]) -> Row
 
 
 def num_elements(tensor: Tensor) -> int:
-    """Numbers in a tensor, over all ranks; 0 for a lazy one, whose shape isn't known yet."""
+    """Number of elements over all ranks; 0 for a lazy tensor, whose shape is unknown."""
     return 0 if is_lazy(tensor) else tensor.numel()
 
 
 def placement(tensor: Tensor) -> str:
-    """Over which axes of the mesh a tensor is sharded, if it is."""
+    """Placement of a tensor: "replicated", or "sharded" with the axes of the mesh."""
     sharded = _as_distributed(tensor)
     if sharded is None:
         return "replicated"
@@ -130,20 +130,22 @@ def placement(tensor: Tensor) -> str:
     return f"sharded ({', '.join(axes)})" if axes else "replicated"
 
 
-# Walking
+# Traversal
 
 
-def _parts(group: _Group) -> list[_Group]:
-    """The rows below a row: what its modules consist of, equal neighbours together."""
-    parallel = zip(*(list(_inside(path, member)) for path, member in group.members), strict=True)
+def _child_groups(group: _Group) -> list[_Group]:
+    """Groups for the rows below a row, with equal neighbors merged."""
+    parallel = zip(
+        *(list(_direct_members(path, member)) for path, member in group.members), strict=True
+    )
     parts = [_Group(places[0][0], tuple(member for _, member in places)) for places in parallel]
-    return [_joined(equal) for equal in _runs(parts)]
+    return [_merged(equal) for equal in _equal_runs(parts)]
 
 
-def _inside(
+def _direct_members(
     path: str, member: nn.Module | nn.Parameter
 ) -> Iterator[tuple[str, tuple[str, nn.Module | nn.Parameter]]]:
-    """What a module with modules in it consists of: names, and their paths and parts."""
+    """Direct parameters and children of a module that has children: names, paths, members."""
     path, module = _unwrapped(path, member)
     if not isinstance(module, nn.Module):
         return
@@ -156,15 +158,15 @@ def _inside(
 
 def _children(path: str, module: nn.Module) -> Iterator[tuple[str, tuple[str, nn.Module]]]:
     for name, child in module.named_children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and not _has_own(child):
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)) and not _has_own_parameters(child):
             for inner_name, inner in _children(f"{path}.{name}", child):
                 yield f"{name}.{inner_name}", inner
         else:
             yield name, (f"{path}.{name}", child)
 
 
-def _runs(parts: Sequence[_Group]) -> Iterator[list[_Group]]:
-    """Neighbours that are equal and numbered one after the other, in lists."""
+def _equal_runs(parts: Sequence[_Group]) -> Iterator[list[_Group]]:
+    """Lists of consecutive groups that are equal and numbered consecutively."""
     run: list[_Group] = []
     for part in parts:
         if run and not _continues(run[-1], part):
@@ -176,7 +178,7 @@ def _runs(parts: Sequence[_Group]) -> Iterator[list[_Group]]:
 
 
 def _continues(one: _Group, next_one: _Group) -> bool:
-    (prefix, number), (next_prefix, next_number) = map(_numbered, (one.name, next_one.name))
+    (prefix, number), (next_prefix, next_number) = map(_split_index, (one.name, next_one.name))
     return (
         number is not None
         and next_number == number + 1
@@ -185,20 +187,20 @@ def _continues(one: _Group, next_one: _Group) -> bool:
     )
 
 
-def _joined(run: Sequence[_Group]) -> _Group:
+def _merged(run: Sequence[_Group]) -> _Group:
     if len(run) == 1:
         return run[0]
-    name = f"{run[0].name}-{_numbered(run[-1].name)[1]} ({len(run)} ×)"
+    name = f"{run[0].name}-{_split_index(run[-1].name)[1]} ({len(run)} ×)"
     return _Group(name, tuple(member for group in run for member in group.members))
 
 
-def _numbered(name: str) -> tuple[str, int | None]:
+def _split_index(name: str) -> tuple[str, int | None]:
     prefix, _, last = name.rpartition(".")
     return prefix, int(last) if last.isdigit() else None
 
 
 def _signature(member: nn.Module | nn.Parameter) -> Hashable:
-    """Equal for modules that would have equal rows, and equal rows below."""
+    """A key that is equal for modules with equal rows and equal rows below."""
     modules = member.named_modules() if isinstance(member, nn.Module) else ()
     return (
         tuple((name, type(module)) for name, module in modules),
@@ -215,11 +217,11 @@ def _signature(member: nn.Module | nn.Parameter) -> Hashable:
     )
 
 
-# What a module is
+# Modules and tensors
 
 
 def _tensors(member: nn.Module | nn.Parameter) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, each once, by their path in the module."""
+    """Parameters and buffers, without duplicates, with their paths in the module."""
     if isinstance(member, nn.Module):
         yield from member.named_parameters()
         yield from member.named_buffers()
@@ -228,30 +230,30 @@ def _tensors(member: nn.Module | nn.Parameter) -> Iterator[tuple[str, Tensor]]:
 
 
 def _unwrapped(path: str, member: nn.Module | nn.Parameter) -> tuple[str, nn.Module | nn.Parameter]:
-    """The module inside of wrappers that have nothing of their own."""
+    """The module inside wrappers that have no parameters of their own."""
     while isinstance(member, nn.Module):
         children = list(member.named_children())
-        if len(children) != 1 or children[0][0] not in _WRAPPED or _has_own(member):
+        if len(children) != 1 or children[0][0] not in _WRAPPED or _has_own_parameters(member):
             break
         path, member = f"{path}.{children[0][0]}", children[0][1]
     return path, member
 
 
-def _has_own(module: nn.Module) -> bool:
-    """Whether a module has parameters beside those of its modules."""
+def _has_own_parameters(module: nn.Module) -> bool:
+    """Whether a module holds parameters directly."""
     return next(module.parameters(recurse=False), None) is not None
 
 
-def _shown(path: str) -> str:
+def _without_wrappers(path: str) -> str:
     return ".".join(part for part in path.split(".") if part not in _WRAPPED)
 
 
-def _kind(member: nn.Module | nn.Parameter) -> str:
+def _class_name(member: nn.Module | nn.Parameter) -> str:
     _, member = _unwrapped("", member)
     if not isinstance(member, nn.Module):
         return "Parameter"
     cls = type(member)
-    # fully_shard and replicate put a module into a class of their own, named after the old one.
+    # fully_shard and replicate change a module's class to a generated subclass of the original.
     made_of = cls.__bases__[-1]
     is_made = len(cls.__bases__) > 1 and cls.__name__ in (
         f"{prefix}{made_of.__name__}" for prefix in ("FSDP", "Replicate", "DDP")
@@ -269,6 +271,6 @@ def _as_distributed(tensor: Tensor) -> Any:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
+    """This rank's part of a tensor."""
     distributed = _as_distributed(tensor)
     return tensor if distributed is None else distributed.to_local()

@@ -1,4 +1,4 @@
-"""Traces are whole files, and open in TensorBoard's real profiler plugin."""
+"""Traces are complete files and open in TensorBoard's real profiler plugin."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import torch
 from torch.profiler import profile
 
 from dream_callbacks.profile import ProfileCallback
-from dream_callbacks.profile.export import write_trace
+from dream_callbacks.profile.trace_files import write_trace
 from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
 
 needs_tensorboard = pytest.mark.skipif(

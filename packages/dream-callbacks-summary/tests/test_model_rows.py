@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dream_callbacks.summary.modules import Row, rows_of
+from dream_callbacks.summary.model_rows import Row, model_rows
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
 
@@ -29,25 +29,25 @@ class GPT(nn.Module):
 
 
 def rows(model: nn.Module, depth: int = 1) -> list[Row]:
-    return list(rows_of({"gpt": model}, depth))
+    return list(model_rows({"gpt": model}, depth))
 
 
 def names(model: nn.Module, depth: int = 1) -> list[str]:
     return ["  " * row.level + row.name for row in rows(model, depth)]
 
 
-def test_a_depth_of_zero_shows_the_model_alone():
+def test_a_depth_of_zero_shows_only_the_model():
     (row,) = rows(GPT(), 0)
 
     assert (row.name, row.kind, row.level) == ("gpt", "GPT", 0)
     assert row.num_parameters == sum(p.numel() for p in GPT().parameters())
 
 
-def test_blocks_in_a_list_are_no_level_deeper_and_equal_ones_share_a_row():
+def test_a_module_list_adds_no_level_and_equal_blocks_share_a_row():
     assert names(GPT()) == ["gpt", "  position", "  embed", "  blocks.0-2 (3 ×)", "  head"]
 
 
-def test_what_is_in_equal_blocks_is_shown_for_all_of_them_together():
+def test_children_of_equal_blocks_are_merged():
     assert names(GPT(), 3) == [
         "gpt",
         "  position",
@@ -64,7 +64,7 @@ def test_what_is_in_equal_blocks_is_shown_for_all_of_them_together():
     assert attention.num_parameters == 3 * (4 * 4 + 4)
 
 
-def test_different_blocks_have_rows_of_their_own():
+def test_different_blocks_have_separate_rows():
     assert names(GPT((4, 4, 8, 8, 4)))[3:6] == [
         "  blocks.0-1 (2 ×)",
         "  blocks.2-3 (2 ×)",
@@ -73,7 +73,7 @@ def test_different_blocks_have_rows_of_their_own():
 
 
 @pytest.mark.parametrize("change", ["frozen", "dtype", "class"])
-def test_blocks_that_differ_in_what_is_shown_are_not_joined(change: str):
+def test_blocks_that_differ_in_a_column_are_not_merged(change: str):
     model = GPT()
     if change == "frozen":
         model.blocks[1].attention.weight.requires_grad = False
@@ -97,7 +97,7 @@ def test_the_rows_of_each_level_add_up(depth: int):
     assert sum(row.num_parameters for row in deepest) == found[0].num_parameters
 
 
-def test_tied_parameters_count_once_and_say_whose_they_are():
+def test_tied_parameters_count_once_and_name_their_owner():
     gpt, *_, head = rows(GPT(tied=True))
 
     assert gpt.num_parameters == sum(p.numel() for p in GPT(tied=True).parameters())
@@ -124,14 +124,14 @@ def test_frozen_parameters_are_not_trainable():
     assert gpt.num_trainable == gpt.num_parameters - 40
 
 
-def test_bytes_are_those_of_parameters_and_buffers():
+def test_bytes_include_parameters_and_buffers():
     gpt, position, *_ = rows(GPT().bfloat16())
 
     assert position.num_bytes == 32 * 2
     assert gpt.num_bytes == gpt.num_parameters * 2 + 64
 
 
-def test_all_dtypes_are_told():
+def test_all_dtypes_are_shown():
     model = GPT()
     model.embed.bfloat16()
 
@@ -145,22 +145,22 @@ def test_models_on_the_meta_device_have_the_same_rows():
     assert rows(on_meta, 2) == rows(GPT(), 2)
 
 
-def test_lazy_parameters_count_nothing_yet():
+def test_lazy_parameters_count_as_zero():
     row = rows(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 3)))[1]
 
     assert (row.name, row.num_parameters, row.num_bytes) == ("0", 0, 0)
 
 
-def test_several_models_have_a_total_that_counts_what_they_share_once():
+def test_the_total_of_several_models_counts_shared_parameters_once():
     one, other = GPT(), GPT()
     other.embed = one.embed
-    *_, total = rows_of({"one": one, "other": other}, 1)
+    *_, total = model_rows({"one": one, "other": other}, 1)
 
     assert (total.name, total.level) == ("total", 0)
     assert total.num_parameters == 2 * sum(p.numel() for p in one.parameters()) - 40
 
 
-def test_a_compiled_model_is_shown_as_itself():
+def test_a_compiled_model_is_shown_without_its_wrapper():
     compiled: Any = torch.compile(GPT(), backend="eager")
 
     assert names(compiled) == names(GPT())
@@ -185,14 +185,14 @@ def test_a_model_without_parameters_is_shown():
 def rows_in_layout(root_dir: str, device: DeviceParameters) -> list[Any]:
     trainer = TinyTrainer(tiny_config(root_dir, device=device))
     trainer.setup()
-    return list(rows_of(trainer.named_models(), 1))
+    return list(model_rows(trainer.named_models(), 1))
 
 
 def rows_on_two_ranks(tmp_path: Any, device: DeviceParameters) -> list[list[Row]]:
     return run_on_ranks(rows_in_layout, 2, str(tmp_path), device)
 
 
-def test_sharded_parameters_are_counted_whole_and_their_bytes_per_rank(tmp_path: Any):
+def test_sharded_parameters_count_over_all_ranks_and_their_bytes_per_rank(tmp_path: Any):
     whole = rows_in_layout(str(tmp_path), DeviceParameters.SINGLE_DEVICE(device="cpu"))
     first, second = rows_on_two_ranks(tmp_path, DeviceParameters.FSDP(device="cpu"))
 
@@ -203,7 +203,7 @@ def test_sharded_parameters_are_counted_whole_and_their_bytes_per_rank(tmp_path:
     assert first[0].num_bytes < whole[0].num_bytes
 
 
-def test_copies_on_each_rank_are_replicated(tmp_path: Any):
+def test_ddp_parameters_are_replicated(tmp_path: Any):
     whole = rows_in_layout(str(tmp_path), DeviceParameters.SINGLE_DEVICE(device="cpu"))
     first, _ = rows_on_two_ranks(tmp_path, DeviceParameters.DDP(device="cpu"))
 

@@ -1,4 +1,4 @@
-"""Prefetch lists of one FSDP root: made from a trace, put to work, taken back, shown."""
+"""Prefetch lists of one FSDP root: computed from a trace, applied, removed, displayed."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dream_callbacks.fsdp.trace import Trace
 
 
 class PrefetchLists:
-    """What each module below a root prefetches.
+    """The modules that each module below a root prefetches.
 
     Args:
-        trace: Of training batches.
+        trace: Trace of training batches.
         depth: How many modules ahead.
 
     Attributes:
-        forward: Names of modules to prefetch, by the name of the module that does so.
-        backward: Likewise; an empty list where nothing is left to gather.
+        forward: Names of modules to prefetch, by name of the prefetching module.
+        backward: The same for backward; an empty list if nothing is left to gather.
     """
 
     def __init__(self, trace: Trace, depth: int) -> None:
@@ -30,32 +30,32 @@ class PrefetchLists:
         ]
 
     def use_in_forward(self) -> None:
-        """Prefetch in forward from now on; 1 µs per module."""
+        """Enable prefetching in forward; costs 1 µs per module."""
         for module, others in self._in_forward:
             module.set_modules_to_forward_prefetch(others)
 
     def stop_in_forward(self) -> None:
-        """Prefetch nothing in forward any more."""
+        """Disable prefetching in forward."""
         for module, _ in self._in_forward:
             module.set_modules_to_forward_prefetch([])
 
     def use_in_backward(self) -> None:
-        """Prefetch in backward from now on."""
+        """Enable prefetching in backward."""
         modules = self.trace.root.modules
         for name, others in self.backward.items():
-            # To torch an empty list means its own choice, which would gather modules that
-            # backward doesn't reach. The module itself is there already: nothing is gathered.
+            # With an empty list, torch chooses itself and may gather modules that backward
+            # doesn't reach. The module itself is already gathered, so this prefetches nothing.
             names = others or (name,)
             modules[name].set_modules_to_backward_prefetch([modules[other] for other in names])
 
     def gather_asynchronously(self) -> None:
-        """Let a prefetch on the CPU return before the all-gather is done; it blocks otherwise."""
-        # Without it prefetching on gloo gains nothing.
+        """Make prefetches on the CPU asynchronous; by default they block on the all-gather."""
+        # Otherwise prefetching on gloo has no benefit.
         torch_private.unshard_asynchronously(self.trace.root.modules[""])
 
     def __str__(self) -> str:
         root, events = self.trace.root, self.trace.events
-        lines = [f"FSDP modules of {root.name}, in the order in which they run"]
+        lines = [f"FSDP modules of {root.name}, in order of execution"]
         for phase, lists in (("forward", self.forward), ("backward", self.backward)):
             names = [event.module for event in events if event.phase == phase]
             width = max((len(root.full_name(name)) for name in names), default=0)
