@@ -205,7 +205,7 @@ def note_async(
     logger.addHandler(waited)
     logger.setLevel(logging.DEBUG)
     state = {key: plain.state_dict()[key] for key in ("models", "optimizers")}
-    dist.init_process_group("gloo", manager=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     thread, process = AsyncCheckpointerType.THREAD, AsyncCheckpointerType.PROCESS
     stagers = {
         way: DefaultStager(StagingOptions(False, way is process, False, False))

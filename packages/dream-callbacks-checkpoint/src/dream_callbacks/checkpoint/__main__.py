@@ -73,21 +73,21 @@ def _parser() -> argparse.ArgumentParser:
         return found
 
     ls = command("ls", _ls, "List the checkpoints.")
-    ls.add_argument("--monitor", default=None, help="the result to show; default: all of them")
+    ls.add_argument("--monitor", default=None, help="the metric to show; default: all")
     verify = command("verify", _verify, "Compare every file with its checksum.")
     show = command("show", _show, "Show what is in a checkpoint: by default the newest.")
-    prune = command("prune", _prune, "Delete checkpoints that no rule keeps.")
+    prune = command("prune", _prune, "Delete the checkpoints that no retention rule keeps.")
     prune.add_argument("--keep-last", type=_count, required=True, metavar="N")
     prune.add_argument("--keep-top-k", type=_count, default=0, metavar="K")
     prune.add_argument("--keep-every", type=_count, default=None, metavar="STEPS")
     prune.add_argument("--monitor", default="val_loss")
     prune.add_argument("--mode", choices=("min", "max"), default="min")
-    prune.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    prune.add_argument("--dry-run", action="store_true", help="list without deleting")
     export = command("export", _export, "Write the weights of a checkpoint to files.")
     export.add_argument("output", type=Path, help="a file, or a folder for a file per model")
     export.add_argument("--format", choices=("safetensors", "torch"), default=None)
     for each in (verify, show, export):
-        each.add_argument("--step", type=int, default=None, help="which; default: see above")
+        each.add_argument("--step", type=int, default=None, help="step; default: see above")
     text = "Train a trainer straight through, and killed and resumed; name the first difference."
     proof = commands.add_parser("prove", help=text, description=text)
     proof.set_defaults(run=_prove)
@@ -96,14 +96,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TRAINER",
         help="module:function or file.py:function; the function returns a trainer, not set up",
     )
-    proof.add_argument("--steps", type=_count, default=5, help="before the kill, and after it")
-    proof.add_argument("--ranks", type=_count, default=1, help="processes of a run")
+    proof.add_argument("--steps", type=_count, default=5, help="before and after the kill")
+    proof.add_argument("--ranks", type=_count, default=1, help="processes per run")
     proof.add_argument("--in-validation", action="store_true", help="kill in a validation")
-    proof.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="of names")
-    proof.add_argument("--folder", type=Path, default=None, help="for the runs; default: temporary")
-    proof.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="of a run")
+    proof.add_argument(
+        "--ignore", action="append", default=[], metavar="PATTERN", help="values to skip"
+    )
+    proof.add_argument("--folder", type=Path, default=None, help="of the runs; default: temporary")
+    proof.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="per run")
     for each in (ls, verify, show, prune, proof):
-        each.add_argument("--json", action="store_true", help="for machines")
+        each.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 

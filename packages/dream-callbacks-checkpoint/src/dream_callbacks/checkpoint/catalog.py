@@ -129,17 +129,17 @@ def read_catalog(filesystem: Filesystem) -> Catalog:
         if step is None:
             continue
         try:
-            manifest = read_manifest(filesystem, name)
+            manifest = _read_manifest(filesystem, name)
         except (DamagedCheckpointError, OSError) as error:
             damaged[name] = str(error)
             continue
-        late = read_late_metrics(filesystem, manifest) if step in with_metrics else {}
+        late = _read_late_metrics(filesystem, manifest) if step in with_metrics else {}
         checkpoints.append(Checkpoint(name, manifest, late))
     checkpoints.sort(key=lambda checkpoint: (checkpoint.manifest.seq, checkpoint.step))
     return Catalog(tuple(checkpoints), dict(sorted(damaged.items())))
 
 
-def read_manifest(filesystem: Filesystem, name: str) -> Manifest:
+def _read_manifest(filesystem: Filesystem, name: str) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
@@ -164,7 +164,7 @@ def late_metrics_document(manifest: Manifest, metrics: dict[str, float]) -> byte
     return sealed({"run": manifest.run, "seq": manifest.seq, "metrics": json_codec.encode(metrics)})
 
 
-def read_late_metrics(filesystem: Filesystem, manifest: Manifest) -> dict[str, float]:
+def _read_late_metrics(filesystem: Filesystem, manifest: Manifest) -> dict[str, float]:
     """Metrics reported after a save; none, with a warning, if they can't be read."""
     name = file_names.metrics_name(manifest.step)
     try:
@@ -263,7 +263,7 @@ def choose(
     problems: list[str] = []
     for checkpoint in chosen.checkpoints:
         damage = _held(filesystem, checkpoint, ranks, held) if held is not None else []
-        damage = damage or damage_seen(filesystem, checkpoint, ranks, checksums=verify)
+        damage = damage or _damage_seen(filesystem, checkpoint, ranks, checksums=verify)
         if not damage:
             return checkpoint
         problems.append("; ".join(damage[:3]))
@@ -280,7 +280,7 @@ def choose(
     )
 
 
-def damage_seen(
+def _damage_seen(
     filesystem: Filesystem, checkpoint: Checkpoint, ranks: Coordination, *, checksums: bool
 ) -> list[str]:
     """Problems of a checkpoint's files; each rank verifies a share. Collective."""

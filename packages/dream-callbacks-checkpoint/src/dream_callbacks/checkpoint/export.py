@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 Format: TypeAlias = Literal["safetensors", "torch"]
 
-SUFFIXES: Mapping[Format, str] = {"safetensors": ".safetensors", "torch": ".pt"}
+_SUFFIXES: Mapping[Format, str] = {"safetensors": ".safetensors", "torch": ".pt"}
 
 
 class ExportCallback(Callback[ModelSetupMixin]):
@@ -44,7 +44,7 @@ class ExportCallback(Callback[ModelSetupMixin]):
     """
 
     def __init__(self, path: str | Path, format: Format = "safetensors") -> None:  # noqa: A002  # the contract's name
-        if format not in SUFFIXES:
+        if format not in _SUFFIXES:
             raise ValueError(f'format={format!r}: "safetensors" or "torch" is required')
         if is_url(path):
             raise ValueError(
@@ -69,7 +69,7 @@ class ExportCallback(Callback[ModelSetupMixin]):
         for name, path in self._files().items():
             model = self.trainer.named_models()[name]
             tensors: dict[str, Any] = get_model_state_dict(model, options=options)
-            ranks.on_rank_zero(functools.partial(write_weights, path, tensors, self.format))
+            ranks.on_rank_zero(functools.partial(_write_weights, path, tensors, self.format))
             if ranks.is_global_zero:
                 logger.info("exported %s", path)
 
@@ -92,7 +92,7 @@ def files_of(path: Path, models: tuple[str, ...], kind: Format) -> dict[str, Pat
                 f"{name!r:.200} isn't the name of a model: its file would lie outside of {path}"
             )
     if not path.suffix:
-        return {name: path / f"{name}{SUFFIXES[kind]}" for name in models}
+        return {name: path / f"{name}{_SUFFIXES[kind]}" for name in models}
     if len(models) != 1:
         raise ValueError(
             f"path={str(path)!r} is one file, and there are {len(models)} models "
@@ -101,7 +101,7 @@ def files_of(path: Path, models: tuple[str, ...], kind: Format) -> dict[str, Pat
     return {models[0]: path}
 
 
-def write_weights(path: Path, tensors: Mapping[str, Tensor], kind: Format) -> None:
+def _write_weights(path: Path, tensors: Mapping[str, Tensor], kind: Format) -> None:
     """Write tensors to a file atomically, and its checksum file.
 
     Raises:
@@ -158,7 +158,7 @@ def export_checkpoint(
         prefix = f"models.{name}."
         tensors = {key: saved.new_tensor(key) for key in saved.index if key.startswith(prefix)}
         saved.read(tensors)
-        write_weights(file, {k.removeprefix(prefix): t for k, t in tensors.items()}, kind)
+        _write_weights(file, {k.removeprefix(prefix): t for k, t in tensors.items()}, kind)
     return list(files.values())
 
 

@@ -91,7 +91,7 @@ class TensorIndex(Mapping[str, StoredTensor]):
         tensors = {}
         for name, stored in metadata.state_dict_metadata.items():
             chunks = []
-            for chunk in stored.chunks:  # type: ignore[union-attr]  # tensors alone are saved
+            for chunk in stored.chunks:  # type: ignore[union-attr]  # only tensors are saved
                 if math.prod(chunk.sizes) or not stored.size.numel():  # type: ignore[union-attr]
                     place = places[_key(name, chunk.offsets)]
                     chunks.append(
