@@ -137,7 +137,7 @@ def store_keys(source: str) -> set[str]:
             keys.add(_literal(node.value))
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
             receiver = ast.unparse(node.func.value)
-            if node.func.attr in _STORE_METHODS and receiver.endswith(("store", "_record")):
+            if node.func.attr in _STORE_METHODS and receiver.endswith(("store", "client")):
                 first = node.args[0]
                 listed = first.elts if isinstance(first, ast.List) else [first]
                 keys |= {_literal(each) for each in listed}
