@@ -131,7 +131,7 @@ def test_threads_are_found_with_their_names() -> None:
 def test_keys_are_found_up_to_their_first_variable_part() -> None:
     source = textwrap.dedent("""
         self.store.set(f"place/{rank}", place)
-        self._record.count("seen")
+        self.client.count("seen")
         self.store.check([f"goodbye/{span}/{rank}"])
         self._key = f"processes/{machine_id()}"
         counters.get("step")
