@@ -20,6 +20,7 @@ from tools.check_docs import (
     undocumented,
     wrong_files,
 )
+from tools.packages import ROOT
 
 PAGE = ARCHITECTURE.read_text(encoding="utf-8")
 
@@ -29,7 +30,7 @@ def test_the_reference_shows_every_public_name_and_what_callback_packages_import
 
 
 def test_a_name_that_the_reference_lacks_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = check_docs.ROOT / "docs" / "explanation"  # it has pages, and shows no names
+    folder = ROOT / "docs" / "explanation"  # it has pages, and shows no names
     monkeypatch.setattr(check_docs, "REFERENCE", folder)
 
     problems = list(undocumented())
