@@ -34,7 +34,7 @@ from dream_callbacks.checkpoint.io.checksummed_writer import (
 from dream_trainer.testing import run_on_ranks
 
 MIB = 1 << 20
-BLOCK = 2 * MIB
+BLOCK = 4 * MIB
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -59,7 +59,7 @@ def new(path: Path) -> ChecksummedWriter:
     return ChecksummedWriter("x", DirectFile(opened(path)))
 
 
-@pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 14 * BLOCK + 4097])
+@pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 7 * BLOCK + 4097])
 def test_what_was_written_is_there_with_its_sums(folder: Path, size: int) -> None:
     draw = random.Random(size)
     data = draw.randbytes(size)
@@ -130,7 +130,7 @@ def test_small_pieces_are_written_together() -> None:
             file.write(bytes(size))
             file.flush()
 
-    assert sizes == [BLOCK, BLOCK, BLOCK, MIB // 2 + 40_005]
+    assert sizes == [BLOCK, BLOCK, 2 * MIB + MIB // 2 + 40_005]
     assert file.tell() == file.sums.num_bytes == sum(sizes)
 
 
@@ -158,7 +158,7 @@ def test_an_error_of_the_file_system_is_raised_and_the_file_closed(
     descriptor = opened(folder / "x")
 
     with size_limit(limit), pytest.raises(OSError, match="File too large: 'x'"):
-        fill(descriptor, 20 if limit > BLOCK else 1)
+        fill(descriptor, 20 if limit > BLOCK else 3)
 
     assert is_let_go(descriptor)
 
@@ -201,7 +201,7 @@ def test_after_an_error_nothing_more_is_written_and_closing_raises_it() -> None:
     file = ChecksummedWriter("x", content)
     file.write(bytes(10))
     with pytest.raises(OSError, match=r"No space left on device: 'x'") as first:
-        file.write(bytes(2 * MIB))
+        file.write(bytes(BLOCK))
     for call in (lambda: file.write(bytes(2 * MIB)), file.close):
         with pytest.raises(OSError, match="No space left on device") as again:
             call()

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Protocol
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.format.manifest import FileSum
 
-_BLOCK_BYTES = 1 << 21
+_BLOCK_BYTES = 1 << 22
 _CACHED_BYTES = 1 << 18  # copied and checksummed together: fits the L2 cache
 _READ_BYTES = 1 << 16
 
@@ -180,6 +180,7 @@ class DirectFile:
     def write(self, data: memoryview, /) -> None:
         """Append a block; only a full one bypasses the page cache."""
         self._set_direct(self._may_be_direct and len(data) == _BLOCK_BYTES)
+        start = self._num_written
         while data:
             try:
                 num_written = os.pwrite(self._descriptor, data, self._num_written)
@@ -193,6 +194,10 @@ class DirectFile:
                 continue
             self._num_written += num_written
             data = data[num_written:]
+        if not self._is_direct and hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # only a hint: start writing it to the disk
+                num_bytes = self._num_written - start
+                os.posix_fadvise(self._descriptor, start, num_bytes, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Close the descriptor; its number may belong to another file from then on."""
