@@ -155,7 +155,7 @@ def test_export_refuses_what_is_damaged(root: Path, capsys: pytest.CaptureFixtur
 
     text = output(capsys, "export", directory(root), root / "model.pt", status=1)
 
-    assert "its checksum doesn't match; give the --step of another one: 4, 8, 12, 16" in text
+    assert "its checksum doesn't match; give the --step of another checkpoint: 4, 8, 12, 16" in text
     assert not (root / "model.pt").exists()
 
 
