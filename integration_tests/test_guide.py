@@ -389,7 +389,7 @@ def test_avoid_side_effects(guide: Guide, capsys: pytest.CaptureFixture[str]) ->
     trained(guide["GoodCallback"]())
 
     assert capsys.readouterr().out == "".join(f"Current step: {n}\n" for n in range(1, 9))
-    with pytest.raises(AttributeError, match="loop alone changes global_step") as caught:
+    with pytest.raises(AttributeError, match="only the loop changes global_step") as caught:
         trained(guide["BadCallback"]())
     assert "raised in BadCallback.pre_train_step" in caught.value.__notes__[0]
 
