@@ -27,6 +27,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NoReturn
 
 from dream_trainer.world import signals, torchrun
+from dream_trainer.world.coordination import RankFailure
 from dream_trainer.world.faults.failure import (
     Failure,
     Interruption,
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 _POLL_EVERY_S = 0.2
 _WAIT_S = 2.0
 """Wait for the failure that caused a lost connection, and at exit for threads and ranks."""
+_SIGNAL_EVERY_S = 1.0
+"""Interval of the signals that interrupt the main thread."""
 _SIGTERM_REPORT_S = 25.0
 """Seconds after SIGTERM until the main thread's place is reported; torchrun kills after 30."""
 _ATEXIT_S = 1.0
@@ -103,6 +106,7 @@ class FailureMonitor:
         self._local_processes: LocalProcesses | None = None
         self._interrupts = False
         self._interruption: Interruption | None = None  # the last one raised in the main thread
+        self._handled_id: int | None = None  # of the error that was handled at the last signal
 
     # What the loop calls
 
@@ -220,7 +224,10 @@ class FailureMonitor:
             self._place = "waiting"
             self._store.tell_place(self._rank, self._place)
             what += f"; where each rank was: {grouped(self._store.where_ranks_are())}"
-        return self._store.publish(_failure(self._rank, self._pid, what))
+        is_on_all_ranks = isinstance(error, RankFailure)
+        return self._store.publish(
+            _failure(self._rank, self._pid, what, is_on_all_ranks=is_on_all_ranks)
+        )
 
     def _set_first(self, first: Failure) -> None:
         """Keep the first failure and start the clean-up timeout, after which this process ends."""
@@ -320,10 +327,12 @@ class FailureMonitor:
 
     def _interrupt_or_end(self) -> None:
         """Interrupt the main thread, or end the process at the deadline."""
-        signalled_at_s = -math.inf
+        signal_at_s = time.monotonic()
+        if self._first is not None and self._first.is_on_all_ranks:
+            signal_at_s += _WAIT_S  # the main thread is about to raise it
         while not self._has_left_loop and time.monotonic() < self._deadline_s:
-            if self._depth and self._interrupts and time.monotonic() - signalled_at_s > 1.0:
-                signalled_at_s = time.monotonic()
+            if self._depth and self._interrupts and time.monotonic() >= signal_at_s:
+                signal_at_s = time.monotonic() + _SIGNAL_EVERY_S
                 signals.interrupt_main_thread()
             time.sleep(0.02)
         if not self._has_left_loop:
@@ -358,11 +367,16 @@ class FailureMonitor:
         """Raise an Interruption in the main thread, which calls this in a signal handler.
 
         Called repeatedly while the main thread is in the loop: an interruption that was swallowed
-        is raised again, except while one is being handled, in a `finally` for example.
+        is raised again, except while one is being handled, in a `finally` for example. Another
+        error that is being handled may be on its way out of the loop: it has until the next call.
         """
         if not self._depth or self._first is None:
             return
-        if self._interruption is None or self._interruption not in error_chain(sys.exception()):
+        handled, last_id = sys.exception(), self._handled_id
+        self._handled_id = None if handled is None else id(handled)
+        if handled is not None and self._handled_id != last_id:
+            return
+        if self._interruption is None or self._interruption not in error_chain(handled):
             self._interruption = Interruption(self._first)
             raise self._interruption
 
@@ -382,8 +396,8 @@ class FailureMonitor:
         faulthandler.dump_traceback_later(_ATEXIT_S, exit=True, file=nowhere)
 
 
-def _failure(rank: int, pid: int, what: str) -> Failure:
-    return Failure(rank, pid, socket.gethostname(), what, time.time())
+def _failure(rank: int, pid: int, what: str, *, is_on_all_ranks: bool = False) -> Failure:
+    return Failure(rank, pid, socket.gethostname(), what, time.time(), is_on_all_ranks)
 
 
 def _flush() -> None:
