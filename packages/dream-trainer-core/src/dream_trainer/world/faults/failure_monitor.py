@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from dream_trainer.world import signals, torchrun
 from dream_trainer.world.coordination import RankFailure
+from dream_trainer.world.early_exchange import EarlyExchange
 from dream_trainer.world.faults.failure import (
     Failure,
     Interruption,
@@ -62,6 +63,9 @@ class NoFailureMonitor:
 
     def watching(self, step: Callable[[], int]) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+    def start_early_exchange(self, is_late: Callable[[float], bool]) -> None:
+        pass
 
     def report(self, error: BaseException, step: int) -> BaseException:
         return error
@@ -107,6 +111,8 @@ class FailureMonitor:
         self._interrupts = False
         self._interruption: Interruption | None = None  # the last one raised in the main thread
         self._handled_id: int | None = None  # of the error that was handled at the last signal
+        self._early: EarlyExchange | None = None
+        self._num_runs = 0
 
     # What the loop calls
 
@@ -133,6 +139,12 @@ class FailureMonitor:
             self._depth = 0  # clean-up isn't interrupted
             raise
         self._depth -= 1
+
+    def start_early_exchange(self, is_late: Callable[[float], bool]) -> EarlyExchange:
+        """An EarlyExchange that the monitor's thread polls. Every rank calls it once per run."""
+        self._num_runs += 1
+        self._early = EarlyExchange(self._store, self._num_runs, is_late)
+        return self._early
 
     def report(self, error: BaseException, step: int) -> BaseException:
         """Report an error to all ranks, unless another rank failed first.
@@ -263,10 +275,9 @@ class FailureMonitor:
                 local_processes.close()
 
     def _run(self, local_processes: LocalProcesses) -> None:
-        interval_s = max(_POLL_EVERY_S, self._world_size / MAX_REQUESTS_PER_S)
         report_place_at_s = math.inf
         while self._first is None:
-            ended, written = local_processes.wait(interval_s)
+            ended, written = local_processes.wait(self._poll_interval_s())
             if self._thread is not threading.current_thread():
                 return
             must_end = signals.has_undecided_sigterm(written)
@@ -287,13 +298,21 @@ class FailureMonitor:
                 )
         self._interrupt_or_end()
 
+    def _poll_interval_s(self) -> float:
+        is_agreeing = self._early is not None and self._early.is_agreeing
+        interval_s = _POLL_EVERY_S / 4 if is_agreeing else _POLL_EVERY_S
+        return max(interval_s, self._world_size / MAX_REQUESTS_PER_S)
+
     def _check(self, ended: tuple[tuple[int, int], ...], must_end: bool) -> None:
         """Check for a failure in the store, and for local processes that have exited."""
         for rank, pid in ended:
             self._on_process_exit(rank, pid, must_end)
-        if not self._has_told_place and self._store.is_asked_where():
+        num_questions = self._store.num_questions()
+        if num_questions and not self._has_told_place and self._store.is_asked_where():
             self._has_told_place = True
             self._store.tell_place(self._rank, self._place or place_of_main_thread())
+        if self._early is not None:
+            self._early.poll(num_questions)
         first = self._store.first()
         if first is not None:
             self._set_first(first)
