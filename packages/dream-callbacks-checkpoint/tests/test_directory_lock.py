@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dream_callbacks.checkpoint import CheckpointError
-from dream_callbacks.checkpoint.io.directory_lock import DirectoryLock
+from dream_callbacks.checkpoint.io.local_filesystem import DirectoryLock
 
 
 def in_child(function: object) -> int:

@@ -13,8 +13,8 @@ from training import CrashAt, PlannedError, different, make, moments, weights
 
 from dream_callbacks.checkpoint import CheckpointError, LoadPartialCheckpointCallback
 from dream_callbacks.checkpoint.__main__ import main
-from dream_callbacks.checkpoint.catalog import read_catalog
-from dream_callbacks.checkpoint.io.filesystem import Filesystem, filesystem_at, is_url
+from dream_callbacks.checkpoint.catalog import filesystem_at, read_catalog
+from dream_callbacks.checkpoint.io.filesystem import Filesystem, is_url
 from dream_callbacks.checkpoint.io.fsspec_filesystem import FsspecFilesystem
 from dream_trainer.callbacks import Every
 from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config

@@ -16,11 +16,10 @@ from damaged_files import damage, reseal
 from tiny_runs import read_tensors, scored, steps, tiny
 from training import different, directory, weights
 
-from dream_callbacks.checkpoint.__main__ import main
+from dream_callbacks.checkpoint.__main__ import main, table
 from dream_callbacks.checkpoint.catalog import read_catalog
-from dream_callbacks.checkpoint.formatting import spelled_bytes, table
-from dream_callbacks.checkpoint.io.directory_lock import DirectoryLock
-from dream_callbacks.checkpoint.io.local_filesystem import LocalFilesystem
+from dream_callbacks.checkpoint.errors import format_bytes
+from dream_callbacks.checkpoint.io.local_filesystem import DirectoryLock, LocalFilesystem
 from dream_callbacks.checkpoint.retention import candidates
 from dream_trainer.callbacks import Every
 
@@ -197,7 +196,7 @@ def test_it_runs_as_a_module_and_bears_a_closed_pipe(root: Path) -> None:
 def test_looking_needs_no_torch(root: Path) -> None:
     program = """
 import sys
-from dream_callbacks.checkpoint.__main__ import main
+from dream_callbacks.checkpoint.__main__ import main, table
 
 status = main(sys.argv[1:])
 sys.exit(status or "torch" in sys.modules)
@@ -226,7 +225,7 @@ def test_ten_thousand_checkpoints_are_listed_and_chosen_from(
     [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.0 KiB"), (2.5 * 2**30, "2.5 GiB")],
 )
 def test_sizes_are_spelled_for_people(num_bytes: float, expected: str) -> None:
-    assert spelled_bytes(num_bytes) == expected
+    assert format_bytes(num_bytes) == expected
 
 
 def test_columns_of_numbers_are_flush_right() -> None:

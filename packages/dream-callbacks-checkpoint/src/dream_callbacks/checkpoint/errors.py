@@ -1,4 +1,4 @@
-"""Exceptions that users may catch."""
+"""Exceptions that users may catch, and texts in messages."""
 
 from __future__ import annotations
 
@@ -17,3 +17,12 @@ def error_text(error: BaseException) -> str:
     if isinstance(error, (CheckpointError, ValueError)) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Format a size, such as "1.9 GiB"."""
+    units = ("bytes", "KiB", "MiB", "GiB", "TiB")
+    power = 0
+    while num_bytes >= 1024 and power + 1 < len(units):
+        num_bytes, power = num_bytes / 1024, power + 1
+    return f"{num_bytes:.{1 if power else 0}f} {units[power]}"

@@ -21,6 +21,7 @@ from dream_callbacks.checkpoint.catalog import (
     Checkpoint,
     choose,
     damage_of,
+    filesystem_at,
     late_metrics_document,
     read_catalog,
 )
@@ -29,7 +30,6 @@ from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import FileSum, Manifest
 from dream_callbacks.checkpoint.format.state_codec import EncodedState, encode
 from dream_callbacks.checkpoint.io import atomic_commit
-from dream_callbacks.checkpoint.io.filesystem import filesystem_at
 from dream_callbacks.checkpoint.retention import KeepRules, ResumeMode, to_delete
 from dream_trainer.world import Coordination, RankFailure, World
 

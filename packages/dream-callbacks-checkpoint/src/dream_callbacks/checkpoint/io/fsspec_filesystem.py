@@ -11,7 +11,7 @@ from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import FileSum
 from dream_callbacks.checkpoint.io.checksummed_writer import ChecksummedWriter, content_of, sums_of
-from dream_callbacks.checkpoint.io.directory_lock import lock_content, parsed_lock
+from dream_callbacks.checkpoint.io.filesystem import lock_content, parsed_lock
 
 _MARK = ".folder"
 """Marks an empty folder, which object stores don't have."""
