@@ -30,7 +30,7 @@ def test_a_failed_save_doesnt_stop_training_and_loses_nothing(tmp_path: Path) ->
     assert "File too large" in messages[0]
     assert "__0_0.distcp" in messages[0]
     assert "the newest one is that of step 4" in messages[0]
-    assert "Make sure that there is room" in messages[0]
+    assert "Check the free space" in messages[0]
     assert not [p for p in directory(tmp_path).iterdir() if p.name.startswith(".")]
 
 
@@ -80,7 +80,7 @@ def full_disk_raises(root: Path) -> str:
 
 
 class Fill(Callback[Any]):
-    """Fills the disk at step 5, and makes room again at step 9."""
+    """Fills the disk at step 5, and frees it at step 9."""
 
     def __init__(self, disk: Path, num_free: int) -> None:
         self.disk = disk
@@ -103,7 +103,7 @@ def on_small_disk(disk: Path, num_free: int) -> list[str]:
     return messages
 
 
-def test_room_is_looked_for_before_anything_is_written(tmp_path: Path) -> None:
+def test_free_space_is_checked_before_anything_is_written(tmp_path: Path) -> None:
     skip_unless_mountable(tmp_path, "tmpfs")
 
     (messages,) = run_on_ranks(on_small_disk, 1, tmp_path / "disk", 100_000)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class CheckpointError(RuntimeError):
     """A checkpoint couldn't be saved or loaded. Raised on all ranks."""
@@ -9,6 +11,32 @@ class CheckpointError(RuntimeError):
 
 class DamagedCheckpointError(ValueError):
     """A checkpoint on disk is corrupt or incomplete."""
+
+
+def failed_save_text(
+    error: BaseException, step: int, directory: str | Path, newest_step: int
+) -> str:
+    """Message about a failed save.
+
+    Args:
+        error: Why it failed.
+        step: Step that couldn't be saved.
+        directory: Checkpoint directory.
+        newest_step: Step of the newest checkpoint; -1 if there is none.
+    """
+    newest = (
+        f"the newest one is that of step {newest_step}" if newest_step > 0 else "there is none yet"
+    )
+    advice = (
+        ""  # the error names the invalid value of the state
+        if isinstance(error.__cause__, (TypeError, ValueError))
+        else ". Check the free space (keep_last and keep_top_k limit the number of "
+        "checkpoints) and that the directory is writable"
+    )
+    return (
+        f"the checkpoint of step {step} couldn't be saved in {directory}: "
+        f"{error_text(error)}; {newest}{advice}"
+    )
 
 
 def error_text(error: BaseException) -> str:

@@ -46,22 +46,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
+@dataclass
 class PendingSave:
     """A save from `prepare` to the commit.
 
     Attributes:
-        step, epoch, reason, num_train_batches, metrics: As in the manifest.
+        manifest: Without files and `has_nan`, which are known once everything is written.
         state: State as JSON and tensors.
         tensors: Tensors that this rank writes.
         folder: Temporary folder that it is written to.
     """
 
-    step: int
-    epoch: int
-    reason: str
-    num_train_batches: int | None
-    metrics: Mapping[str, float]
+    manifest: Manifest
     state: EncodedState
     tensors: TensorPlan
     folder: str
@@ -176,16 +172,22 @@ class CheckpointManager:
         folder = self.ranks.on_rank_zero(
             lambda: atomic_commit.begin(self.filesystem, step, self.run, tensors.total_bytes)
         )
-        return PendingSave(
+        manifest = Manifest(
             step=step,
             epoch=epoch,
+            seq=self._catalog.next_seq,
+            run=self.run,
+            fence=self.lock.fence,
+            created_unix=time.time(),
             reason=reason,
+            world_size=self.ranks.world_size,
+            shape=dataclasses.asdict(self.world.shape),
+            dp_ranks=self._dp_ranks,
             num_train_batches=num_train_batches,
             metrics=metrics,
-            state=state,
-            tensors=tensors,
-            folder=folder,
+            torch_version=torch.__version__,
         )
+        return PendingSave(manifest, state, tensors, folder)
 
     def stage(self, save: PendingSave, buffers: dict[MetadataIndex, Tensor]) -> None:
         """Copy this rank's tensors to host memory, so that training can continue during the write.
@@ -246,8 +248,9 @@ class CheckpointManager:
             late_metrics: Results reported during the write.
             took_s: Seconds from `prepare` to the commit.
         """
-        logger.info("saved step %d (%s) in %.2f s", save.step, save.reason, took_s)
-        self.add_metrics(save.step, late_metrics)
+        step, reason = save.manifest.step, save.manifest.reason
+        logger.info("saved step %d (%s) in %.2f s", step, reason, took_s)
+        self.add_metrics(step, late_metrics)
         try:
             self._tidy()
         except OSError as error:
@@ -310,22 +313,9 @@ class CheckpointManager:
             save.folder, file_names.STATE, _json(save.state.shared)
         )
         sums.update(own)
-        manifest = Manifest(
-            step=save.step,
-            epoch=save.epoch,
-            seq=self._catalog.next_seq,
-            run=self.run,
-            fence=self.lock.fence,
-            created_unix=time.time(),
-            reason=save.reason,
-            world_size=self.ranks.world_size,
-            shape=dataclasses.asdict(self.world.shape),
-            dp_ranks=self._dp_ranks,
-            num_train_batches=save.num_train_batches,
-            metrics=dict(save.metrics),
-            has_nan=any(has_nan for _, _, has_nan in parts),
-            torch_version=torch.__version__,
-            files=sums,
+        has_nan = any(has_nan for _, _, has_nan in parts)
+        manifest = dataclasses.replace(
+            save.manifest, created_unix=time.time(), has_nan=has_nan, files=sums
         )
         name = atomic_commit.publish(self.filesystem, save.folder, manifest, self.lock, own)
         with self._changing:

@@ -1,4 +1,4 @@
-"""Filesystem and Lock: the protocols of a checkpoint directory, local or at a URL."""
+"""Filesystem and Lock: the interface of a checkpoint directory, local or at a URL."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from dream_callbacks.checkpoint.format.manifest import FileSum
-from dream_callbacks.checkpoint.io.checksummed_writer import ChecksummedWriter
+from dream_callbacks.checkpoint.io.checksummed_writer import ChecksummedWriter, content_of, sums_of
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
@@ -33,7 +33,7 @@ class Lock(Protocol):
 class Filesystem(Protocol):
     """A checkpoint directory: files and folders of files.
 
-    `LocalFilesystem` and `FsspecFilesystem` document the methods.
+    `LocalFilesystem` and `FsspecFilesystem`, which derive from it, document the other methods.
 
     Attributes:
         renames_at_once: Whether folders are renamed atomically. If not, files are copied one by
@@ -54,9 +54,20 @@ class Filesystem(Protocol):
 
     def open(self, folder: str, name: str) -> BinaryIO: ...
 
-    def read(self, folder: str, name: str, max_bytes: int | None = None) -> bytes: ...
+    def read(self, folder: str, name: str, max_bytes: int | None = None) -> bytes:
+        """Read a whole file.
 
-    def sums(self, folder: str, name: str) -> FileSum: ...
+        Raises:
+            DamagedCheckpointError: If it doesn't exist, isn't a regular file, or is larger than
+                `max_bytes`.
+        """
+        with self.open(folder, name) as file:
+            return content_of(file, name, max_bytes)
+
+    def sums(self, folder: str, name: str) -> FileSum:
+        """Read a file to compute its size and checksum."""
+        with self.open(folder, name) as file:
+            return sums_of(file)
 
     def reading(self, folder: str) -> AbstractContextManager[None]: ...
 
@@ -68,7 +79,11 @@ class Filesystem(Protocol):
 
     def create(self, folder: str, name: str) -> ChecksummedWriter: ...
 
-    def write(self, folder: str, name: str, data: bytes) -> FileSum: ...
+    def write(self, folder: str, name: str, data: bytes) -> FileSum:
+        """Write a new file."""
+        with self.create(folder, name) as file:
+            file.write(data)
+        return file.sums
 
     def sync(self, folder: str = "", names: Iterable[str] = ()) -> None: ...
 

@@ -16,20 +16,14 @@ from typing import Any, BinaryIO
 
 from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from dream_callbacks.checkpoint.format import file_names
-from dream_callbacks.checkpoint.format.manifest import FileSum
-from dream_callbacks.checkpoint.io.checksummed_writer import (
-    ChecksummedWriter,
-    DirectFile,
-    content_of,
-    sums_of,
-)
-from dream_callbacks.checkpoint.io.filesystem import lock_content, parsed_lock
+from dream_callbacks.checkpoint.io.checksummed_writer import ChecksummedWriter, DirectFile
+from dream_callbacks.checkpoint.io.filesystem import Filesystem, lock_content, parsed_lock
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _MAX_LOCK_BYTES = 4096
 
 
-class LocalFilesystem:
+class LocalFilesystem(Filesystem):
     """A checkpoint directory on a local or shared file system.
 
     Names are single path components below `root`; callers validate names read from files.
@@ -101,21 +95,6 @@ class LocalFilesystem:
             raise DamagedCheckpointError(f"{name} isn't a regular file")
         return open(descriptor, "rb")
 
-    def read(self, folder: str, name: str, max_bytes: int | None = None) -> bytes:
-        """Read a whole file.
-
-        Raises:
-            DamagedCheckpointError: If it doesn't exist, isn't a regular file, or is larger than
-                `max_bytes`.
-        """
-        with self.open(folder, name) as file:
-            return content_of(file, name, max_bytes)
-
-    def sums(self, folder: str, name: str) -> FileSum:
-        """Read a file to compute its size and checksum."""
-        with self.open(folder, name) as file:
-            return sums_of(file)
-
     @contextlib.contextmanager
     def reading(self, folder: str) -> Iterator[None]:
         """Protect a folder from deletion by other runs on this machine.
@@ -168,12 +147,6 @@ class LocalFilesystem:
         path = self.root / folder / name
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         return ChecksummedWriter(str(path), DirectFile(os.open(path, flags, 0o666)))
-
-    def write(self, folder: str, name: str, data: bytes) -> FileSum:
-        """Write a new file."""
-        with self.create(folder, name) as file:
-            file.write(data)
-        return file.sums
 
     def sync(self, folder: str = "", names: Iterable[str] = ()) -> None:
         """Sync a folder and some of its files to disk."""
