@@ -217,7 +217,7 @@ class ModelSetupMixin(AbstractTrainer):
             raise RuntimeError(
                 f"{', '.join(still_empty[:5])}{' …' if len(still_empty) > 5 else ''}: built on the "
                 "meta device, so values of the constructor are lost, and init_weights set none; "
-                "set every parameter and buffer in init_weights"
+                "every parameter and buffer in init_weights"
             )
 
 
