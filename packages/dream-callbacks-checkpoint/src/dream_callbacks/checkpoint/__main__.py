@@ -170,7 +170,7 @@ def _verify(options: argparse.Namespace) -> int:
         found[checkpoint.name] = damage
         if not options.json:
             size = format_bytes(checkpoint.manifest.num_bytes)
-            print(f"{checkpoint.name}  {'damaged' if damage else 'whole'}  {size}", flush=True)
+            print(f"{checkpoint.name}  {'damaged' if damage else 'intact'}  {size}", flush=True)
             for problem in damage:
                 print(f"  {problem}")
     if options.json:
@@ -245,8 +245,8 @@ def _prune(options: argparse.Namespace) -> int:
         lock.acquire()
     try:
         catalog = read_catalog(filesystem)
-        whole = [c for c in catalog.checkpoints if not damage_of(filesystem, c, checksums=False)]
-        doomed = [c for c in to_delete(whole, rules) if not filesystem.is_being_read(c.name)]
+        intact = [c for c in catalog.checkpoints if not damage_of(filesystem, c, checksums=False)]
+        doomed = [c for c in to_delete(intact, rules) if not filesystem.is_being_read(c.name)]
         if not options.dry_run:
             atomic_commit.recover(filesystem)
             for checkpoint in doomed:
@@ -260,7 +260,7 @@ def _prune(options: argparse.Namespace) -> int:
     verb = "would delete" if options.dry_run else "deleted"
     for checkpoint in doomed:
         print(f"{verb} {checkpoint.name}  {format_bytes(checkpoint.manifest.num_bytes)}")
-    print(f"{verb} {len(doomed)} of {len(whole)}, {format_bytes(num_bytes)}")
+    print(f"{verb} {len(doomed)} of {len(intact)}, {format_bytes(num_bytes)}")
     return 0
 
 
@@ -313,7 +313,7 @@ def _one(filesystem: Filesystem, catalog: Catalog, step: int | None) -> Checkpoi
     if step is None and catalog.checkpoints:
         found = catalog.checkpoints[-1]
     if found is None:
-        what = "checkpoint" if step is None else f"whole checkpoint of step {step}"
+        what = "checkpoint" if step is None else f"intact checkpoint of step {step}"
         raise CheckpointError(f"there is no {what} in {filesystem}; the newest steps are: {steps}")
     damage = damage_of(filesystem, found, checksums=True)
     if damage:

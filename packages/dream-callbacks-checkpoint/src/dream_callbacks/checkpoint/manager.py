@@ -83,7 +83,7 @@ class CheckpointManager:
         self._catalog = Catalog()
         self._was_opened = False
         self._changing = threading.Lock()  # a background save may run
-        self._known_whole: set[tuple[str, int]] = set()
+        self._known_intact: set[tuple[str, int]] = set()
 
     # Opening and closing
 
@@ -107,7 +107,7 @@ class CheckpointManager:
             catalog = read_catalog(self.filesystem)
             if self._was_opened and catalog.next_seq != self._catalog.next_seq:
                 raise CheckpointError(
-                    "another run has saved there since this trainer was set up; set up a new "
+                    "another run has saved there after this trainer was set up; set up a new "
                     "trainer, which resumes from its checkpoint"
                 )
             self._catalog, self._was_opened = catalog, True
@@ -261,8 +261,8 @@ class CheckpointManager:
         with self._changing:
             present = self.filesystem.entries()  # a user may have deleted some of them
             known = self._catalog.checkpoints
-            whole = [c for c in known if c.name in present and self._is_whole(c)]
-            for checkpoint in to_delete(whole, self.rules):
+            intact = [c for c in known if c.name in present and self._is_intact(c)]
+            for checkpoint in to_delete(intact, self.rules):
                 if self.filesystem.is_being_read(checkpoint.name):
                     continue  # deleted after a later save
                 atomic_commit.discard(self.filesystem, checkpoint.name)
@@ -327,13 +327,13 @@ class CheckpointManager:
         damaged = {n: w for n, w in self._catalog.damaged.items() if n != checkpoint.name}
         self._catalog = Catalog(tuple(ordered), damaged)
 
-    def _is_whole(self, checkpoint: Checkpoint) -> bool:
+    def _is_intact(self, checkpoint: Checkpoint) -> bool:
         """Whether all files have the right size; a positive result is cached."""
         key = (checkpoint.name, checkpoint.manifest.seq)
-        if key not in self._known_whole:
+        if key not in self._known_intact:
             if damage_of(self.filesystem, checkpoint, checksums=False):
                 return False
-            self._known_whole.add(key)
+            self._known_intact.add(key)
         return True
 
 

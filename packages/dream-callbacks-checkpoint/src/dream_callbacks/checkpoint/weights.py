@@ -300,7 +300,7 @@ def _write_weights(path: Path, tensors: Mapping[str, Tensor], kind: Format) -> N
         ImportError: If safetensors is required and not installed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole: dict[str, Tensor] = {}
+    contiguous: dict[str, Tensor] = {}
     memory: set[int] = set()
     for name, tensor in tensors.items():
         own = tensor.detach().cpu().contiguous()
@@ -308,13 +308,13 @@ def _write_weights(path: Path, tensors: Mapping[str, Tensor], kind: Format) -> N
         if own.untyped_storage().data_ptr() in memory:
             own = own.clone()
         memory.add(own.untyped_storage().data_ptr())
-        whole[name] = own
+        contiguous[name] = own
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if kind == "safetensors":
-            _safetensors().save_file(whole, temporary, metadata={"format": "pt"})
+            _safetensors().save_file(contiguous, temporary, metadata={"format": "pt"})
         else:
-            torch.save(whole, temporary)
+            torch.save(contiguous, temporary)
         with temporary.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())

@@ -157,9 +157,7 @@ def recover(filesystem: Filesystem) -> None:
                 filesystem.rename(name, original)
                 names.add(original)
         elif file_names.is_leftover(name):
-            logger.info(
-                "%s/%s was left by a run that ended while it wrote; deleted", filesystem, name
-            )
+            logger.info("%s/%s is left over from an interrupted run; deleted", filesystem, name)
             if filesystem.is_folder(name):
                 filesystem.delete(name)
             else:

@@ -55,7 +55,7 @@ class Filesystem(Protocol):
     def open(self, folder: str, name: str) -> BinaryIO: ...
 
     def read(self, folder: str, name: str, max_bytes: int | None = None) -> bytes:
-        """Read a whole file.
+        """Read a file.
 
         Raises:
             DamagedCheckpointError: If it doesn't exist, isn't a regular file, or is larger than
@@ -124,5 +124,5 @@ def parsed_lock(data: bytes) -> dict[str, Any]:
         content = json.loads(data)
     except ValueError:
         return {}
-    is_whole = isinstance(content, dict) and isinstance(content.get("fence", 0), int)
-    return content if is_whole else {}
+    is_valid = isinstance(content, dict) and isinstance(content.get("fence", 0), int)
+    return content if is_valid else {}
