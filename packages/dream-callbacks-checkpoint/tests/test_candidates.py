@@ -64,7 +64,7 @@ def test_a_step_selects_only_its_checkpoint() -> None:
 
 
 def test_a_missing_step_is_an_error_that_lists_the_steps() -> None:
-    with pytest.raises(CheckpointError, match=r"step-0000000025, which isn't there.*10, 20, 30"):
+    with pytest.raises(CheckpointError, match=r"step-0000000025, which doesn't exist.*10, 20, 30"):
         order(25, *steps(10, 20, 30))
 
 

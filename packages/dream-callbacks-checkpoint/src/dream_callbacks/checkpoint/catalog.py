@@ -295,8 +295,8 @@ def choose(
     if not chosen.checkpoints:
         return None
     raise CheckpointError(
-        f"none of the checkpoints in {filesystem} that resume_mode={resume_mode!r} allows is intact "
-        f"({'; '.join(problems[:3])}); restore one from a copy, choose another step, or move them "
+        f"none of the checkpoints in {filesystem} that resume_mode={resume_mode!r} allows is "
+        f"intact ({'; '.join(problems[:3])}); restore one from a copy, choose another step, or move them "
         "away to start from scratch"
     )
 
