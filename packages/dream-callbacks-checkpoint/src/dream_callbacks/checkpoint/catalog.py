@@ -296,8 +296,8 @@ def choose(
         return None
     raise CheckpointError(
         f"none of the checkpoints in {filesystem} that resume_mode={resume_mode!r} allows is "
-        f"intact ({'; '.join(problems[:3])}); restore one from a copy, choose another step, or move them "
-        "away to start from scratch"
+        f"intact ({'; '.join(problems[:3])}); restore one from a copy, choose another step, or "
+        "move them away to start from scratch"
     )
 
 
