@@ -48,7 +48,7 @@ def wrong_bound_on_core(requirement: str, core_version: str) -> str | None:
             f"{requirement}: a bound on core has the form >=X.Y.0.dev0, or the checkout is refused"
         )
     if not lower <= version < upper:
-        return f"{requirement} refuses core {core_version}, the one beside it"
+        return f"{requirement} refuses core {core_version}, the version in this checkout"
     if upper != (lower[0] + 1, 0, 0, True):
         return f"{requirement}: the upper bound is the next major version, <{lower[0] + 1}"
     return None
