@@ -11,7 +11,7 @@ import pytest
 _CLONE_NEWNS = 0x00020000
 
 
-def unshare_mounts() -> None:
+def have_mounts_of_its_own() -> None:
     """Make later mounts private to this process; they end with it."""
     assert ctypes.CDLL(None).unshare(_CLONE_NEWNS) == 0
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)

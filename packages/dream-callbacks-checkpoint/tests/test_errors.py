@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from full_disks import Limit, full_disk
-from mounts import mount, skip_unless_mountable, unshare_mounts
+from mounts import have_mounts_of_its_own, mount, skip_unless_mountable
 from tiny_runs import saved, steps, tiny
 from training import directory
 
@@ -95,7 +95,7 @@ class Fill(Callback[Any]):
 
 
 def on_small_disk(disk: Path, num_free: int) -> list[str]:
-    unshare_mounts()
+    have_mounts_of_its_own()
     mount("tmpfs", "size=8m", "tmpfs", disk)
     messages = full_disk(disk, Fill(disk, num_free))
     assert steps(disk) == [2, 4, 10, 12, 14, 16]
@@ -116,7 +116,7 @@ def test_free_space_is_checked_before_anything_is_written(tmp_path: Path) -> Non
 
 
 def on_read_only_disk(disk: Path) -> str:
-    unshare_mounts()
+    have_mounts_of_its_own()
     mount("tmpfs", "size=8m", "tmpfs", disk)
     tiny(disk).fit()
     mount("tmpfs", "remount,ro", "tmpfs", disk)

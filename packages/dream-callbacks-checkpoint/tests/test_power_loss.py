@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import training
 from forked_runs import last_acknowledged, resumed_step
-from mounts import mount, new_image, skip_unless_mountable, unshare_mounts
+from mounts import have_mounts_of_its_own, mount, new_image, skip_unless_mountable
 
 from dream_trainer.testing import run_on_ranks
 
@@ -42,7 +42,7 @@ def mounted(image: Path, folder: Path, options: str) -> Iterator[Path]:
 
 def power_lost_repeatedly(folder: Path, callback: str, options: str, times: int) -> list[int]:
     """Steps resumed from the copied disk; each is at least the last reported one."""
-    unshare_mounts()
+    have_mounts_of_its_own()
     draw = random.Random(times)
     image, copy = new_image(folder / "disk.img", 256 << 20), folder / "copy.img"
     outside = folder / "outside"
