@@ -632,7 +632,7 @@ def test_a_run_overtaken_after_set_up_is_refused(tmp_path: Path) -> None:
     trainer.setup()
     tiny(tmp_path).fit()
 
-    with pytest.raises(CheckpointError, match="another run has saved there since"):
+    with pytest.raises(CheckpointError, match="another run has saved there after"):
         trainer.fit()
 
 
