@@ -1,4 +1,4 @@
-"""Trains the toy, saves every second step, and may fail or say what it is doing.
+"""Trains the toy and saves every second step; options make a rank fail or hang.
 
 torchrun --nproc-per-node=2 failing.py FOLDER [--fail-on RANK] [--wait] [--hang-on RANK]
 """
@@ -34,7 +34,7 @@ class FailsInTheFirstAttempt(Callback[DreamTrainer]):
 
 
 class Waits(Callback[DreamTrainer]):
-    """Takes its time; each rank leaves its process id once it trains."""
+    """Slows down each step; each rank writes its process id once it trains."""
 
     def pre_train_step(self, batch: Any, batch_idx: int) -> None:
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""All packages at once: one stack, its plan, what it writes, and what it costs in host reads."""
+"""All packages together: the plan of one stack, its files, and its device syncs."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def make(root: str, layout: str, callbacks: CallbackCollection, **training: Any)
     )
 
 
-def test_the_plan_of_the_whole_stack() -> None:
+def test_the_plan_of_the_complete_stack() -> None:
     hooks = stack().plan().hooks
 
-    # A checkpoint sees what the others leave at the end of a step, and restores before they fit.
+    # It saves the state that others leave at the end of a step, and restores before `fit`.
     for hook in ("post_train_step", "post_validation_epoch", "post_epoch", "pre_fit", "post_fit"):
         assert hooks[hook][-1] == "CheckpointCallback", hook
     assert hooks["post_setup"][-2:] == ("CheckpointCallback", "TrainerSummary")
@@ -102,7 +102,7 @@ def trained_twice(root: str, layout: str) -> tuple[list[int], list[float]]:
 @pytest.mark.parametrize(
     ("layout", "num_ranks"), [("single", 1), ("fsdp", 2)], ids=["w1-single", "w2-fsdp"]
 )
-def test_a_run_with_everything_resumes_and_leaves_its_files(
+def test_a_run_with_all_callbacks_resumes_and_writes_its_files(
     tmp_path: Path, layout: str, num_ranks: int
 ) -> None:
     outcomes = run_on_ranks(trained_twice, num_ranks, str(tmp_path), layout)
@@ -132,7 +132,7 @@ def _losses_alone(root: str, layout: str) -> list[float]:
 
 
 class HostReads(TorchDispatchMode):
-    """Notes the step of each read of a value on the host."""
+    """Records the step of each read of a tensor's value on the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class HostReads(TorchDispatchMode):
 
 
 class HostCopies(TorchFunctionMode):
-    """Notes calls that would copy from a device: on the CPU they are no operations."""
+    """Records calls that copy from a device; on the CPU they are no operations."""
 
     def __init__(self, reads: HostReads) -> None:
         super().__init__()
@@ -196,7 +196,7 @@ LOG_EVERY, VALIDATE_EVERY = 10, 25
 MAY_READ = {
     step
     for step in range(51)
-    # An epoch of 8 steps ends with its mean, which is reported; the next begins with a new loader.
+    # Each epoch of 8 steps reports its mean at the end; the next one starts with a new iterator.
     if step % LOG_EVERY == 0 or step % VALIDATE_EVERY == 0 or step % 8 in (0, 1)
 }
 """Of fifty steps, those that log, validate or save, or begin or end an epoch."""
@@ -204,7 +204,9 @@ MAY_READ = {
 
 def train_fifty_steps(root: Path, device: str, *others: Callback[Any]) -> None:
     callbacks = stack(*others, log_every=LOG_EVERY)
-    del callbacks["ProgressBar"]  # it reads CPU tensors when it draws, which is a matter of time
+    del callbacks[
+        "ProgressBar"
+    ]  # it reads CPU tensors when it draws, at times that depend on the clock
     callbacks["CheckpointCallback"] = CheckpointCallback(
         CheckpointParameters(every=Every(steps=VALIDATE_EVERY))
     )
@@ -220,7 +222,7 @@ def train_fifty_steps(root: Path, device: str, *others: Callback[Any]) -> None:
 
 
 def steps_that_read(root: Path, *others: Callback[Any]) -> set[int]:
-    """Of fifty steps, those that read on the host and have no reason to."""
+    """Of fifty steps, those that read on the host without need."""
     reads = HostReads()
 
     class Notes(Callback[Any]):
@@ -238,7 +240,7 @@ def steps_that_read(root: Path, *others: Callback[Any]) -> set[int]:
     return set(reads.steps) - MAY_READ
 
 
-def test_steps_that_do_not_log_read_nothing_on_the_host(tmp_path: Path) -> None:
+def test_steps_that_do_not_log_have_no_device_sync(tmp_path: Path) -> None:
     others = (
         ModelWatchCallback(log="all", log_freq=LOG_EVERY),
         BenchmarkCallback(every=Every(steps=LOG_EVERY)),
@@ -252,7 +254,7 @@ def test_steps_that_do_not_log_read_nothing_on_the_host(tmp_path: Path) -> None:
 
 
 class RefusesWaiting(Callback[Any]):
-    """Lets CUDA raise where the host waits for it, in steps that have no reason to."""
+    """Makes CUDA raise on a device sync in steps that need none."""
 
     before = {Callback}
 
@@ -272,7 +274,7 @@ class RefusesWaiting(Callback[Any]):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_steps_that_do_not_log_never_wait_for_the_gpu(tmp_path: Path) -> None:
+def test_steps_that_do_not_log_never_sync_with_the_gpu(tmp_path: Path) -> None:
     train_fifty_steps(tmp_path / "stack", "cuda", RefusesWaiting())
 
     with pytest.raises(RuntimeError, match="synchronizing"):

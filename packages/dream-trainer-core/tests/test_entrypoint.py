@@ -1,4 +1,4 @@
-"""entrypoint, run as a script."""
+"""entrypoint, in scripts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if __name__ == "__main__":
 """
 
 
-def test_it_runs_in_place_without_several_gpus(tmp_path: Path) -> None:
+def test_it_runs_in_this_process_without_several_gpus(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     done = subprocess.run(
@@ -44,7 +44,7 @@ def test_it_runs_in_place_without_several_gpus(tmp_path: Path) -> None:
     assert done.stdout == "main alone --lr 1\n"
 
 
-def test_ctrl_c_ends_with_130_and_one_line(tmp_path: Path) -> None:
+def test_ctrl_c_exits_with_130_and_one_line(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     with subprocess.Popen(
@@ -63,7 +63,7 @@ def test_ctrl_c_ends_with_130_and_one_line(tmp_path: Path) -> None:
     assert stderr == "interrupted\n"
 
 
-# What `entrypoint` does where there are several GPUs, without them.
+# As with several GPUs, on a machine without them.
 BECOMES_TORCHRUN = """
 import os, sys
 from dream_trainer.entrypoint import _become_torchrun, entrypoint
@@ -115,7 +115,7 @@ def test_it_uses_every_visible_gpu(tmp_path: Path) -> None:
     assert done.stdout == "main alone --lr 1\n" * torch.cuda.device_count()
 
 
-def test_torchrun_is_told_of_an_error_outside_of_training(tmp_path: Path) -> None:
+def test_torchrun_gets_an_error_outside_of_training(tmp_path: Path) -> None:
     script, error_file = tmp_path / "train.py", tmp_path / "error.json"
     script.write_text(SCRIPT)
     done = subprocess.run(

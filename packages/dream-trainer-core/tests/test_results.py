@@ -61,9 +61,7 @@ Pair = namedtuple("Pair", "x y")  # noqa: PYI024  # loaders give plain named tup
     ],
     ids=repr,
 )
-def test_samples_are_counted_along_dimension_0_of_the_first_tensor(
-    batch: Any, expected: int
-) -> None:
+def test_samples_are_counted_in_dimension_0_of_the_first_tensor(batch: Any, expected: int) -> None:
     assert num_samples(batch) == expected
 
 
@@ -89,7 +87,7 @@ def test_means_over_many_batches_are_those_of_float64() -> None:
     assert means.reduce(world())["loss"] == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_key_that_comes_later_or_now_and_then_is_averaged_over_its_own_batches() -> None:
+def test_a_key_of_some_batches_is_averaged_over_those() -> None:
     means = EpochMeans("training_step")
     means.add({"a": 1.0}, batch_of(2))
     means.add({"a": 2.0, "b": torch.tensor([4.0])}, batch_of(2))
@@ -101,7 +99,7 @@ def test_a_key_that_comes_later_or_now_and_then_is_averaged_over_its_own_batches
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_values_that_are_not_finite_stay_so(value: float) -> None:
+def test_non_finite_values_are_kept(value: float) -> None:
     means = EpochMeans("training_step")
     means.add({"loss": torch.tensor(value)}, batch_of(1))
 
@@ -110,7 +108,7 @@ def test_values_that_are_not_finite_stay_so(value: float) -> None:
 
 
 @pytest.mark.parametrize(("value", "expected"), [(10**400, math.inf), (-(10**400), -math.inf)])
-def test_an_int_that_no_float_can_hold_is_infinite(value: int, expected: float) -> None:
+def test_an_integer_too_large_for_a_float_is_infinite(value: int, expected: float) -> None:
     means = EpochMeans("training_step")
     means.add({"loss": 1.0, "huge": value}, batch_of(1))
     means.add({"loss": 1.0, "huge": 2}, batch_of(1))
@@ -118,7 +116,7 @@ def test_an_int_that_no_float_can_hold_is_infinite(value: int, expected: float) 
     assert means.reduce(world()) == {"loss": 1.0, "huge": expected}
 
 
-def test_a_key_that_changes_its_kind_is_refused() -> None:
+def test_a_key_that_changes_its_type_is_refused() -> None:
     means = EpochMeans("training_step")
     means.add({"loss": torch.tensor(1.0)}, batch_of(1))
     means.add({"loss": torch.zeros(2)}, batch_of(1))
@@ -127,7 +125,7 @@ def test_a_key_that_changes_its_kind_is_refused() -> None:
         means.reduce(world())
 
 
-def test_means_go_on_from_a_saved_state() -> None:
+def test_means_continue_from_a_saved_state() -> None:
     straight, first, second = (
         EpochMeans("training_step"),
         EpochMeans("training_step"),
@@ -142,7 +140,7 @@ def test_means_go_on_from_a_saved_state() -> None:
     assert second.reduce(world()) == straight.reduce(world())
 
 
-def test_nothing_of_earlier_batches_is_kept_but_scalars() -> None:
+def test_only_scalars_of_earlier_batches_are_kept() -> None:
     import weakref
 
     means = EpochMeans("training_step")
@@ -178,7 +176,7 @@ def other_keys() -> None:
     means.reduce(world)
 
 
-def test_ranks_that_report_other_keys_are_an_error_on_all_ranks() -> None:
+def test_different_keys_on_ranks_are_an_error_on_all() -> None:
     with pytest.raises(RankError) as caught:
         run_on_ranks(other_keys, 2)
 

@@ -26,8 +26,8 @@ from torch.utils.serialization import config
 
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.format import file_names
-from dream_callbacks.checkpoint.format.json_codec import Path as TreePath
 from dream_callbacks.checkpoint.format.manifest import FileSum
+from dream_callbacks.checkpoint.format.state_codec import Path as TreePath
 from dream_callbacks.checkpoint.format.tensor_index import TensorIndex
 from dream_callbacks.checkpoint.io.filesystem import Filesystem
 from dream_trainer.world import Coordination

@@ -13,8 +13,7 @@ import torch
 
 from dream_trainer.world import cpu_collectives
 from dream_trainer.world.daemon_thread import call_in_daemon_thread
-from dream_trainer.world.rank_mismatch import by_value, disagreements
-from dream_trainer.world.value_digest import value_digest
+from dream_trainer.world.rank_mismatch import by_value, disagreements, value_digest
 
 if TYPE_CHECKING:
     from dream_trainer.world.world import World

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dream_trainer.configs.device import AXES, DeviceParameters
+from dream_trainer.configs.device import DeviceParameters
 from dream_trainer.world import collectives, cpu_collectives, torch_private, torchrun
 from dream_trainer.world.collectives import ReduceOp
 from dream_trainer.world.coordination import Coordination
@@ -28,7 +28,7 @@ from dream_trainer.world.faults import collective_guard
 from dream_trainer.world.faults.failure_monitor import FailureMonitor, NoFailureMonitor
 from dream_trainer.world.faults.fork_safety import let_threads_settle_before_forks
 from dream_trainer.world.identity import RankIdentity
-from dream_trainer.world.mesh import build_mesh, fsdp_mesh
+from dream_trainer.world.mesh import build_mesh, fsdp_mesh, ordered_axes
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
@@ -221,12 +221,7 @@ class World(RankIdentity):
             ValueError: If there is no such axis.
             RuntimeError: As `mesh`.
         """
-        unknown = [axis for axis in axes if axis not in AXES]
-        if unknown or not axes:
-            raise ValueError(
-                f"axes {', '.join(axes) or '(none)'}: some of {', '.join(AXES)} are required"
-            )
-        ordered = tuple(axis for axis in AXES if axis in axes)
+        ordered = ordered_axes(axes)
         return self.mesh[ordered] if len(ordered) > 1 else self.mesh[ordered[0]]
 
     @property
@@ -324,11 +319,10 @@ class World(RankIdentity):
         """
         self._refuse_if_guarded("agree")
         if self.is_distributed:
-            if what is None:
-                named = value if isinstance(value, Mapping) else {"a value": value}
+            if what is None and isinstance(value, Mapping):
+                Coordination(self).agree(value)
             else:
-                named = {what: value}
-            Coordination(self).agree(named)
+                Coordination(self).agree({what or "a value": value})
         return value
 
     def each(self, function: Callable[[], T]) -> T:
