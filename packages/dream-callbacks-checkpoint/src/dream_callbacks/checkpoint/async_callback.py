@@ -154,6 +154,7 @@ class _BackgroundSave:
 
     def _run(self) -> None:
         try:
+            self._manager.world.use_device()
             self._manager.write(self.save, self._ranks)
             with self._changing:
                 self._is_committed = True

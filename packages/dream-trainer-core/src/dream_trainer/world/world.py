@@ -107,6 +107,15 @@ class World(RankIdentity):
             )
         return self._failure_monitor
 
+    def use_device(self) -> None:
+        """Make this rank's device the current one of the calling thread. Not collective.
+
+        CUDA's current device belongs to a thread, and is device 0 in a new one: call this first in
+        every thread that uses tensors.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
     def connect(self) -> None:
         """Create the process group. Collective; a second call does nothing.
 
@@ -114,8 +123,7 @@ class World(RankIdentity):
         """
         if self.parameters.deterministic:
             use_deterministic_algorithms()
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+        self.use_device()
         if not self.is_distributed or dist.is_initialized():
             return
         self._init_process_group()
