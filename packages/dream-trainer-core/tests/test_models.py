@@ -11,6 +11,7 @@ from torch import nn
 
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import RankError, TinyTrainer, run_on_ranks, tiny_config
+from dream_trainer.world import SimulatedWorld
 
 
 def test_models_are_tracked_by_attribute(tmp_path: Path) -> None:
@@ -66,6 +67,14 @@ class WithBuffer(Initializes):
     def configure_models(self) -> None:
         super().configure_models()
         self.model.register_buffer("table", torch.arange(4.0), persistent=False)
+
+
+class WithParameterAndBuffer(TinyTrainer):
+    """Built on the device, since it has no init_weights."""
+
+    def configure_models(self) -> None:
+        super().configure_models()
+        self.model.register_buffer("table", torch.arange(4.0))
 
 
 class AssignsBuffer(WithBuffer):
@@ -124,6 +133,31 @@ def test_what_init_weights_forgets_is_named(
 
 def test_init_weights_may_assign_a_new_buffer(tmp_path: Path) -> None:
     assert run_on_ranks(set_up_only, 2, AssignsBuffer, str(tmp_path)) == [True, True]
+
+
+class FillsBuffer(WithBuffer):
+    def init_weights(self) -> None:
+        super().init_weights()
+        self.model.table.copy_(torch.arange(4.0))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("trainer_class", [WithParameterAndBuffer, FillsBuffer, AssignsBuffer])
+@pytest.mark.parametrize("cpu_offload", [False, True], ids=["on-device", "offloaded"])
+def test_buffers_are_on_the_device_wherever_parameters_are(
+    tmp_path: Path, trainer_class: type[TinyTrainer], cpu_offload: bool
+) -> None:
+    device = DeviceParameters.FSDP(cpu_offload=cpu_offload)
+    with SimulatedWorld(rank=0, world_size=2) as world:
+        trainer = trainer_class(tiny_config(tmp_path, device=device), world=world)
+        trainer.configure()
+        is_built_on_meta = trainer.model.table.is_meta
+        world.device = torch.device("meta") if cpu_offload else world.device  # as if a GPU
+        trainer.prepare_models()
+
+        found = {parameter.device.type for parameter in trainer.model.parameters()}
+        assert found == {"cpu"}
+        assert trainer.model.table.device == world.device
+        assert is_built_on_meta == (trainer_class is not WithParameterAndBuffer)
 
 
 def trained(layout: str, trainer_class: type[TinyTrainer], root: str) -> dict[str, torch.Tensor]:

@@ -85,7 +85,8 @@ class DeviceParameters:
         param_dtype: Compute in this dtype: FSDP's mixed precision, autocast elsewhere.
             Default: the model's dtype.
         reduce_dtype: Reduce gradients in this dtype (FSDP). Default: `param_dtype`.
-        cpu_offload: Keep sharded parameters in host memory (FSDP).
+        cpu_offload: Keep sharded parameters, gradients and optimizer state in host memory (FSDP);
+            buffers stay on the device.
         compile_model: Call `apply_compile`.
         checkpoint_activations: Call `apply_activation_checkpointing`.
         deterministic: Use only deterministic algorithms, for the rest of the process; an operation

@@ -6,14 +6,14 @@ materialize, initialize. In another order, one step would undo or trace another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dream_trainer.interface.trainer import AbstractTrainer
+from dream_trainer.trainer.mixins import materialize
 from dream_trainer.trainer.mixins.tracking import assigned_attributes
 from dream_trainer.world import torch_private
 
@@ -184,23 +184,20 @@ class ModelSetupMixin(AbstractTrainer):
         return config
 
     def _materialize(self) -> None:
-        device = self.world.device
-        if self.config.device_parameters.cpu_offload and self.world.shape.uses_fsdp:
-            device = torch.device("cpu")
-        empty: set[str] = set()
-        for name, model in self.named_models().items():
-            if any(tensor.is_meta for _, tensor in _tensors(model)):
-                if not self._has_init_weights:
-                    raise RuntimeError(
-                        f"model {name!r} is on the meta device, and {type(self).__name__} has no "
-                        "init_weights to give it values; write one, or build it on a real device"
-                    )
-                model.to_empty(device=device)
-                for key, tensor in _tensors(model):
-                    _mark_empty(tensor)
-                    empty.add(f"{name}.{key}")
-            else:
+        """Give tensors on the meta device memory, initialize all, and put buffers on the device."""
+        offloads = self.config.device_parameters.cpu_offload and self.world.shape.uses_fsdp
+        device = torch.device("cpu") if offloads else self.world.device
+        models, empty = self.named_models(), dict[str, set[str]]()
+        for name, model in models.items():
+            if not materialize.is_on_meta(model):
                 model.to(device)
+            elif self._has_init_weights:
+                empty[name] = materialize.allocate(model, device)
+            else:
+                raise RuntimeError(
+                    f"model {name!r} is on the meta device, and {type(self).__name__} has no "
+                    "init_weights to give it values; write one, or build it on a real device"
+                )
         if self._has_init_weights:
             drawing: AbstractContextManager[Any] = (
                 self.world.sharded_random() if self._is_sharded else nullcontext()
@@ -209,16 +206,18 @@ class ModelSetupMixin(AbstractTrainer):
                 self.init_weights()
         still_empty = [
             f"{name}.{key}"
-            for name, model in self.named_models().items()
-            for key, tensor in _tensors(model)  # read again: init_weights may assign new ones
-            if f"{name}.{key}" in empty and _is_marked_empty(tensor)
+            for name, keys in empty.items()
+            for key in materialize.still_empty(models[name], keys)
         ]
         if still_empty:
             raise RuntimeError(
                 f"{', '.join(still_empty[:5])}{' …' if len(still_empty) > 5 else ''}: built on the "
                 "meta device, so values of the constructor are lost, and init_weights set none; "
-                "every parameter and buffer in init_weights"
+                "set every parameter and buffer in init_weights"
             )
+        for model in models.values():
+            # FSDP copies offloaded parameters to the device for a forward, and leaves buffers.
+            materialize.move_buffers(model, self.world.device)
 
 
 def _is_model(value: Any) -> bool:
@@ -235,33 +234,3 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
         if any(True for _ in block.parameters())
     ]
     return list(dict.fromkeys(reversed(blocks)))
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor."""
-    from torch.distributed.tensor import DTensor
-
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def _mark_empty(tensor: Tensor) -> None:
-    local = _local(tensor)
-    if local.is_floating_point() or local.is_complex():
-        local.fill_(float("nan"))
-    elif local.dtype is not torch.bool:
-        local.fill_(torch.iinfo(local.dtype).min)
-
-
-def _is_marked_empty(tensor: Tensor) -> bool:
-    """Whether nothing was written since `_mark_empty`; always False for booleans."""
-    local = _local(tensor)
-    if local.numel() == 0 or local.dtype is torch.bool:
-        return False
-    if local.is_floating_point() or local.is_complex():
-        return bool(local.isnan().any())
-    return local.dtype is not torch.uint8 and bool((local == torch.iinfo(local.dtype).min).all())
