@@ -160,6 +160,75 @@ def test_buffers_are_on_the_device_wherever_parameters_are(
         assert is_built_on_meta == (trainer_class is not WithParameterAndBuffer)
 
 
+class Pretrained(nn.Linear):
+    """Refuses device contexts as models of Hugging Face do."""
+
+    @classmethod
+    def from_pretrained(cls) -> Pretrained:
+        if torch.device("meta") == torch.get_default_device():
+            raise RuntimeError("you are using `from_pretrained` with a meta device context manager")
+        if torch.device("cpu") != torch.get_default_device():
+            raise ValueError("a `torch.device` context manager requires `accelerate`")
+        return cls(2, 2)
+
+    @classmethod
+    def from_config(cls) -> Pretrained:
+        raise RuntimeError("a bug, on the meta device")
+
+
+class FineTunes(TinyTrainer):
+    def configure_models(self) -> None:
+        self.model = Pretrained.from_pretrained()  # type: ignore[assignment]
+
+
+class FineTunesShards(FineTunes):
+    def init_weights(self) -> None:
+        """Makes sharded models be built on meta."""
+
+
+class FineTunesFromCpu(FineTunes):
+    def configure_models(self) -> None:
+        with torch.device("cpu"):
+            super().configure_models()
+
+
+class FailsOnMeta(FineTunesShards):
+    def configure_models(self) -> None:
+        Pretrained.from_config()
+
+
+def built_as_on_a_gpu(trainer_class: type[TinyTrainer], root: Path) -> TinyTrainer:
+    """A trainer with models built inside `with torch.device("cuda", 1)`, or on meta."""
+    device = DeviceParameters.FSDP(device="cpu")
+    with SimulatedWorld(device, rank=0, world_size=2) as world:
+        trainer = trainer_class(tiny_config(root, device=device), world=world)
+        world.launch()
+        world.device = torch.device("cuda", 1)
+        trainer.build_models()
+        return trainer
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "message"),
+    [
+        (FineTunes, r"on cuda:1, which needs accelerate there: .*with torch\.device\(\"cpu\"\):"),
+        (FineTunesShards, "meta device.* from_config .*in init_weights: set_model_state_dict"),
+        (FailsOnMeta, "^a bug, on the meta device$"),
+    ],
+)
+def test_a_pretrained_model_that_cant_be_built_there_says_what_to_write(
+    tmp_path: Path, trainer_class: type[TinyTrainer], message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        built_as_on_a_gpu(trainer_class, tmp_path)
+
+
+def test_a_pretrained_model_may_be_loaded_to_the_cpu(tmp_path: Path) -> None:
+    trainer = built_as_on_a_gpu(FineTunesFromCpu, tmp_path)
+
+    assert trainer.model.weight.device == torch.device("cpu")  # type: ignore[union-attr]
+
+
 def trained(layout: str, trainer_class: type[TinyTrainer], root: str) -> dict[str, torch.Tensor]:
     trainer = set_up(trainer_class, layout, root)
     trainer.fit()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dream_trainer.interface.trainer import AbstractTrainer
-from dream_trainer.trainer.mixins import materialize
+from dream_trainer.trainer.mixins import materialize, pretrained
 from dream_trainer.trainer.mixins.tracking import assigned_attributes
 from dream_trainer.world import torch_private
 
@@ -35,7 +35,8 @@ class ModelSetupMixin(AbstractTrainer):
         """Assign the models to attributes: `self.model = …`.
 
         Runs on the meta device if the models will be sharded and there is an `init_weights`,
-        else on this rank's device.
+        else on this rank's device. Inside `with torch.device("cpu"):`, they are built on the CPU,
+        and moved later.
         """
         raise NotImplementedError(
             f"{type(self).__name__} has no configure_models; write one that assigns the model: "
@@ -135,7 +136,8 @@ class ModelSetupMixin(AbstractTrainer):
         on_meta = self._is_sharded and self._has_init_weights
         device = torch.device("meta") if on_meta else self.world.device
         drawing = self.world.sharded_random() if on_meta else nullcontext()
-        with assigned_attributes(self, _is_model) as names, device, drawing:
+        tracking, explaining = assigned_attributes(self, _is_model), pretrained.explained(device)
+        with tracking as names, explaining, device, drawing:
             self.configure_models()
         if not names:
             raise RuntimeError(
