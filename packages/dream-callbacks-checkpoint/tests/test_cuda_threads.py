@@ -6,7 +6,7 @@ Without a GPU, fake CUDA tensors and a world that notes its calls show what is d
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from dream_callbacks.checkpoint import CheckpointParameters
 from dream_callbacks.checkpoint.dcp import TensorPlan, read_tensors
 from dream_callbacks.checkpoint.format.tensor_index import TensorIndex
 from dream_callbacks.checkpoint.io.local_filesystem import LocalFilesystem
+from dream_callbacks.checkpoint.staging_memory import StagingMemory
 from dream_trainer.callbacks import CallbackCollection, Every
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
@@ -97,6 +98,13 @@ def plan_of(tensors: dict[str, torch.Tensor]) -> TensorPlan:
     return TensorPlan.of_state(tensors, {name: (name,) for name in tensors}, Coordination(world))
 
 
+class FakeMemory(StagingMemory[Any]):
+    """Has fake tensors; nothing can be pinned here."""
+
+    def copies_of(self, originals: Mapping[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
+        return {key: torch.empty(tensor.shape) for key, tensor in originals.items()}
+
+
 TWO_DEVICES = {torch.device("cuda", 0), torch.device("cuda", 1)}
 
 
@@ -107,7 +115,7 @@ def test_staging_waits_for_the_copies_of_every_device(waited_for: list[torch.dev
             "second": torch.empty(3, device="cuda:1"),
             "third": torch.empty(2),
         }
-        plan_of(tensors).stage({})
+        plan_of(tensors).stage(FakeMemory())
 
     assert set(waited_for) == TWO_DEVICES
 
@@ -139,7 +147,7 @@ def test_a_write_of_staged_tensors_waits_for_no_device(
     waited_for: list[torch.device], tmp_path: Path
 ) -> None:
     plan = plan_of({"first": torch.ones(4)})
-    plan.stage({})
+    plan.stage(StagingMemory())
 
     plan.write(LocalFilesystem(tmp_path), "")
 

@@ -30,6 +30,7 @@ from dream_callbacks.checkpoint.format.json_codec import Path as TreePath
 from dream_callbacks.checkpoint.format.manifest import FileSum
 from dream_callbacks.checkpoint.format.tensor_index import TensorIndex
 from dream_callbacks.checkpoint.io.filesystem import Filesystem
+from dream_callbacks.checkpoint.staging_memory import StagingMemory
 from dream_trainer.world import Coordination
 
 
@@ -86,25 +87,17 @@ class TensorPlan:
         final = planner.finish_plan(final)
         return cls(final, total_bytes, found[0] if found else None, planner)
 
-    def stage(self, buffers: dict[MetadataIndex, Tensor]) -> None:
+    def stage(self, memory: StagingMemory[MetadataIndex]) -> None:
         """Copy this rank's pieces to host memory, so that training can continue.
 
         Args:
-            buffers: Copies of the previous save, reused where shape and dtype match; updated.
+            memory: Has the copies of the previous save, which are overwritten.
         """
-        staged: dict[MetadataIndex, Tensor] = {}
-        live_pieces = self._pieces()
-        for index, live in live_pieces.items():
-            buffer = buffers.get(index)
-            if buffer is None or buffer.shape != live.shape or buffer.dtype != live.dtype:
-                buffer = torch.empty(
-                    live.shape, dtype=live.dtype, pin_memory=live.device.type == "cuda"
-                )
-            buffer.copy_(live, non_blocking=True)
-            staged[index] = buffer
-        _wait_for_devices(live_pieces.values())
-        buffers.clear()
-        buffers.update(staged)
+        live = self._pieces()
+        staged = memory.copies_of(live)
+        for index, copy in staged.items():
+            copy.copy_(live[index], non_blocking=True)
+        _wait_for_devices(live.values())
         self._planner.staged = staged
         self._planner.state_dict = {}
 
