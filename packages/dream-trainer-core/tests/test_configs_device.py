@@ -153,6 +153,14 @@ def test_timeouts_are_above_zero(name: str, value: float) -> None:
         DeviceParameters(**{name: value})  # type: ignore[arg-type]
 
 
+def test_only_gradients_that_will_be_sharded_may_be_reduced_every_batch() -> None:
+    message = r"reduce_every_batch=True with dp_shard=1.*FSDP\(reduce_every_batch=True\)"
+    with pytest.raises(ValueError, match=message):
+        DeviceParameters.DDP(reduce_every_batch=True)
+
+    assert DeviceParameters.FSDP(reduce_every_batch=True).reduce_every_batch
+
+
 def test_only_sharded_parameters_can_be_offloaded() -> None:
     with pytest.raises(ValueError, match=r"cpu_offload=True with dp_shard=1.*FSDP\(cpu_offload=Tr"):
         DeviceParameters.DDP(cpu_offload=True)

@@ -59,6 +59,7 @@ def _layout(trainer: BaseTrainer) -> str:
     axes = [f"{axis} {size}" for axis, size in asdict(world.shape).items() if size > 1]
     extras = {
         "parameters offloaded to the host": parameters.cpu_offload,
+        "gradients reduced every batch": parameters.reduce_every_batch,
         "activation checkpointing": parameters.checkpoint_activations,
         "compiled": parameters.compile_model,
     }
