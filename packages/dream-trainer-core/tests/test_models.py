@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,29 @@ def test_buffers_are_on_the_device_wherever_parameters_are(
         assert found == {"cpu"}
         assert trainer.model.table.device == world.device
         assert is_built_on_meta == (trainer_class is not WithParameterAndBuffer)
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "ranks_here", "cpu_offload", "is_warned"),
+    [(1, 2, True, True), (2, 2, True, False), (1, 8, True, False), (1, 2, False, False)],
+)
+def test_idle_cores_of_an_offloaded_optimizer_are_warned_of(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    num_threads: int,
+    ranks_here: int,
+    cpu_offload: bool,
+    is_warned: bool,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks_here))
+    device = DeviceParameters.FSDP(cpu_offload=cpu_offload)
+    with SimulatedWorld(rank=0, world_size=2) as world:
+        TinyTrainer(tiny_config(tmp_path, device=device), world=world).setup()
+
+    assert ("4 cores per rank: set OMP_NUM_THREADS=4" in caplog.text) == is_warned
 
 
 class Pretrained(nn.Linear):

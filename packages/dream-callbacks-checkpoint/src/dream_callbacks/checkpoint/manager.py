@@ -351,12 +351,13 @@ class RankCheckpointError(CheckpointError, RankFailure):
     """A checkpoint couldn't be saved or loaded; the message names the ranks."""
 
 
-def coordination(world: World, kind: str = "checkpoint") -> Coordination:
+def coordination(world: World, kind: str = "control") -> Coordination:
     """Coordination whose errors are CheckpointErrors. The first call per `kind` is collective.
 
     Args:
         world: A launched world.
-        kind: Name of the process group; each thread needs its own.
+        kind: Name of the process group; each thread needs its own. The main thread shares the
+            world's: a group connects each rank with every other one.
     """
     return Coordination(world, kind, raises=RankCheckpointError, describe=error_text)
 

@@ -218,5 +218,21 @@ class DeviceParameters:
             )
         return MeshShape(**degrees)
 
+    def num_ranks(self, num_devices: int) -> int:
+        """Number of ranks that `@entrypoint` starts on one machine.
+
+        One on the CPU; one per GPU if a degree is "auto"; else as many as the degrees multiply to,
+        or one if there are fewer GPUs, which `mesh_shape` refuses.
+
+        Args:
+            num_devices: Number of visible GPUs.
+        """
+        if self.device == "cpu" or num_devices <= 1:
+            return 1
+        if self._auto_degrees():
+            return num_devices
+        product = math.prod(getattr(self, name) for name in _DEGREE_OF_AXIS.values())
+        return product if product <= num_devices else 1
+
     def _auto_degrees(self) -> list[str]:
         return [name for name in _DEGREE_OF_AXIS.values() if getattr(self, name) == "auto"]

@@ -11,7 +11,6 @@ from dataclasses import fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -24,11 +23,13 @@ from dream_trainer.world.determinism import (
     seed_all,
     use_deterministic_algorithms,
 )
+from dream_trainer.world.device import claim
 from dream_trainer.world.faults import collective_guard
 from dream_trainer.world.faults.failure_monitor import FailureMonitor, NoFailureMonitor
 from dream_trainer.world.faults.fork_safety import let_threads_settle_before_forks
 from dream_trainer.world.identity import RankIdentity
 from dream_trainer.world.mesh import build_mesh, fsdp_mesh
+from dream_trainer.world.open_files import allow_open_files
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
@@ -107,15 +108,6 @@ class World(RankIdentity):
             )
         return self._failure_monitor
 
-    def use_device(self) -> None:
-        """Make this rank's device the current one of the calling thread. Not collective.
-
-        CUDA's current device belongs to a thread, and is device 0 in a new one: call this first in
-        every thread that uses tensors.
-        """
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-
     def connect(self) -> None:
         """Create the process group. Collective; a second call does nothing.
 
@@ -134,6 +126,9 @@ class World(RankIdentity):
         let_threads_settle_before_forks()
         self.failure_monitor()
         assert self._store is not None, "failure_monitor() opened it"
+        allow_open_files(self.world_size)
+        if self.device.type == "cuda":
+            claim(self.device, self.rank, self._store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
             store=self._store,

@@ -6,6 +6,8 @@ materialize, initialize. In another order, one step would undo or trace another.
 
 from __future__ import annotations
 
+import logging
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,9 @@ from dream_trainer.world import torch_private
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+
+logger = logging.getLogger(__name__)
 
 
 class ModelSetupMixin(AbstractTrainer):
@@ -182,6 +187,8 @@ class ModelSetupMixin(AbstractTrainer):
             ),
         }
         if parameters.cpu_offload:
+            if self.world.is_global_zero:
+                _warn_of_one_thread()
             config["offload_policy"] = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda")
         return config
 
@@ -220,6 +227,19 @@ class ModelSetupMixin(AbstractTrainer):
         for model in models.values():
             # FSDP copies offloaded parameters to the device for a forward, and leaves buffers.
             materialize.move_buffers(model, self.world.device)
+
+
+def _warn_of_one_thread() -> None:
+    """Warn if offloaded optimizers will leave cores idle."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores_per_rank = (num_cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if torch.get_num_threads() == 1 and cores_per_rank > 1:
+        logger.warning(
+            "cpu_offload=True runs the optimizer on the CPU, with one thread; this machine has %d "
+            "cores per rank: set OMP_NUM_THREADS=%d (torchrun sets it to 1 if it isn't set)",
+            cores_per_rank,
+            cores_per_rank,
+        )
 
 
 def _is_model(value: Any) -> bool:
