@@ -153,6 +153,34 @@ def test_timeouts_are_above_zero(name: str, value: float) -> None:
         DeviceParameters(**{name: value})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("parameters", "num_devices", "num_ranks"),
+    [
+        (DeviceParameters(), 8, 8),
+        (DeviceParameters.FSDP(tensor_parallel=2), 8, 8),
+        (DeviceParameters(tensor_parallel=3), 8, 8),  # refused by mesh_shape, with the numbers
+        (DeviceParameters(dp_replicate=2, dp_shard=2), 8, 4),
+        (DeviceParameters(dp_replicate=16), 8, 1),
+        (DeviceParameters.SINGLE_DEVICE(), 8, 1),
+        (DeviceParameters(device="cpu"), 8, 1),
+        (DeviceParameters(device="cuda"), 1, 1),
+        (DeviceParameters(), 0, 1),
+    ],
+)
+def test_entrypoint_starts_as_many_ranks_as_the_layout_wants(
+    parameters: DeviceParameters, num_devices: int, num_ranks: int
+) -> None:
+    assert parameters.num_ranks(num_devices) == num_ranks
+
+
+def test_only_gradients_that_will_be_sharded_may_be_reduced_every_batch() -> None:
+    message = r"reduce_every_batch=True with dp_shard=1.*FSDP\(reduce_every_batch=True\)"
+    with pytest.raises(ValueError, match=message):
+        DeviceParameters.DDP(reduce_every_batch=True)
+
+    assert DeviceParameters.FSDP(reduce_every_batch=True).reduce_every_batch
+
+
 def test_only_sharded_parameters_can_be_offloaded() -> None:
     with pytest.raises(ValueError, match=r"cpu_offload=True with dp_shard=1.*FSDP\(cpu_offload=Tr"):
         DeviceParameters.DDP(cpu_offload=True)

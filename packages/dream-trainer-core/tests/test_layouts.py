@@ -180,6 +180,44 @@ def test_offloaded_parameters_train_like_those_of_one_process() -> None:
     compare(run_on_ranks(*offloaded), alone, 1e-5, 1e-5)
 
 
+def accumulated(
+    make: Callable[..., DeviceParameters], reduce_every_batch: bool
+) -> tuple[tuple[dict[str, Tensor], list[float]], bool]:
+    """Weights and norms; whether sharded gradients are there while they accumulate."""
+    found: set[bool] = set()
+
+    class Accumulates(Divisible):
+        def backward(self, loss: Tensor) -> None:
+            super().backward(loss)
+            if self.is_accumulating_gradients:
+                found.update(p.grad is not None for p in self.model.parameters())
+
+    training = {"gradient_accumulation_steps": 3, "gradient_clip_val": 0.05}
+    fields = {"reduce_every_batch": True} if reduce_every_batch else {}
+    outcome = trained(Accumulates, make, fields, training)
+    (are_there,) = found
+    return outcome, are_there
+
+
+@pytest.mark.parametrize("reduce_every_batch", [True, False])
+def test_gradients_may_be_reduced_with_every_batch(reduce_every_batch: bool) -> None:
+    ((alone, _),) = run_on_ranks(accumulated, 1, DeviceParameters, False)
+    results = run_on_ranks(accumulated, 2, DeviceParameters.FSDP, reduce_every_batch)
+
+    compare([outcome for outcome, _ in results], alone, 1e-5, 1e-5)
+    assert [are_there for _, are_there in results] == [reduce_every_batch] * 2
+
+
+def test_replicas_of_shards_are_reduced_once_in_a_step() -> None:
+    ((alone, _),) = run_on_ranks(accumulated, 1, DeviceParameters, False)
+    _, make = LAYOUTS["hsdp"]
+    results = run_on_ranks(accumulated, 4, make, True)
+
+    compare([outcome for outcome, _ in results], alone, 1e-5, 1e-5)
+    # The sums over shards are no gradients of parameters before the all-reduce over replicas.
+    assert [are_there for _, are_there in results] == [False] * 4
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_offloaded_parameters_stay_in_host_memory() -> None:

@@ -80,6 +80,22 @@ def test_replicate_averages_gradients() -> None:
     assert run_on_ranks(gradient_of_replicated_module, 2) == [0.5, 0.5]
 
 
+def storages_of_gradients() -> int:
+    connect()
+    model = nn.Linear(3, 5)
+    torch_private.replicate(model, init_device_mesh("cpu", (2,)))
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = None
+        model(torch.ones(1, 3)).sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    return len({grad.untyped_storage().data_ptr() for grad in gradients if grad is not None})
+
+
+def test_gradients_of_a_replicated_module_are_views_of_a_bucket() -> None:
+    assert run_on_ranks(storages_of_gradients, 2) == [1, 1]
+
+
 def test_checkpoint_activations_recomputes_forward_and_keeps_names() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     names = [name for name, _ in model.named_parameters()]

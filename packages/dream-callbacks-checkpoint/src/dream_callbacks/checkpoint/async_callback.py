@@ -12,10 +12,10 @@ from dream_callbacks.checkpoint.callback import CheckpointCallback, RunState
 from dream_callbacks.checkpoint.config import CheckpointParameters
 from dream_callbacks.checkpoint.errors import CheckpointError
 from dream_callbacks.checkpoint.manager import CheckpointManager, PendingSave, coordination
+from dream_callbacks.checkpoint.staging_memory import StagingMemory
 from dream_trainer.world import Coordination
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.distributed.checkpoint.metadata import MetadataIndex
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,8 @@ class AsyncCheckpointCallback(CheckpointCallback):
     exchange requests, about a second later, or at the end. The end of the run, a signal and an
     error wait for the save in flight.
 
-    Memory: one copy of this rank's shard of the state on the host, reused by the next save; pinned
-    if the model is on a CUDA device.
+    Memory: one copy of this rank's shard of the state on the host, reused by the next save and
+    freed at the end of the run; pinned if the model is on a CUDA device.
 
     Args:
         parameters: Same as for CheckpointCallback.
@@ -48,12 +48,12 @@ class AsyncCheckpointCallback(CheckpointCallback):
 
     def __init__(self, parameters: CheckpointParameters | None = None) -> None:
         super().__init__(parameters)
-        self._buffers: dict[MetadataIndex, Tensor] = {}
+        self._memory: StagingMemory[MetadataIndex] = StagingMemory()
 
     def __getstate__(self) -> dict[str, Any]:
         left_out = ("_background_save", "_background_ranks")
         state = {k: v for k, v in super().__getstate__().items() if k not in left_out}
-        return {**state, "_buffers": {}}
+        return {**state, "_memory": StagingMemory()}
 
     def on_exception(self, exception: BaseException) -> None:
         background_save, run = self._background_save, self._run
@@ -77,14 +77,14 @@ class AsyncCheckpointCallback(CheckpointCallback):
     def _close(self) -> None:
         super()._close()
         self._background_save = None
-        self._buffers.clear()
+        self._memory.release()
 
     def _write(self, run: RunState, reason: str) -> None:
         """Copy the state; a thread writes and commits it."""
         assert self._background_save is None, "_save has waited for it"
         began_s = time.monotonic()
         save = self._prepare(run, reason)
-        run.manager.stage(save, self._buffers)
+        run.manager.stage(save, self._memory)
         assert self._background_ranks is not None
         self._background_save = _BackgroundSave(
             run.manager, save, self._background_ranks, self._saved_step, began_s
@@ -153,6 +153,7 @@ class _BackgroundSave:
 
     def _run(self) -> None:
         try:
+            self._manager.world.use_device()
             self._manager.write(self._save, self._ranks)
             with self._changing:
                 self._is_committed = True

@@ -34,11 +34,11 @@ from dream_callbacks.checkpoint.retention import KeepRules, ResumeMode, to_delet
 from dream_trainer.world import Coordination, RankFailure, World
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.distributed.checkpoint.metadata import MetadataIndex
     from torch.distributed.checkpoint.storage import WriteResult
 
     from dream_callbacks.checkpoint.dcp import TensorPlan
+    from dream_callbacks.checkpoint.staging_memory import StagingMemory
 
     _Written: TypeAlias = tuple[list[WriteResult], dict[str, FileSum], bool]
     """From one rank: locations of its pieces, checksums of its files, whether a weight is NaN."""
@@ -189,18 +189,18 @@ class CheckpointManager:
         )
         return PendingSave(manifest, state, tensors, folder)
 
-    def stage(self, save: PendingSave, buffers: dict[MetadataIndex, Tensor]) -> None:
+    def stage(self, save: PendingSave, memory: StagingMemory[MetadataIndex]) -> None:
         """Copy this rank's tensors to host memory, so that training can continue during the write.
 
         Args:
             save: From `prepare`.
-            buffers: Host buffers of the previous save, reused.
+            memory: Host memory of the previous save, reused.
 
         Raises:
             CheckpointError: If a rank runs out of memory.
         """
         with self._abandoning(save, self.ranks):
-            self.ranks.each(lambda: save.tensors.stage(buffers))
+            self.ranks.each(lambda: save.tensors.stage(memory))
         save.state.tensors.clear()
 
     def write(self, save: PendingSave, ranks: Coordination | None = None) -> None:
@@ -341,12 +341,13 @@ class RankCheckpointError(CheckpointError, RankFailure):
     """A checkpoint couldn't be saved or loaded; the message names the ranks."""
 
 
-def coordination(world: World, kind: str = "checkpoint") -> Coordination:
+def coordination(world: World, kind: str = "control") -> Coordination:
     """Coordination whose errors are CheckpointErrors. The first call per `kind` is collective.
 
     Args:
         world: A launched world.
-        kind: Name of the process group; each thread needs its own.
+        kind: Name of the process group; each thread needs its own. The main thread shares the
+            world's: a group connects each rank with every other one.
     """
     return Coordination(world, kind, raises=RankCheckpointError, describe=error_text)
 

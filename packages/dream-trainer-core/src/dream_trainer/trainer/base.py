@@ -247,6 +247,7 @@ class BaseTrainer(AbstractTrainer):
             self.named_schedulers(),
             self.training_parameters.gradient_clip_val,
             is_distributed=self.world.is_distributed,
+            reduces_every_batch=self.config.device_parameters.reduce_every_batch,
         )
         dtype = self.config.device_parameters.param_dtype
         if dtype is not None and not self.world.shape.uses_fsdp:

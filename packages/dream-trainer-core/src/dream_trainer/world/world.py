@@ -11,7 +11,6 @@ from dataclasses import fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -24,11 +23,13 @@ from dream_trainer.world.determinism import (
     seed_all,
     use_deterministic_algorithms,
 )
+from dream_trainer.world.device import claim
 from dream_trainer.world.faults import collective_guard
 from dream_trainer.world.faults.failure_monitor import FailureMonitor, NoFailureMonitor
 from dream_trainer.world.faults.fork_safety import let_threads_settle_before_forks
 from dream_trainer.world.identity import RankIdentity
 from dream_trainer.world.mesh import build_mesh, fsdp_mesh, ordered_axes
+from dream_trainer.world.open_files import allow_open_files
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
@@ -114,8 +115,7 @@ class World(RankIdentity):
         """
         if self.parameters.deterministic:
             use_deterministic_algorithms()
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+        self.use_device()
         if not self.is_distributed or dist.is_initialized():
             return
         self._init_process_group()
@@ -126,6 +126,9 @@ class World(RankIdentity):
         let_threads_settle_before_forks()
         self.failure_monitor()
         assert self._store is not None, "failure_monitor() opened it"
+        allow_open_files(self.world_size)
+        if self.device.type == "cuda":
+            claim(self.device, self.rank, self._store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
             store=self._store,
