@@ -145,16 +145,18 @@ class BaseTrainer(AbstractTrainer):
     def backward(self, loss: Tensor) -> None:
         """`loss.backward()`, scaled so that the gradients of a step's batches sum to their mean.
 
+        Runs outside of autocast.
+
         Args:
             loss: Scalar `()`.
         """
-        group_size = self.optimization.group_size
-        if group_size != 1:
-            loss = loss / group_size
-        loss.backward()
+        self.optimization.backward(loss)
 
     def step(self, optimizer: Optimizer) -> Tensor:
         """Clip, step, zero the gradients, step the schedulers. No host synchronization.
+
+        Runs outside of autocast; a forward after it, in the same `training_step`, uses the new
+        weights.
 
         Call it only on the last batch of a step: `if not self.is_accumulating_gradients`.
         Collective where parameters are sharded.
@@ -246,6 +248,7 @@ class BaseTrainer(AbstractTrainer):
             {optimizer: self.model_of(optimizer) for optimizer in self.named_optimizers().values()},
             self.named_schedulers(),
             self.training_parameters.gradient_clip_val,
+            device_type=self.world.device.type,
             is_distributed=self.world.is_distributed,
         )
         dtype = self.config.device_parameters.param_dtype
