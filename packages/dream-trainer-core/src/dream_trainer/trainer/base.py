@@ -164,7 +164,7 @@ class BaseTrainer(AbstractTrainer):
         Returns:
             Norm of the gradients before clipping, scalar `()`, equal on all ranks.
         """
-        return self.optimization.step(optimizer, self.callbacks)
+        return self._optimizer_step(optimizer, self.callbacks)
 
     @property
     def is_accumulating_gradients(self) -> bool:
@@ -250,6 +250,10 @@ class BaseTrainer(AbstractTrainer):
             self.training_parameters.gradient_clip_val,
             device_type=self.world.device.type,
             is_distributed=self.world.is_distributed,
+        )
+        # Else torch compiles the optimizer and the hooks with a `training_step` that is compiled.
+        self._optimizer_step: Callable[[Optimizer, CallbackCollection], Tensor] = (
+            torch.compiler.disable(self.optimization.step)
         )
         dtype = self.config.device_parameters.param_dtype
         if dtype is not None and not self.world.shape.uses_fsdp:
