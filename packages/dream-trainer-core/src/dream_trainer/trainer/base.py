@@ -6,7 +6,7 @@ import functools
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,7 @@ from dream_trainer.interface.trainer import (
 from dream_trainer.trainer import loop, state
 from dream_trainer.trainer.batches import BatchStream
 from dream_trainer.trainer.class_checks import check_definition
+from dream_trainer.trainer.device_transfer import moved_to
 from dream_trainer.trainer.loader_watch import LoaderWatch
 from dream_trainer.trainer.optimization import Optimization
 from dream_trainer.trainer.results import EpochMeans
@@ -234,8 +235,12 @@ class BaseTrainer(AbstractTrainer):
     # What the loop calls
 
     def move_batch(self, batch: Any) -> Any:
-        """The batch with its tensors on this rank's device. Override it for custom batch types."""
-        return _moved(batch, self.world.device)
+        """The batch with its tensors on this rank's device.
+
+        Handles tensors, mappings, sequences, named tuples, dataclasses, and all that has a method
+        `to`, nested in any way. Override it for other types; then it is also called on the CPU.
+        """
+        return moved_to(self.world.device, batch)
 
     def finish_setup(self) -> None:
         """Create what needs models, optimizers and loaders to exist."""
@@ -299,16 +304,3 @@ class BaseTrainer(AbstractTrainer):
         if self._stop_request.take():
             reason = self._stop_request.reason()
             self.stop_reason = self.stop_reason or reason
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return type(batch)({key: _moved(value, device) for key, value in batch.items()})  # type: ignore[call-arg]  # as torch's own collate does
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_moved(value, device) for value in batch))
-    if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
-        return type(batch)(_moved(value, device) for value in batch)  # type: ignore[call-arg]
-    move = getattr(batch, "to", None)
-    return move(device) if callable(move) else batch
