@@ -62,7 +62,7 @@ def main() -> None:
     trainer, _ = make(options.folder, n_epochs=100 if options.wait else 2)
     parameters = CheckpointParameters(every=Every(steps=2), keep_last=2)
     trainer.callbacks.append(CheckpointCallback(parameters))
-    trainer.callbacks.append(LoggerCallback())
+    trainer.callbacks.append(LoggerCallback(1))
     if options.fail_on is not None:
         trainer.callbacks.append(FailsInTheFirstAttempt(options.fail_on))
     if options.wait:

@@ -50,7 +50,7 @@ MAKERS: dict[str, Callable[[Path], Callback[Any]]] = {
     "FindGraphBreaksCallback": lambda source: FindGraphBreaksCallback(),
     "LRLoggerCallback": lambda source: LRLoggerCallback(),
     "LoadPartialCheckpointCallback": lambda source: LoadPartialCheckpointCallback(source),
-    "LoggerCallback": lambda source: LoggerCallback(sinks=[JSONLinesSink(), TensorBoardSink()]),
+    "LoggerCallback": lambda source: LoggerCallback(1, sinks=[JSONLinesSink(), TensorBoardSink()]),
     "MediaLoggerCallback": lambda source: MediaLoggerCallback(),
     "MetricLoggerCallback": lambda source: MetricLoggerCallback(),
     "ModelSummary": lambda source: ModelSummary(),

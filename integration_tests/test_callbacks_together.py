@@ -174,11 +174,20 @@ class HostCopies(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class WithSGD(Toy):
-    """AdamW keeps its step counts in CPU memory and reads them there, on any device."""
+class LongEpoch(Toy):
+    """An epoch of 304 batches, with two values each, so that many are averaged before it ends."""
 
     def configure_optimizers(self) -> None:
+        # AdamW keeps its step counts in CPU memory and reads them there, on any device.
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+
+    def configure_dataloaders(self) -> Any:
+        train, val = super().configure_dataloaders()
+        return list(train) * 38, val
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        result = super().training_step(batch, batch_idx)
+        return {**result, "perplexity": result["loss"].detach().exp()}
 
 
 class ReadsEachStep(Callback[Any]):
@@ -191,22 +200,25 @@ class CopiesEachStep(Callback[Any]):
         result["loss"].to("cpu")
 
 
-LOG_EVERY, VALIDATE_EVERY = 10, 25
+LOG_EVERY = VALIDATE_EVERY = 50
 
-MAY_READ = {
-    step
-    for step in range(51)
-    # Each epoch of 8 steps reports its mean at the end; the next one starts with a new iterator.
-    if step % LOG_EVERY == 0 or step % VALIDATE_EVERY == 0 or step % 8 in (0, 1)
-}
-"""Of fifty steps, those that log, validate or save, or begin or end an epoch."""
+MAY_READ = {0, 1} | set(range(0, 301, LOG_EVERY))
+"""The first step, and those that log, validate or save."""
 
 
-def train_fifty_steps(root: Path, device: str, *others: Callback[Any]) -> None:
+def watching() -> tuple[Callback[Any], ...]:
+    return (
+        ModelWatchCallback(log="all", log_freq=LOG_EVERY),
+        BenchmarkCallback(every=Every(steps=LOG_EVERY)),
+        MetricLoggerCallback(),
+        MediaLoggerCallback(),
+        FindGraphBreaksCallback(),
+    )
+
+
+def train(root: Path, device: str, *others: Callback[Any], num_steps: int) -> None:
     callbacks = stack(*others, log_every=LOG_EVERY)
-    del callbacks[
-        "ProgressBar"
-    ]  # it reads CPU tensors when it draws, at times that depend on the clock
+    del callbacks["ProgressBar"]  # it reads CPU tensors when it draws, at times set by the clock
     callbacks["CheckpointCallback"] = CheckpointCallback(
         CheckpointParameters(every=Every(steps=VALIDATE_EVERY))
     )
@@ -214,15 +226,15 @@ def train_fifty_steps(root: Path, device: str, *others: Callback[Any]) -> None:
         root_dir=root,
         device_parameters=DeviceParameters.SINGLE_DEVICE(device=device),
         training_parameters=TrainingParameters(
-            max_steps=50, val_every_n_steps=VALIDATE_EVERY, gradient_clip_val=1.0
+            max_steps=num_steps, val_every_n_steps=VALIDATE_EVERY, gradient_clip_val=1.0
         ),
         callbacks=callbacks,
     )
-    WithSGD(config).fit()
+    LongEpoch(config).fit()
 
 
-def steps_that_read(root: Path, *others: Callback[Any]) -> set[int]:
-    """Of fifty steps, those that read on the host without need."""
+def steps_that_read(root: Path, *others: Callback[Any], num_steps: int) -> set[int]:
+    """The steps that read on the host and have no reason to."""
     reads = HostReads()
 
     class Notes(Callback[Any]):
@@ -236,21 +248,14 @@ def steps_that_read(root: Path, *others: Callback[Any]) -> set[int]:
         def post_fit(self) -> None:
             reads.__exit__(None, None, None)
 
-    train_fifty_steps(root, "cpu", Notes(), *others)
+    train(root, "cpu", Notes(), *others, num_steps=num_steps)
     return set(reads.steps) - MAY_READ
 
 
 def test_steps_that_do_not_log_have_no_device_sync(tmp_path: Path) -> None:
-    others = (
-        ModelWatchCallback(log="all", log_freq=LOG_EVERY),
-        BenchmarkCallback(every=Every(steps=LOG_EVERY)),
-        MetricLoggerCallback(),
-        MediaLoggerCallback(),
-        FindGraphBreaksCallback(),
-    )
-    assert steps_that_read(tmp_path / "stack", *others) == set()
-    assert len(steps_that_read(tmp_path / "reads", ReadsEachStep())) > 20
-    assert len(steps_that_read(tmp_path / "copies", CopiesEachStep())) > 20
+    assert steps_that_read(tmp_path / "stack", *watching(), num_steps=150) == set()
+    assert len(steps_that_read(tmp_path / "reads", ReadsEachStep(), num_steps=50)) > 20
+    assert len(steps_that_read(tmp_path / "copies", CopiesEachStep(), num_steps=50)) > 20
 
 
 class RefusesWaiting(Callback[Any]):
@@ -275,7 +280,7 @@ class RefusesWaiting(Callback[Any]):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_steps_that_do_not_log_never_sync_with_the_gpu(tmp_path: Path) -> None:
-    train_fifty_steps(tmp_path / "stack", "cuda", RefusesWaiting())
+    train(tmp_path / "stack", "cuda", RefusesWaiting(), *watching(), num_steps=300)
 
     with pytest.raises(RuntimeError, match="synchronizing"):
-        train_fifty_steps(tmp_path / "control", "cuda", RefusesWaiting(), ReadsEachStep())
+        train(tmp_path / "control", "cuda", RefusesWaiting(), ReadsEachStep(), num_steps=50)

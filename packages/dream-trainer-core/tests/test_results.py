@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import RankError, run_on_ranks
@@ -119,10 +121,85 @@ def test_an_integer_too_large_for_a_float_is_infinite(value: int, expected: floa
 def test_a_key_that_changes_its_type_is_refused() -> None:
     means = EpochMeans("training_step")
     means.add({"loss": torch.tensor(1.0)}, batch_of(1))
-    means.add({"loss": torch.zeros(2)}, batch_of(1))
 
-    with pytest.raises(TypeError, match="reports 'loss' as a single number in some batches"):
-        means.reduce(world())
+    with pytest.raises(
+        TypeError,
+        match=r"training_step reports 'loss' as a single number in some batches and as a tensor of "
+        r"shape \(2,\) in this one; report one kind",
+    ):
+        means.add({"loss": torch.zeros(2)}, batch_of(1))
+
+
+@pytest.mark.parametrize("key", ["tensors", "numbers"])
+def test_numbers_and_tensors_may_take_turns_under_one_key(key: str) -> None:
+    means = EpochMeans("training_step")
+    means.add({"x": 1.0 if key == "numbers" else torch.tensor([1.0])}, batch_of(1))
+    means.add({"x": torch.tensor(2.0, dtype=torch.bfloat16)}, batch_of(2))
+    means.add({"x": 5}, batch_of(1))
+
+    assert means.reduce(world()) == {"x": 2.5}
+
+
+class Refuses(TorchDispatchMode):
+    """Raises an error in the operation that sums, as CUDA does where it reports an earlier one."""
+
+    def __init__(self, error: RuntimeError) -> None:
+        super().__init__()
+        self.error = error
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("stack", "cat"):
+            raise self.error
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: device-side assert triggered"),
+        RuntimeError("accessing tensor output of CUDAGraphs that has been overwritten"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_of_the_device_keeps_its_kind(error: RuntimeError) -> None:
+    means = EpochMeans("training_step")
+    means.add({"loss": torch.tensor(1.0)}, batch_of(1))
+
+    with Refuses(error), pytest.raises(type(error)) as caught:
+        means.state_dict()
+    assert caught.value is error
+
+
+class BlockingCopies(TorchDispatchMode):
+    """Records copies between devices that the host waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ == "_to_copy" and not kwargs.get("non_blocking"):
+            if result.device != args[0].device:
+                self.found.append(f"{args[0].device} to {result.device}")
+        return result
+
+
+def test_the_host_never_waits_for_a_gpu_in_300_batches() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True), BlockingCopies() as copies:
+        means = EpochMeans("training_step")
+        for index in range(300):
+            batch = torch.empty(index % 7, 3, device="cuda")
+            loss = torch.empty((), device="cuda")
+            scale = torch.empty(1, device="cuda") if index % 2 else 0.5
+            means.add({"loss": loss, "scale": scale, "lr": 0.1}, batch)
+        assert copies.found == []
+
+        torch.ones(2).to("cuda:0")
+        torch.empty(2, device="cuda").cpu()
+
+    assert copies.found == ["cpu to cuda:0", "cuda:0 to cpu"]
 
 
 def test_means_continue_from_a_saved_state() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -229,6 +231,27 @@ def timeout_of(group: Any) -> int:
 def test_timeouts_of_all_groups_are_set_and_tightened() -> None:
     # The world, the control group, five axes, and copies × shards over two axes.
     assert run_on_ranks(timeouts, 4) == [([100] * 9, [7] * 10)] * 4
+
+
+class SlowFirstStep(TinyTrainer):
+    """Rank 1 takes longer for its first step, as if it compiled, than a collective may later."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        result = super().training_step(batch, batch_idx)
+        if self.world.rank == 1 and self.global_step == 0:
+            time.sleep(4.0)
+        return result
+
+
+def train_with_a_slow_first_step(directory: Path) -> int:
+    device = DeviceParameters(device="cpu", train_timeout_s=2.0)
+    trainer = SlowFirstStep(tiny_config(directory, device=device, max_steps=3))
+    trainer.fit()
+    return trainer.global_step
+
+
+def test_a_rank_that_still_compiles_has_the_longer_timeout(tmp_path: Path) -> None:
+    assert run_on_ranks(train_with_a_slow_first_step, 2, tmp_path) == [3, 3]
 
 
 def timeouts_in_training() -> list[int]:

@@ -92,7 +92,8 @@ def _stack(batches: Sequence[Scalars], device: torch.device) -> Tensor:
     if not values:
         return torch.zeros(0, dtype=torch.float64, device=device)
     others = [as_number(value) for value in values if not isinstance(value, Tensor)]
-    on_device = iter(torch.tensor(others, dtype=torch.float64).to(device).unbind())
+    numbers = torch.tensor(others, dtype=torch.float64).to(device, non_blocking=True)
+    on_device = iter(numbers.unbind())
     return torch.stack(
         [
             _full_tensor(value).to(device, torch.float64).reshape(())

@@ -63,7 +63,8 @@ Payloads:
   it for later callbacks and for the step; None keeps it.
 - `result` of a step: the dict that the step returned, its tensors detached; a bare tensor becomes
   `{"loss": tensor}`. Values are of this rank and this batch. Reading one on the host
-  (`.item()`, `float()`, `print`) is a device sync.
+  (`.item()`, `float()`, `print`) is a device sync. Scalars are copies and may be kept; clone other
+  tensors to keep them, since a later step may overwrite their memory.
 - `result` of an epoch: for each scalar that the steps returned, its mean over the epoch's samples
   and over all data-parallel ranks, a float; computed metrics; the last batch's other values.
 - `model, optimizer`: the optimizer and the model that it updates.

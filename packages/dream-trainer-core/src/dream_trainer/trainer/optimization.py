@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from dream_trainer.world import torch_private
 from dream_trainer.world.gradients import gradient_norm, sharded_gradient_norm
 
 if TYPE_CHECKING:
@@ -18,12 +20,16 @@ if TYPE_CHECKING:
 class Optimization:
     """Turns the gradients of a group of batches into one optimizer step.
 
+    `backward` and `step` turn autocast off: only the forward is meant to run in low precision, not
+    the products inside an optimizer such as Shampoo or Muon.
+
     Args:
         models: All models; their gradient synchronization is off while gradients accumulate.
         model_of: The model of each optimizer.
         schedulers: Stepped after their optimizer, in order; not ReduceLROnPlateau, which needs
             a metric: step it yourself.
         clip_norm: Largest gradient norm per optimizer; None for no clipping.
+        device_type: Device whose autocast is turned off.
         is_distributed: Whether gradients may be sharded over ranks.
         reduces_every_batch: Whether FSDP shards gradients of each batch while they accumulate.
     """
@@ -35,6 +41,7 @@ class Optimization:
         schedulers: Mapping[str, LRScheduler],
         clip_norm: float | None,
         *,
+        device_type: str,
         is_distributed: bool,
         reduces_every_batch: bool = False,
     ) -> None:
@@ -42,6 +49,7 @@ class Optimization:
         self.group_size = 1
         self.num_steps = 0
         self.clip_norm = clip_norm
+        self._device_type = device_type
         self._gradient_norm = sharded_gradient_norm if is_distributed else gradient_norm
         self._model_of = model_of
         self._schedulers_of = {
@@ -61,6 +69,8 @@ class Optimization:
 
     def begin_batch(self, index_in_group: int, group_size: int) -> None:
         """Prepare for one of the `group_size` batches of a step."""
+        if index_in_group == 0:  # the gradients of the batches before must outlive the next replay
+            torch_private.mark_cudagraph_step()
         self.group_size = group_size
         self.is_accumulating = index_in_group + 1 < group_size
         if self.is_accumulating is self._syncs_gradients and self._set_gradient_sync:
@@ -68,9 +78,20 @@ class Optimization:
             for set_gradient_sync in self._set_gradient_sync:
                 set_gradient_sync(self._syncs_gradients)
 
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradients of a batch's loss, divided by the number of batches of the step."""
+        if self.group_size != 1:
+            loss = loss / self.group_size
+        if torch.is_autocast_enabled(self._device_type):
+            with torch.autocast(self._device_type, enabled=False):
+                loss.backward()
+        else:
+            loss.backward()
+
     def step(self, optimizer: Optimizer, callbacks: CallbackCollection) -> Tensor:
         """Clip, step, zero, step the schedulers, with the hooks.
 
+        A forward after it in the same `training_step` uses the new weights, also inside autocast.
         Collective where parameters are sharded. No host synchronization.
 
         Returns:
@@ -86,6 +107,16 @@ class Optimization:
                 f"({self.group_size} batches make a step); write "
                 "`if not self.is_accumulating_gradients: self.step(optimizer)`"
             )
+        if torch.is_autocast_enabled(self._device_type):
+            with torch.autocast(self._device_type, enabled=False):
+                norm = self._step(optimizer, callbacks)
+        else:
+            norm = self._step(optimizer, callbacks)
+        # An autocast region that is still open keeps low-precision copies of the old weights.
+        torch.clear_autocast_cache()
+        return norm
+
+    def _step(self, optimizer: Optimizer, callbacks: CallbackCollection) -> Tensor:
         model = self._model_of.get(optimizer)
         if model is None:
             raise ValueError(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -35,8 +34,10 @@ def num_samples(batch: Any) -> int:
 class EpochMeans:
     """Sample-weighted means of the scalars that the batches of one epoch report.
 
-    Adding a result needs no device operation: scalars are buffered for some batches, then stacked
-    and summed at once. Of values that aren't scalars, the last batch's are kept.
+    A scalar is copied when it is added, on its device, since its memory may change afterwards: that
+    of a parameter with the next step, that of a CUDA graph's output with the next replay. Copies
+    are buffered, and summed some batches later in one operation per key. Of values that aren't
+    scalars, the last batch's are kept, without a copy.
 
     Args:
         step_name: Name of the method whose results these are, for errors.
@@ -44,36 +45,28 @@ class EpochMeans:
 
     def __init__(self, step_name: str) -> None:
         self.step_name = step_name
-        # Buffered values by key; for values that aren't scalars, the last one.
-        self._columns: dict[str, list[Tensor | float] | deque[Any]] = {}
-        self._pending_weights: list[int] = []
-        self._sums: dict[str, Tensor | float] = {}
-        self._weights: dict[str, int] = {}
-        self._last: dict[str, Any] = {}
+        self._columns: dict[str, _WeightedSum | _LastValue] = {}
 
     def add(self, result: Any, batch: Any) -> dict[str, Any]:
         """Add the result of a step. No host synchronization.
 
         Returns:
-            The result as a dict of detached values.
+            The result as a dict of detached values; scalars are copies that nothing overwrites.
 
         Raises:
-            TypeError: If it is neither a dict with string keys nor a tensor.
+            TypeError: If it is neither a dict with string keys nor a tensor, or a key that was
+                reported as a scalar isn't one now.
         """
         if type(result) is not dict:
             result = _as_dict(result, self.step_name)
-        if result.keys() != self._columns.keys():
-            self._begin_columns(result)
-        detached = {}
+        weight = num_samples(batch)
+        report = {}
         for key, value in result.items():
-            if isinstance(value, Tensor) and value.requires_grad:
-                value = value.detach()
-            detached[key] = value
-            self._columns[key].append(value)
-        self._pending_weights.append(num_samples(batch))
-        if len(self._pending_weights) == _FOLD_EVERY:
-            self._fold()
-        return detached
+            column = self._columns.get(key)
+            if column is None:
+                column = self._columns[key] = self._new_column(key, value)
+            report[key] = column.add(value, weight)
+        return report
 
     def reduce(self, world: World) -> dict[str, Any]:
         """The means over all samples of all ranks. Collective; synchronizes with the device.
@@ -88,56 +81,112 @@ class EpochMeans:
         Raises:
             ValueError: On all ranks, if their keys differ.
         """
-        self._fold()
-        world.agree(sorted(self._sums), f"the scalars that {self.step_name} reports")
-        if not self._sums:
-            return dict(self._last)
-        keys = sorted(self._sums)
-        sums = torch.stack(
-            [torch.as_tensor(self._sums[key], dtype=torch.float64).cpu() for key in keys]
-        )
-        weights = torch.tensor([self._weights[key] for key in keys], dtype=torch.float64)
-        sums, weights = world.all_reduce(torch.stack([sums, weights]), "sum")
+        last = {
+            key: column.value
+            for key, column in self._columns.items()
+            if isinstance(column, _LastValue)
+        }
+        totals = self.state_dict()
+        keys = world.agree(sorted(totals), f"the scalars that {self.step_name} reports")
+        if not keys:
+            return last
+        pairs = torch.tensor([totals[key] for key in keys], dtype=torch.float64)
+        sums, weights = world.all_reduce(pairs, "sum").unbind(1)
         means = dict(zip(keys, (sums / weights).tolist(), strict=True))
-        return {key: means[key] for key in self._sums} | self._last
+        return {key: means[key] for key in totals} | last
 
     def state_dict(self) -> dict[str, Any]:
         """The sums and weights of this rank so far; synchronizes with the device."""
-        self._fold()
-        return {key: [float(self._sums[key]), self._weights[key]] for key in self._sums}
+        return {
+            key: column.read()
+            for key, column in self._columns.items()
+            if isinstance(column, _WeightedSum)
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
-        self._columns, self._pending_weights, self._last = {}, [], {}
-        self._sums = {key: total for key, (total, _) in state_dict.items()}
-        self._weights = {key: weight for key, (_, weight) in state_dict.items()}
-
-    def _begin_columns(self, result: dict[str, Any]) -> None:
-        """Create buffers for a result whose keys differ from those before."""
-        for key in result:
-            if type(key) is not str:
-                raise TypeError(
-                    f"{self.step_name} returned a dict with the key {key!r}; keys are strings"
-                )
-        self._fold()
         self._columns = {
-            key: [] if _is_scalar(value) else deque(maxlen=1) for key, value in result.items()
+            key: _WeightedSum(f"{self.step_name} reports {key!r}", total, weight)
+            for key, (total, weight) in state_dict.items()
         }
 
+    def _new_column(self, key: str, value: Any) -> _WeightedSum | _LastValue:
+        if type(key) is not str:
+            raise TypeError(
+                f"{self.step_name} returned a dict with the key {key!r}; keys are strings"
+            )
+        return (
+            _WeightedSum(f"{self.step_name} reports {key!r}") if _is_scalar(value) else _LastValue()
+        )
+
+
+class _LastValue:
+    """The last value of a key, of any kind."""
+
+    value: Any
+
+    def add(self, value: Any, weight: int) -> Any:
+        if isinstance(value, Tensor) and value.requires_grad:
+            value = value.detach()
+        self.value = value
+        return value
+
+
+class _WeightedSum:
+    """Weighted sum of the scalars of a key, in float64, and the sum of their weights.
+
+    Args:
+        where: Which step reports which key, for the error.
+        total: Sum to start from.
+        weight: Sum of weights to start from.
+    """
+
+    def __init__(self, where: str, total: float = 0.0, weight: int = 0) -> None:
+        self.where = where
+        self._total: Tensor | float = total
+        self._weight = weight
+        self._values: list[Tensor | float] = []
+        self._weights: list[int] = []
+
+    def add(self, value: Any, weight: int) -> Any:
+        """Add a scalar, and return it detached."""
+        if not _is_scalar(value):
+            raise TypeError(
+                f"{self.where} as a single number in some batches and as {_described(value)} in "
+                "this one; report one kind under one name"
+            )
+        if isinstance(value, Tensor):
+            value = (value.detach() if value.requires_grad else value).clone()
+        self._values.append(value)
+        self._weights.append(weight)
+        if len(self._values) == _FOLD_EVERY:
+            self._fold()
+        return value
+
+    def read(self) -> list[float]:
+        """The sum and the sum of weights; synchronizes with the device."""
+        self._fold()
+        return [float(self._total), self._weight]
+
     def _fold(self) -> None:
-        """Add the buffered scalars to the sums."""
-        for key, column in self._columns.items():
-            if not column:
-                continue
-            if isinstance(column, deque):
-                self._last[key] = column[0]
-                continue
-            values = _stacked(key, column)
-            weights = torch.tensor(self._pending_weights, dtype=torch.float64)
-            self._sums[key] = self._sums.get(key, 0.0) + values @ weights.to(values.device)
-            self._weights[key] = self._weights.get(key, 0) + sum(self._pending_weights)
-            column.clear()
-        self._pending_weights.clear()
+        """Add the buffered values to the sum."""
+        tensors, weights = [], []
+        for value, weight in zip(self._values, self._weights, strict=True):
+            if isinstance(value, Tensor):
+                tensors.append(value if value.dim() == 0 else value.reshape(()))
+                weights.append(weight)
+            else:
+                self._total = self._total + _as_float(value) * weight
+        if tensors:
+            values = torch.stack(tensors).double()
+            # A blocking copy would wait for all work that is queued on the device.
+            factors = torch.tensor(weights, dtype=torch.float64).to(
+                values.device, non_blocking=True
+            )
+            self._total = self._total + (values * factors).sum()
+        self._weight += sum(self._weights)
+        self._values.clear()
+        self._weights.clear()
 
 
 def _as_dict(result: Any, step_name: str) -> dict[str, Any]:
@@ -158,24 +207,7 @@ def _is_scalar(value: Any) -> bool:
     return isinstance(value, (int, float))
 
 
-def _stacked(key: str, column: Sequence[Tensor | float]) -> Tensor:
-    """Scalars as one float64 vector, on their device."""
-    try:
-        tensors = [value for value in column if isinstance(value, Tensor)]
-        if len(tensors) == len(column) and len({tensor.dim() for tensor in tensors}) == 1:
-            return torch.stack(tensors).double().flatten()
-        device = tensors[0].device if tensors else None
-        numbers = [_as_float(value) if isinstance(value, int) else value for value in column]
-        scalars = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in numbers]
-        return torch.stack([scalar.reshape(()) for scalar in scalars])
-    except (TypeError, RuntimeError) as error:
-        raise TypeError(
-            f"the step reports {key!r} as a single number in some batches and as something else "
-            "in others; report one kind under one name"
-        ) from error
-
-
-def _as_float(value: int) -> float:
+def _as_float(value: float) -> float:
     """The number as a float; infinite if it is too large for one."""
     try:
         return float(value)
@@ -184,4 +216,6 @@ def _as_float(value: int) -> float:
 
 
 def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
     return "None" if value is None else f"a {type(value).__qualname__} ({value!r:.80})"

@@ -186,8 +186,15 @@ class World(RankIdentity):
         return FullTensorRandom(self.device)
 
     def tighten_timeouts(self) -> None:
-        """Change the timeout of collectives from `init_timeout_s` to `train_timeout_s`."""
+        """Change the timeout of collectives from `init_timeout_s` to `train_timeout_s`.
+
+        Collective, with a device sync: a collective that still waits on the device, perhaps for a
+        rank that compiles, began under the longer timeout.
+        """
         if self.is_distributed:
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize(self.device)
+            self.barrier()
             self._set_timeouts(self.parameters.train_timeout_s)
 
     def _set_timeouts(self, timeout_s: float) -> None:
