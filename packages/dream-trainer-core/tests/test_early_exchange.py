@@ -55,7 +55,7 @@ def test_a_stop_takes_effect_soon_after_steps_got_longer(tmp_path: Path, offset:
 
 
 def agreed(num_ticks: int, num_ranks: int) -> tuple[list[tuple[int, int]], int]:
-    """At which ticks requests were agreed, and how many early exchanges this rank announced.
+    """At which ticks requests were agreed, and how many early exchanges were announced.
 
     All ranks are fast, then slow, and so on; each has its own pace and asks at its own times.
     """
@@ -93,3 +93,41 @@ def test_ranks_agree_at_the_same_ticks_however_they_are_apart(num_ranks: int) ->
     assert all(each == ticks for each, _ in others)
     assert len(ticks) > 5
     assert num_announced > 3, "early exchanges happened"
+
+
+def agreed_with_stalls(num_ticks: int) -> list[tuple[int, int]]:
+    """At which ticks requests were agreed if rank 1 stalls while its request is in flight.
+
+    Rank 0 doesn't wait for it: it passes the scheduled read before it sees the announcement.
+    """
+    world = World(DeviceParameters(device="cpu"))
+    world.launch()
+    requests = Requests(world)
+    request = requests.register("save")
+    monitor = world.failure_monitor()
+    seen = []
+    with monitor.watching(lambda: 0):
+        requests.start()
+        num_in_flight = 0
+        for tick in range(num_ticks):
+            requests.receive()
+            if request.take():
+                seen.append((tick, requests.num_agreed("save")))
+            time.sleep(0.01)
+            if world.rank == 1 and tick > 100:
+                num_in_flight = num_in_flight + 1 if requests.is_in_flight else 0
+                if num_in_flight == 4:
+                    time.sleep(0.5)
+                request.ask()
+            requests.send("train")
+        requests.finish()
+        monitor.finish()
+    world.shutdown()
+    return seen
+
+
+def test_ranks_agree_if_one_has_passed_the_scheduled_tick() -> None:
+    first, second = run_on_ranks(agreed_with_stalls, 2, 400)
+
+    assert first == second
+    assert len(first) >= 2

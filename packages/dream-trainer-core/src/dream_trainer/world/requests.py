@@ -7,7 +7,7 @@ complete: an asynchronous all-reduce of a few integers on a separate CPU group, 
 
 All ranks must start and read it after the same steps. Each exchange includes rank 0's measured step
 duration; between two exchanges every rank advances the same virtual clock by it. If steps suddenly
-take longer, a rank that waits has the ranks agree on an earlier step (`early_exchange.py`).
+take longer, a rank with a request makes the ranks agree on an earlier step (`early_exchange.py`).
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ class Requests:
         self._reads_next = False
         self._since_sent_us = _UNKNOWN_US
         self._last_tick_s = None
-        self._early = self._world.failure_monitor().start_early_exchange(self._is_late)
+        self._early = self._world.failure_monitor().start_early_exchange(self._would_be_late)
 
     def receive(self) -> bool:
         """Read the exchange if it is due. Called before the last hooks of a step.
@@ -205,9 +205,10 @@ class Requests:
         return True
 
     def send(self, tick: Tick) -> None:
-        """Start an exchange if it is due, without blocking. Called after the hooks of a step.
+        """Start an exchange if it is due. Called after the hooks of a step.
 
-        Every rank must call it after the same steps and batches.
+        Every rank must call it after the same steps and batches. It blocks only if a request would
+        be late because steps have become longer: until the ranks agree on an earlier exchange.
         """
         if not self._is_distributed:
             return
@@ -216,16 +217,22 @@ class Requests:
         if last_s is not None:
             self._durations_s[tick].append(now_s - last_s)
         self._since_sent_us += self._tick_us[tick]
-        is_early = self._early is not None and self._early.tick()
-        if is_early:
+        if self._work is not None:
+            is_due = self._ticks_to_read(tick) <= 0
+        else:
+            is_due = self._ticks_to_start(tick) <= 0
+        # A rank may have passed this tick before the others announced an earlier exchange: then
+        # it acted as scheduled.
+        if self._is_agreed_early() and not is_due:
             self.finish()
             self._start_exchange()
-            self._read_next_if(True)
-        elif self._work is not None:
-            self._read_next_if(self._ticks_to_read(tick) <= 0)
-        elif self._ticks_to_start(tick) <= 0:
+            self._read_next()
+        elif is_due and self._work is not None:
+            self._read_next()
+        elif is_due:
             self._start_exchange()
-            self._read_next_if(self._tick_us[tick] > _IN_FLIGHT_US)
+            if self._tick_us[tick] > _IN_FLIGHT_US:
+                self._read_next()
 
     def exchange(self) -> None:
         """Send and read at once. Collective, blocking.
@@ -235,7 +242,7 @@ class Requests:
         if not self._is_distributed:
             return
         if self._early is not None:
-            self._early.tick()
+            self._early.count_tick()
         self.finish()
         self._start_exchange()
         self.finish()
@@ -244,7 +251,7 @@ class Requests:
     def finish(self) -> None:
         """Read the exchange in flight, if any. Collective, blocking."""
         if self._work is not None:
-            self._read_next_if(True)
+            self._read_next()
             self._read()
 
     def _ticks_to_start(self, tick: Tick) -> float:
@@ -256,8 +263,14 @@ class Requests:
         """Number of ticks until the read of the one in flight is due."""
         return (_IN_FLIGHT_US - self._since_sent_us) / self._tick_us[tick] - 1
 
-    def _is_late(self, tick_s: float) -> bool:
-        """Whether a request waits too long if ticks take so many seconds. In any thread."""
+    def _is_agreed_early(self) -> bool:
+        if self._early is None:
+            return False
+        self._early.count_tick()
+        return self._early.is_agreed_now()
+
+    def _would_be_late(self, tick_s: float) -> bool:
+        """Whether a request would wait too long if ticks took so many seconds. In any thread."""
         if self._asked:
             num_ticks = self._ticks_to_start(self._last_tick)
         elif self._sent and not self._reads_next:
@@ -281,18 +294,19 @@ class Requests:
         self._work = dist.all_reduce(self._values, dist.ReduceOp.MAX, group=group, async_op=True)
         self._since_sent_us = 0
         if self._early is not None:
-            self._early.happen()
+            self._early.record_event()
 
-    def _read_next_if(self, is_due: bool) -> None:
-        if is_due and not self._reads_next:
+    def _read_next(self) -> None:
+        """Have the exchange in flight read by the next `receive`, if that isn't so yet."""
+        if not self._reads_next:
             self._reads_next = True
             if self._early is not None:
-                self._early.happen()
+                self._early.record_event()
 
     def _read(self) -> None:
-        work, self._work, self._reads_next = self._work, None, False
-        assert work is not None, "an exchange was started"
-        work.wait()
+        assert self._work is not None, "an exchange was started"
+        self._work.wait()
+        self._work, self._reads_next = None, False
         digest, minus_digest, *values = self._values.tolist()
         if digest != -minus_digest:
             self._world.agree(self._sent_names, "the registered requests")

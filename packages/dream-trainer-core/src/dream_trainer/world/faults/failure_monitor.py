@@ -64,7 +64,7 @@ class NoFailureMonitor:
     def watching(self, step: Callable[[], int]) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def start_early_exchange(self, is_late: Callable[[float], bool]) -> None:
+    def start_early_exchange(self, would_be_late: Callable[[float], bool]) -> None:
         pass
 
     def report(self, error: BaseException, step: int) -> BaseException:
@@ -110,9 +110,10 @@ class FailureMonitor:
         self._local_processes: LocalProcesses | None = None
         self._interrupts = False
         self._interruption: Interruption | None = None  # the last one raised in the main thread
-        self._handled_id: int | None = None  # of the error that was handled at the last signal
-        self._early: EarlyExchange | None = None
+        self._has_waited_for_error = False
+        self._early_exchanges: list[EarlyExchange] = []  # several if runs are nested
         self._num_runs = 0
+        self._num_questions = 0
 
     # What the loop calls
 
@@ -140,11 +141,12 @@ class FailureMonitor:
             raise
         self._depth -= 1
 
-    def start_early_exchange(self, is_late: Callable[[float], bool]) -> EarlyExchange:
+    def start_early_exchange(self, would_be_late: Callable[[float], bool]) -> EarlyExchange:
         """An EarlyExchange that the monitor's thread polls. Every rank calls it once per run."""
         self._num_runs += 1
-        self._early = EarlyExchange(self._store, self._num_runs, is_late)
-        return self._early
+        early = EarlyExchange(self._store, self._rank, self._num_runs, would_be_late)
+        self._early_exchanges.append(early)
+        return early
 
     def report(self, error: BaseException, step: int) -> BaseException:
         """Report an error to all ranks, unless another rank failed first.
@@ -191,6 +193,8 @@ class FailureMonitor:
             RemoteError: If another rank failed before all had called this.
         """
         self._raise_if_failed()
+        if self._depth > 1:
+            return  # the outer run goes on
         self._say_goodbye()
         self._store.count(f"finished/{self._span}")
         self._store.wait_for_all(f"finished/{self._span}", look=self._raise_if_failed)
@@ -199,6 +203,7 @@ class FailureMonitor:
             # The store ends with this process, when the others have read that all are here.
             self._store.wait_for_all(f"known/{self._span}", limit_s=_WAIT_S)
         self._stop()
+        self._early_exchanges.clear()
         self._span += 1
         self._has_said_goodbye = False
 
@@ -299,7 +304,7 @@ class FailureMonitor:
         self._interrupt_or_end()
 
     def _poll_interval_s(self) -> float:
-        is_agreeing = self._early is not None and self._early.is_agreeing
+        is_agreeing = any(early.is_agreeing for early in self._early_exchanges)
         interval_s = _POLL_EVERY_S / 4 if is_agreeing else _POLL_EVERY_S
         return max(interval_s, self._world_size / MAX_REQUESTS_PER_S)
 
@@ -308,11 +313,13 @@ class FailureMonitor:
         for rank, pid in ended:
             self._on_process_exit(rank, pid, must_end)
         num_questions = self._store.num_questions()
-        if num_questions and not self._has_told_place and self._store.is_asked_where():
-            self._has_told_place = True
-            self._store.tell_place(self._rank, self._place or place_of_main_thread())
-        if self._early is not None:
-            self._early.poll(num_questions)
+        if num_questions != self._num_questions:
+            self._num_questions = num_questions
+            if not self._has_told_place and self._store.is_asked_where():
+                self._has_told_place = True
+                self._store.tell_place(self._rank, self._place or place_of_main_thread())
+        for early in tuple(self._early_exchanges):
+            early.poll(num_questions)
         first = self._store.first()
         if first is not None:
             self._set_first(first)
@@ -391,9 +398,9 @@ class FailureMonitor:
         """
         if not self._depth or self._first is None:
             return
-        handled, last_id = sys.exception(), self._handled_id
-        self._handled_id = None if handled is None else id(handled)
-        if handled is not None and self._handled_id != last_id:
+        handled = sys.exception()
+        if handled is not None and not self._has_waited_for_error:
+            self._has_waited_for_error = True
             return
         if self._interruption is None or self._interruption not in error_chain(handled):
             self._interruption = Interruption(self._first)

@@ -27,7 +27,7 @@ _OLDER_S = 2.0
 
 
 class FailureStore:
-    """The first failure of a run, and which ranks know it, in the store of all ranks.
+    """The first failure of a run and questions to all ranks, in the store of all ranks.
 
     If the store is gone, methods set `is_lost` instead of raising.
 
@@ -90,16 +90,27 @@ class FailureStore:
         """Number of questions that ranks have asked all ranks: where they are, early exchanges."""
         return self.client.add("questions", 0)
 
-    def answer_early(self, run: int, event: int, tick: int) -> None:
-        """Add this rank's tick for an event of an early exchange."""
-        self.client.append(f"early/{run}/{event}", f"{tick}\n")  # type: ignore[attr-defined]
+    def announce_early(self, run: int, event: int) -> None:
+        """Ask all ranks for their answers for an event of an early exchange."""
+        self.client.append(f"early/{run}", f"{event}\n")  # type: ignore[attr-defined]  # as clone
+        self.client.add("questions", 1)
 
-    def early_answers(self, run: int, event: int) -> list[int]:
-        """The ticks of the ranks that have answered so far, in any order."""
-        key = f"early/{run}/{event}"
-        if not self.client.check([key]):
-            return []
-        return [int(line) for line in self.client.get(key).split()]
+    def announced_early(self, run: int) -> list[int]:
+        """The events that ranks have announced."""
+        return [int(event) for event in self._lines(f"early/{run}")]
+
+    def answer_early(self, run: int, event: int, rank: int, tick: int) -> None:
+        """Answer an announcement with a tick."""
+        line = f"{rank} {tick}\n"
+        self.client.append(f"early/{run}/{event}", line)  # type: ignore[attr-defined]  # as clone
+
+    def early_answers(self, run: int, event: int) -> dict[int, int]:
+        """The ticks that ranks have answered so far, by rank."""
+        pairs = (line.split() for line in self._lines(f"early/{run}/{event}"))
+        return {int(rank): int(tick) for rank, tick in pairs}
+
+    def _lines(self, key: str) -> list[str]:
+        return self.client.get(key).decode().splitlines() if self.client.check([key]) else []
 
     def is_asked_where(self) -> bool:
         """Whether a rank has asked where the others are."""
