@@ -35,9 +35,17 @@ def test_imports_are_found_at_any_depth_but_not_under_type_checking() -> None:
         ("dream_trainer.callbacks", "dream_callbacks.fsdp.OptimizeFSDP", "no callback package"),
         ("dream_trainer.world.mesh", "dream_trainer.trainer.loop", "stands above it"),
         ("dream_trainer.callbacks.order", "dream_trainer.trainer.BaseTrainer", "stands above it"),
-        ("dream_callbacks.fsdp.trace", "dream_callbacks.profile.trace_files", "imports no other"),
-        ("dream_callbacks.fsdp.trace", "dream_trainer.callbacks._aliases.resolve", "public names"),
-        ("dream_callbacks.fsdp.trace", "dream_trainer.world._launch", "public names"),
+        (
+            "dream_callbacks.fsdp.prefetch",
+            "dream_callbacks.profile.trace_files",
+            "imports no other",
+        ),
+        (
+            "dream_callbacks.fsdp.prefetch",
+            "dream_trainer.callbacks._aliases.resolve",
+            "public names",
+        ),
+        ("dream_callbacks.fsdp.plan", "dream_trainer.world._launch", "public names"),
     ],
 )
 def test_an_import_against_the_arrows_is_refused(module: str, target: str, reason: str) -> None:
@@ -50,7 +58,7 @@ def test_an_import_against_the_arrows_is_refused(module: str, target: str, reaso
         ("dream_trainer.trainer.base", "dream_trainer.trainer.loop"),
         ("dream_trainer.trainer.loop", "dream_trainer.callbacks.Callback"),
         ("dream_trainer.testing.trainers", "dream_trainer.trainer.dream.DreamTrainer"),
-        ("dream_callbacks.fsdp.callback", "dream_callbacks.fsdp.trace.order"),
+        ("dream_callbacks.fsdp.callback", "dream_callbacks.fsdp.prefetch.order"),
         ("dream_callbacks.fsdp.callback", "dream_trainer.callbacks.Callback"),
         ("dream_callbacks.logging.sinks.wandb", "wandb.sdk"),
     ],

@@ -170,7 +170,7 @@ def test_timeouts_are_above_zero(name: str, value: float) -> None:
 def test_entrypoint_starts_as_many_ranks_as_the_layout_wants(
     parameters: DeviceParameters, num_devices: int, num_ranks: int
 ) -> None:
-    assert parameters.num_ranks(num_devices) == num_ranks
+    assert parameters.num_ranks_to_start(num_devices) == num_ranks
 
 
 def test_only_gradients_that_will_be_sharded_may_be_reduced_every_batch() -> None:

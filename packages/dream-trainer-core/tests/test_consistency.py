@@ -206,7 +206,7 @@ def test_an_error_shows_the_different_values_by_rank(
     others = {2: "0", 4: "0–2"}[num_ranks]
     assert len(caught.value.tracebacks) == num_ranks
     for text in caught.value.tracebacks.values():
-        assert "ValueError: ranks disagree on" in text
+        assert "RankDisagreement: ranks disagree on" in text
         for said in SAYS[about]:
             assert said.format(others=others, last=num_ranks - 1) in text
 

@@ -6,7 +6,7 @@ import array
 import collections
 import dataclasses
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -295,3 +295,33 @@ def test_the_trainer_moves_batches_to_its_device(tmp_path: Path) -> None:
 
     batch = trainer.move_batch((Frozen(x()), {"y": x()}))
     assert devices(batch) == ["meta", "meta"]
+
+
+class SharesItems(MutableMapping[str, Any]):
+    """A mapping whose shallow copy has the same dict of items."""
+
+    def __init__(self, **items: Any) -> None:
+        self.items_by_key = items
+
+    def __getitem__(self, key: str) -> Any:
+        return self.items_by_key[key]
+
+    def __setitem__(self, key: str, item: Any) -> None:
+        self.items_by_key[key] = item
+
+    def __delitem__(self, key: str) -> None:
+        del self.items_by_key[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.items_by_key)
+
+    def __len__(self) -> int:
+        return len(self.items_by_key)
+
+
+def test_a_batch_that_would_change_with_its_copy_is_refused_and_left_as_it_was() -> None:
+    batch = SharesItems(x=x())
+
+    with pytest.raises(TypeError, match="of a SharesItems shares its items"):
+        moved_to(META, batch)
+    assert batch["x"].device.type == "cpu"

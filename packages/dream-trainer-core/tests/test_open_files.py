@@ -10,12 +10,12 @@ import pytest
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import run_on_ranks
 from dream_trainer.world import World
-from dream_trainer.world.open_files import allow_open_files
+from dream_trainer.world.open_files import raise_open_file_limit
 
 
 def limits_for(world_size: int, soft: int, hard: int) -> tuple[int, int]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    allow_open_files(world_size)
+    raise_open_file_limit(world_size)
     return resource.getrlimit(resource.RLIMIT_NOFILE)
 
 

@@ -14,7 +14,7 @@ from dream_trainer.callbacks import Callback
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
 from dream_trainer.world import World
-from dream_trainer.world.gradients import gradient_norm, sharded_gradient_norm
+from dream_trainer.world.gradient_clipping import clip_gradients, clip_sharded_gradients
 
 
 def parameters(*gradients: list[float] | None) -> list[nn.Parameter]:
@@ -27,15 +27,15 @@ def parameters(*gradients: list[float] | None) -> list[nn.Parameter]:
 
 
 def test_the_norm_is_over_all_gradients() -> None:
-    assert gradient_norm(parameters([3.0], None, [0.0, 4.0])).item() == 5.0
+    assert clip_gradients(parameters([3.0], None, [0.0, 4.0])).item() == 5.0
 
 
 def test_clipping_scales_all_gradients_equally() -> None:
     clipped = parameters([3.0], [4.0])
-    norm = gradient_norm(clipped, max_norm=1.0)
+    norm = clip_gradients(clipped, max_norm=1.0)
 
     assert norm.item() == 5.0
-    assert gradient_norm(clipped).item() == pytest.approx(1.0, abs=1e-5)
+    assert clip_gradients(clipped).item() == pytest.approx(1.0, abs=1e-5)
 
 
 def clipped_on_a_mesh() -> tuple[float, list[list[float]]]:
@@ -48,7 +48,7 @@ def clipped_on_a_mesh() -> tuple[float, list[list[float]]]:
     sharded.grad = distribute_tensor(torch.tensor([0.0, 3.0]), mesh, [Shard(0)])
     replicated = nn.Parameter(distribute_tensor(torch.zeros(2), mesh, [Replicate()]))
     replicated.grad = DTensor.from_local(torch.tensor([2.0, 0.0]), mesh, [Partial()])
-    norm = sharded_gradient_norm([sharded, replicated], max_norm=0.5)
+    norm = clip_sharded_gradients([sharded, replicated], max_norm=0.5)
     return norm.item(), [p.grad.full_tensor().tolist() for p in (sharded, replicated)]
 
 
@@ -59,12 +59,12 @@ def test_partial_gradients_are_clipped() -> None:
 
 
 def test_a_zero_norm_is_legal() -> None:
-    assert gradient_norm(parameters([0.0, 0.0]), max_norm=1.0).item() == 0.0
+    assert clip_gradients(parameters([0.0, 0.0]), max_norm=1.0).item() == 0.0
 
 
 def test_no_gradient_at_all_is_refused() -> None:
     with pytest.raises(ValueError, match=r"call self\.backward\(loss\) before self\.step"):
-        gradient_norm(parameters(None))
+        clip_gradients(parameters(None))
 
 
 def test_step_returns_the_norm_before_clipping(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""entrypoint: runs a script's main on as many ranks as its trainer's layout wants."""
+"""entrypoint: runs a script's main on as many ranks as its `device_parameters` require."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def entrypoint(main: Callable[P, R]) -> Callable[P, R]:
     several ranks, and there are that many visible GPUs, this process becomes torchrun then, which
     starts the script with the same arguments on each rank: one per GPU if a degree is "auto",
     otherwise as many as the degrees multiply to. With `SINGLE_DEVICE()`, with `device="cpu"`, with
-    at most one GPU, or under torchrun, main continues. So make the trainer early: what comes before
-    it runs once more, on each rank.
+    at most one GPU, under torchrun, or without a script file (a notebook), main continues. So make
+    the trainer early: what comes before it runs once more, on each rank.
 
     Ctrl-C ends the process with exit status 130 and one line instead of a traceback. torchrun's
     report of failures shows an error with its traceback.
@@ -45,8 +45,10 @@ def entrypoint(main: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def _this_script() -> list[str]:
-    """Command line of the running script, without the interpreter."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    script = ["-m", spec.name] if spec is not None else [sys.argv[0]]
-    return [*script, *sys.argv[1:]]
+def _this_script() -> list[str] | None:
+    """Command line of the running script, without the interpreter; None if there is no script."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    if spec is not None:
+        return ["-m", spec.name, *sys.argv[1:]]
+    return sys.argv if hasattr(main, "__file__") else None

@@ -24,7 +24,7 @@ class StagingMemory(Generic[K]):
 
     Copies of CUDA tensors lie in one pinned block, so that a GPU writes to them without blocking
     the host. It has their exact size: torch's `pin_memory` rounds each tensor up to a power of two,
-    and keeps the memory for ever.
+    and never frees it.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class StagingMemory(Generic[K]):
         Raises:
             RuntimeError: If the host has too little memory to pin.
         """
-        on_gpu = {key: t for key, t in originals.items() if t.device.type == "cuda"}
+        on_gpu = {k: t for k, t in originals.items() if t.device.type == "cuda" and t.nbytes}
         kept = {k: t for k, t in self._tensors.items() if _fits(t, originals.get(k))}
         if self._block is None or any(key not in kept for key in on_gpu):
             self.release()
@@ -65,14 +65,14 @@ class PinnedBlock:
     """Page-locked host memory of an exact size. Needs CUDA.
 
     Args:
-        num_bytes: Its size.
+        num_bytes: Its size, at least 1.
 
     Raises:
         RuntimeError: If the host has too little memory to pin.
     """
 
     def __init__(self, num_bytes: int) -> None:
-        self.memory = mmap.mmap(-1, max(num_bytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.memory = mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_DONTFORK"):
             # Otherwise each loader worker that is forked gets a copy: pinned pages can't be shared.
             self.memory.madvise(mmap.MADV_DONTFORK)
@@ -96,15 +96,11 @@ def _carved(block: PinnedBlock, originals: Mapping[K, Tensor]) -> dict[K, Tensor
     """Tensors in a block, each with a storage of its own: torch.save writes whole storages."""
     tensors, offset = {}, 0
     for key, original in originals.items():
-        num_bytes = original.nbytes
-        if num_bytes:
-            content = torch.frombuffer(
-                block.memory, dtype=torch.uint8, count=num_bytes, offset=offset
-            )
-            tensors[key] = content.view(original.dtype).view(original.shape)
-        else:
-            tensors[key] = torch.empty(original.shape, dtype=original.dtype)
-        offset += _aligned(num_bytes)
+        content = torch.frombuffer(
+            block.memory, dtype=torch.uint8, count=original.nbytes, offset=offset
+        )
+        tensors[key] = content.view(original.dtype).view(original.shape)
+        offset += _aligned(original.nbytes)
     return tensors
 
 

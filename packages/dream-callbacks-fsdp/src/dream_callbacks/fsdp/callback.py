@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from dream_trainer.callbacks import Callback
 
 if TYPE_CHECKING:
+    from dream_callbacks.fsdp.execution_order import Trace, Tracer
     from dream_callbacks.fsdp.prefetch_lists import PrefetchLists
-    from dream_callbacks.fsdp.trace import Trace, Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class OptimizeFSDP(Callback):
         roots = []
         # If it was never imported, nothing is sharded; importing it takes most of a second.
         if "torch.distributed.fsdp" in sys.modules:
-            from dream_callbacks.fsdp.trace import Tracer, find_roots
+            from dream_callbacks.fsdp.execution_order import Tracer, find_roots
 
             roots = find_roots(self.trainer.named_models())
         if not roots:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dream_callbacks.fsdp import torch_private
+from dream_callbacks.fsdp.execution_order import Trace
 from dream_callbacks.fsdp.prefetch import backward_lists, forward_lists
-from dream_callbacks.fsdp.trace import Trace
 
 
 class PrefetchLists:

@@ -218,7 +218,7 @@ class DeviceParameters:
             )
         return MeshShape(**degrees)
 
-    def num_ranks(self, num_devices: int) -> int:
+    def num_ranks_to_start(self, num_devices: int) -> int:
         """Number of ranks that `@entrypoint` starts on one machine.
 
         One on the CPU; one per GPU if a degree is "auto"; else as many as the degrees multiply to,

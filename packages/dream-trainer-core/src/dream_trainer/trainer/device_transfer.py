@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import array
 import copy
 import dataclasses
 import functools
 import inspect
 import operator
 from collections.abc import Iterable, Mapping, MutableMapping, MutableSequence, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-_SEQUENCES_OF_NUMBERS = (str, bytes, bytearray, memoryview, range)
+C = TypeVar("C", bound="MutableMapping[Any, Any] | MutableSequence[Any]")
+
+_SEQUENCES_OF_NUMBERS = (str, bytes, bytearray, memoryview, range, array.array)
 
 
 def moved_to(device: torch.device, batch: Any) -> Any:
-    """The batch with all that it holds on a device. From pinned memory, the host doesn't wait.
+    """A copy of a batch with its tensors on a device. From pinned memory, the host doesn't wait.
 
-    - What has a method `to` moves itself: tensors, PackedSequence, TensorDict, BatchEncoding. It
-      is called with `non_blocking=True` if it takes that.
+    - Objects with a `to` method are moved by it: tensors, PackedSequence, TensorDict,
+      BatchEncoding. It is called with `non_blocking=True` if it takes that.
     - Of mappings, sequences, named tuples and dataclasses, also frozen ones, a shallow copy gets
       the moved items, so that types, orders, default factories and other attributes are kept. If
       nothing in one moves, it is returned as it is.
-    - All else stays: strings, numbers, arrays, sets, objects of other types.
+    - Other objects are returned unchanged: strings, numbers, arrays, sets, objects of other types.
 
     Args:
-        device: Where to.
+        device: Target device.
         batch: Not changed, unless its own `to` changes it.
+
+    Raises:
+        TypeError: If a shallow copy of a container shares its items with the container.
     """
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
@@ -71,10 +77,7 @@ def _moved_mapping(device: torch.device, batch: Mapping[Any, Any]) -> Mapping[An
     moved = zip(batch, items, strict=True)
     if not isinstance(batch, MutableMapping):
         return type(batch)(dict(moved))  # type: ignore[call-arg]  # as torch's own collate does
-    clone = copy.copy(batch)
-    for key, item in moved:  # the outputs of Hugging Face's models refuse update()
-        clone[key] = item
-    return clone
+    return _copy_with(batch, moved)
 
 
 def _moved_sequence(device: torch.device, batch: Sequence[Any]) -> Sequence[Any]:
@@ -82,13 +85,25 @@ def _moved_sequence(device: torch.device, batch: Sequence[Any]) -> Sequence[Any]
     if items is None:
         return batch
     if isinstance(batch, MutableSequence):
-        clone = copy.copy(batch)
-        for index, item in enumerate(items):
-            clone[index] = item
-        return clone
+        return _copy_with(batch, enumerate(items))
     make: Any = getattr(batch, "_make", type(batch))  # named tuples have it
     moved: Sequence[Any] = make(items)
     return moved
+
+
+def _copy_with(batch: C, items: Iterable[tuple[Any, Any]]) -> C:
+    clone = copy.copy(batch)
+    for key, item in items:  # the outputs of Hugging Face's models refuse update()
+        before = batch[key]
+        clone[key] = item
+        if batch[key] is not before:
+            batch[key] = before
+            raise TypeError(
+                f"a copy.copy of a {type(batch).__qualname__} shares its items with the original, "
+                "so moving the copy to the device would change the data set's batch; give the "
+                "class a __copy__, a method to(device), or override move_batch"
+            )
+    return clone
 
 
 def _moved_dataclass(device: torch.device, batch: Any) -> Any:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dream_trainer.world import torch_private
-from dream_trainer.world.gradients import gradient_norm, sharded_gradient_norm
+from dream_trainer.world.gradient_clipping import clip_gradients, clip_sharded_gradients
 
 if TYPE_CHECKING:
     from dream_trainer.callbacks.collection import CallbackCollection
@@ -50,7 +50,7 @@ class Optimization:
         self.num_steps = 0
         self.clip_norm = clip_norm
         self._device_type = device_type
-        self._gradient_norm = sharded_gradient_norm if is_distributed else gradient_norm
+        self._clip = clip_sharded_gradients if is_distributed else clip_gradients
         self._model_of = model_of
         self._schedulers_of = {
             optimizer: [
@@ -124,7 +124,7 @@ class Optimization:
                 "trainer; assign it to an attribute in configure_optimizers, or return it there"
             )
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = self._gradient_norm(parameters, self.clip_norm)
+        norm = self._clip(parameters, self.clip_norm)
         callbacks.pre_optimizer_step(model, optimizer)
         optimizer.step()
         callbacks.post_optimizer_step(model, optimizer)

@@ -38,6 +38,10 @@ class RankFailure(RuntimeError):
     """
 
 
+class RankDisagreement(RankFailure, ValueError):
+    """Ranks have different values where all must have the same; raised on all of them."""
+
+
 def error_text(error: BaseException) -> str:
     """The message of an error, after its type unless it is a ValueError with a message."""
     text = str(error)
@@ -177,7 +181,8 @@ class Coordination:
             values: Values by name, for the error. Compared by `==`; must be picklable.
 
         Raises:
-            ValueError: On all ranks, if some differ; it shows the values by rank.
+            RankDisagreement: On all ranks, if some differ; it shows the values by rank. A
+                ValueError.
         """
         mine = dict(values)
         if self._group is None or self._have_one_digest(mine):
@@ -185,7 +190,7 @@ class Coordination:
         # Equal values may have different digests, so the values decide.
         all_values = self.gather(lambda: mine)
         if any(each != all_values[0] for each in all_values):
-            raise ValueError(disagreements(all_values))
+            raise RankDisagreement(disagreements(all_values))
 
     def _have_one_digest(self, value: Any) -> bool:
         """Whether the digests of all ranks are equal; False if one has none. One exchange."""

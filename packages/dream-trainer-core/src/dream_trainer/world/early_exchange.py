@@ -3,9 +3,9 @@
 The schedule of `Requests` assumes that ticks (steps, validation batches) take as long as before. If
 they suddenly take longer, a rank whose request waits announces it in the store. The monitor thread
 of each rank then answers with the tick that its main thread completes next, or with that of the
-event (the start or the read of an exchange) if it has happened there. It happens after the latest of
-these ticks, or as scheduled if that is not later. A main thread that completes its own tick before
-all ranks have answered waits for them, since it may be the latest.
+event (the start or the read of an exchange) if it has happened there. It happens after the latest
+of these ticks, or as scheduled if that is not later. A main thread that completes its own tick
+before all ranks have answered waits for them, since it may be the latest.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import os
 import torch
 
 from dream_trainer.configs.device import DeviceParameters, MeshShape
-from dream_trainer.world import torchrun
 from dream_trainer.world.device import device_of_rank
 from dream_trainer.world.mesh import coordinates
 
@@ -32,9 +31,7 @@ class RankIdentity:
         self.device = self._choose_device()
 
     def _identify(self) -> None:
-        """Set rank, local rank and world size. Under `@entrypoint`, start the ranks first."""
-        if torchrun.may_start_ranks():
-            torchrun.start_ranks(self.parameters.num_ranks(torch.cuda.device_count()))
+        """Set rank, local rank and world size."""
         self.world_size = _from_environment("WORLD_SIZE", 1)
         self.rank = _from_environment("RANK", 0)
         self.local_rank = _from_environment("LOCAL_RANK", 0)

@@ -15,7 +15,7 @@ _OTHER_FILES = 256
 """Data files, loader workers, libraries."""
 
 
-def allow_open_files(world_size: int) -> None:
+def raise_open_file_limit(world_size: int) -> None:
     """Raise the soft limit to what a number of ranks takes; warn if the hard limit is lower.
 
     The usual soft limit, 1024, is too low for 200 ranks.
@@ -25,12 +25,15 @@ def allow_open_files(world_size: int) -> None:
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    except (ValueError, OSError):  # a sandbox forbids it, or the kernel's limit is lower
+        allowed = soft
     if allowed < needed:
         logger.warning(
-            "%d ranks take about %d open files each, and the hard limit is %d; raise it "
+            "%d ranks take about %d open files each, and the limit is %d; raise it "
             "(LimitNOFILE= of systemd, /etc/security/limits.conf), or ranks may fail to connect",
             world_size,
             needed,
-            hard,
+            allowed,
         )

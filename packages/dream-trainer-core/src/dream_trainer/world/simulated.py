@@ -108,6 +108,9 @@ class SimulatedWorld(World):
 
     # Which rank this is
 
+    def _start_ranks(self, parameters: DeviceParameters) -> None:
+        pass  # they are simulated
+
     def _identify(self) -> None:
         pass  # as given, not from the environment
 

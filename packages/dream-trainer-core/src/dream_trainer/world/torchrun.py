@@ -14,10 +14,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
     from torch.distributed import Store
+
+    from dream_trainer.configs.device import DeviceParameters
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -27,11 +30,12 @@ _script: Sequence[str] | None = None
 
 
 @contextlib.contextmanager
-def starting_ranks_of(script: Sequence[str]) -> Iterator[None]:
+def starting_ranks_of(script: Sequence[str] | None) -> Iterator[None]:
     """Inside, `start_ranks` may replace this process, unless a launcher has started it.
 
     Args:
         script: Command line after `python`: the script or `-m` and a module, and its arguments.
+            None if this process runs no script, as in a notebook: then it isn't replaced.
     """
     global _script  # noqa: PLW0603  # there is one main script in a process
     _script = None if "RANK" in os.environ else script
@@ -41,16 +45,17 @@ def starting_ranks_of(script: Sequence[str]) -> Iterator[None]:
         _script = None
 
 
-def may_start_ranks() -> bool:
-    """Whether this process may be replaced by torchrun."""
-    return _script is not None
+def start_ranks_if_needed(parameters: DeviceParameters) -> None:
+    """Replace this process by torchrun, which runs the script on each rank, if it is to.
 
-
-def start_ranks(num_ranks: int) -> None:
-    """Replace this process by torchrun, which runs the script; go on for good with one rank."""
+    Only inside `starting_ranks_of`, and only the first call has an effect: later worlds of the
+    process have as many ranks.
+    """
     global _script
     script, _script = _script, None
-    assert script is not None, "may_start_ranks()"
+    if script is None:
+        return
+    num_ranks = parameters.num_ranks_to_start(torch.cuda.device_count())
     if num_ranks > 1:
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
         sys.stdout.flush()
@@ -105,4 +110,6 @@ def record_error(error: BaseException, summary: str, time_s: float) -> None:
         return
     text = "".join(traceback.format_exception(error))
     details = {"py_callstack": text, "timestamp": str(int(time_s))}
-    Path(path).write_text(json.dumps({"message": {"message": summary, "extraInfo": details}}))
+    report = json.dumps({"message": {"message": summary, "extraInfo": details}})
+    with contextlib.suppress(OSError):  # the error itself is raised in any case
+        Path(path).write_text(report)

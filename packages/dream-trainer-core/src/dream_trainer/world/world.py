@@ -30,7 +30,7 @@ from dream_trainer.world.faults.failure_monitor import FailureMonitor, NoFailure
 from dream_trainer.world.faults.fork_safety import let_threads_settle_before_forks
 from dream_trainer.world.identity import RankIdentity
 from dream_trainer.world.mesh import build_mesh, fsdp_mesh, ordered_axes
-from dream_trainer.world.open_files import allow_open_files
+from dream_trainer.world.open_files import raise_open_file_limit
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
@@ -57,6 +57,7 @@ class World(RankIdentity):
     """
 
     def __init__(self, parameters: DeviceParameters) -> None:
+        self._start_ranks(parameters)
         super().__init__(parameters)
         self._mesh: DeviceMesh | None = None
         self._fsdp_mesh: DeviceMesh | None = None
@@ -68,6 +69,10 @@ class World(RankIdentity):
         self._failure_monitor: NoFailureMonitor | FailureMonitor = NoFailureMonitor()
 
     # Life
+
+    def _start_ranks(self, parameters: DeviceParameters) -> None:
+        """Under `@entrypoint`, become the launcher of the ranks."""
+        torchrun.start_ranks_if_needed(parameters)
 
     def lay_out(self, parameters: DeviceParameters) -> None:
         """Check that this world has the parameters of a trainer's config. Not collective.
@@ -127,7 +132,7 @@ class World(RankIdentity):
         let_threads_settle_before_forks()
         self.failure_monitor()
         assert self._store is not None, "failure_monitor() opened it"
-        allow_open_files(self.world_size)
+        raise_open_file_limit(self.world_size)
         if self.device.type == "cuda":
             claim(self.device, self.rank, self._store)
         dist.init_process_group(

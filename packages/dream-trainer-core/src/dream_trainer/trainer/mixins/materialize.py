@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-def is_on_meta(model: nn.Module) -> bool:
+def has_meta_tensors(model: nn.Module) -> bool:
     """Whether any parameter or buffer is on the meta device."""
     return any(tensor.is_meta for _, tensor in _tensors(model))
 
@@ -62,7 +62,10 @@ def _mark_empty(tensor: Tensor) -> None:
 
 
 def _is_marked_empty(tensor: Tensor) -> bool:
-    """Whether nothing was written since `_mark_empty`; always False for booleans."""
+    """Whether values are missing since `_mark_empty`; always False for booleans and uint8.
+
+    Of floats a single NaN counts: a part of the tensor may not have been written.
+    """
     local = _local(tensor)
     if local.numel() == 0 or local.dtype is torch.bool:
         return False

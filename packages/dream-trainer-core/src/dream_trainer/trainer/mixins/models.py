@@ -198,7 +198,7 @@ class ModelSetupMixin(AbstractTrainer):
         device = torch.device("cpu") if offloads else self.world.device
         models, empty = self.named_models(), dict[str, set[str]]()
         for name, model in models.items():
-            if not materialize.is_on_meta(model):
+            if not materialize.has_meta_tensors(model):
                 model.to(device)
             elif self._has_init_weights:
                 empty[name] = materialize.allocate(model, device)

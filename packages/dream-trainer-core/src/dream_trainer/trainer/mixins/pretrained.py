@@ -6,6 +6,7 @@ accelerate for any other device than the CPU.
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,8 +42,9 @@ def explained(device: torch.device) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, ImportError) as error:
-        cause = "meta" if device.type == "meta" else "accelerate"
+        cause = r"\bmeta\b" if device.type == "meta" else "accelerate"
         names = (frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__))
-        if cause not in str(error) or "from_pretrained" not in names:
+        if not re.search(cause, str(error)) or "from_pretrained" not in names:
             raise
-        raise RuntimeError(_ON_META if cause == "meta" else _ON_DEVICE.format(device)) from error
+        text = _ON_META if device.type == "meta" else _ON_DEVICE.format(device)
+        raise RuntimeError(text) from error

@@ -180,8 +180,7 @@ class FailureMonitor:
                 error.add_note(str(first))
         self._set_first(first)
         is_mine = first.rank == self._rank
-        with contextlib.suppress(OSError):
-            torchrun.record_error(error, str(first), first.time_s + (not is_mine))
+        torchrun.record_error(error, str(first), first.time_s + (not is_mine))
         return error
 
     def finish(self) -> None:

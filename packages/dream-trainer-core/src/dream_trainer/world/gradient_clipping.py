@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 
-def gradient_norm(parameters: Sequence[nn.Parameter], max_norm: float | None = None) -> Tensor:
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None = None) -> Tensor:
     """L2 norm of all gradients of one process; clips them if `max_norm` is given.
 
     No host synchronization.
@@ -31,7 +31,7 @@ def gradient_norm(parameters: Sequence[nn.Parameter], max_norm: float | None = N
     return norm
 
 
-def sharded_gradient_norm(
+def clip_sharded_gradients(
     parameters: Sequence[nn.Parameter], max_norm: float | None = None
 ) -> Tensor:
     """L2 norm of all gradients, over every shard; clips them if `max_norm` is given.
