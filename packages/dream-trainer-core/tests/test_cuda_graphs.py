@@ -1,7 +1,8 @@
-"""What CUDA graphs need of the loop, as far as a CPU shows it."""
+"""What CUDA graphs and compiled steps need of the loop, as far as a CPU shows it."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dream_trainer.callbacks import Callback
-from dream_trainer.testing import TinyTrainer, tiny_config
+from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
 
 
 class Reports(Callback[TinyTrainer]):
@@ -81,3 +82,56 @@ def test_a_parameter_that_is_reported_has_its_value_of_each_step(tmp_path: Path)
 
     assert [step["scale"].item() for step in reports.steps] == list(range(1, 9))
     assert reports.epochs == [{"scale": 4.5}]
+
+
+def num_marks(directory: Path, **training: Any) -> int:
+    from torch._inductor.cudagraph_trees import MarkStepBox
+
+    before = MarkStepBox.mark_step_counter
+    TinyTrainer(tiny_config(directory, **training)).fit()
+    return before - MarkStepBox.mark_step_counter
+
+
+def marks_and_modules(directory: Path) -> tuple[bool, list[int]]:
+    TinyTrainer(tiny_config(directory)).fit()
+    is_loaded = "torch._inductor.cudagraph_trees" in sys.modules
+    training_only = {"val_every_n_steps": 0}
+    return is_loaded, [
+        num_marks(directory, **training_only),
+        num_marks(directory, gradient_accumulation_steps=3, **training_only),
+        num_marks(directory),
+    ]
+
+
+def test_each_optimizer_step_and_each_evaluated_batch_is_marked(tmp_path: Path) -> None:
+    # With accumulation not each batch: the gradients so far may be in a graph's memory.
+    ((is_loaded, marks),) = run_on_ranks(marks_and_modules, 1, tmp_path)
+
+    assert not is_loaded
+    assert marks == [8, 3, 8 + 2]
+
+
+# Torch's, when it traces self.backward(loss); it shows it to nobody.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_the_optimizer_and_its_hooks_are_not_compiled_with_training_step(tmp_path: Path) -> None:
+    graphs: list[list[str]] = []
+    compiling: list[bool] = []
+
+    def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append([str(node.target) for node in module.graph.nodes])
+        return module.forward
+
+    class Looks(Callback[TinyTrainer]):
+        def pre_optimizer_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+            compiling.append(torch.compiler.is_compiling())
+
+    class Compiled(TinyTrainer):
+        @torch.compile(backend=backend)
+        def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            return super().training_step(batch, batch_idx)
+
+    Compiled(tiny_config(tmp_path, [Looks()], n_epochs=2)).fit()
+
+    assert len(graphs) == 1  # the forward, once
+    assert any("mse_loss" in name for name in graphs[0])
+    assert compiling == [False] * 16

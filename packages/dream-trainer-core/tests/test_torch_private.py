@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,20 @@ def seed_on_cpu_mesh() -> None:
 
 def test_sharded_random_is_seeded_on_cuda_alone() -> None:
     run_on_ranks(seed_on_cpu_mesh, 2)
+
+
+def generations_of_cudagraphs() -> tuple[bool, bool]:
+    torch_private.mark_cudagraph_step()
+    is_loaded = "torch._inductor.cudagraph_trees" in sys.modules
+    from torch._inductor.cudagraph_trees import CUDAGraphTreeManager
+
+    before = CUDAGraphTreeManager.get_curr_generation()
+    torch_private.mark_cudagraph_step()
+    return is_loaded, CUDAGraphTreeManager.get_curr_generation() != before
+
+
+def test_marking_a_step_begins_a_generation_of_cudagraphs_and_loads_no_compiler() -> None:
+    assert run_on_ranks(generations_of_cudagraphs, 1) == [(False, True)]
 
 
 def shard_of_simulated_rank(rank: int) -> tuple[int, float]:

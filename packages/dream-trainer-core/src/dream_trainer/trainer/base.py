@@ -164,7 +164,7 @@ class BaseTrainer(AbstractTrainer):
         Returns:
             Norm of the gradients before clipping, scalar `()`, equal on all ranks.
         """
-        return self.optimization.step(optimizer, self.callbacks)
+        return self._optimizer_step(optimizer, self.callbacks)
 
     @property
     def is_accumulating_gradients(self) -> bool:
@@ -251,6 +251,8 @@ class BaseTrainer(AbstractTrainer):
             device_type=self.world.device.type,
             is_distributed=self.world.is_distributed,
         )
+        # Where `training_step` is compiled, torch would compile the optimizer and the hooks with it.
+        self._optimizer_step = torch.compiler.disable(self.optimization.step)
         dtype = self.config.device_parameters.param_dtype
         if dtype is not None and not self.world.shape.uses_fsdp:
             self.precision_context = functools.partial(

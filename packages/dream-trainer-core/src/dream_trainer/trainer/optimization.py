@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from dream_trainer.world import torch_private
 from dream_trainer.world.gradients import gradient_norm, sharded_gradient_norm
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class Optimization:
 
     def begin_batch(self, index_in_group: int, group_size: int) -> None:
         """Prepare for one of the `group_size` batches of a step."""
+        if index_in_group == 0:  # the gradients of the batches before must outlive the next replay
+            torch_private.mark_cudagraph_step()
         self.group_size = group_size
         self.is_accumulating = index_in_group + 1 < group_size
         if self.is_accumulating is self._syncs_gradients and self._set_gradient_sync:

@@ -12,6 +12,7 @@ from dream_trainer.trainer.batches import batches_together
 from dream_trainer.trainer.divergence import refuse_divergence
 from dream_trainer.trainer.results import EpochMeans
 from dream_trainer.trainer.steps import in_contexts, note_place
+from dream_trainer.world import torch_private
 from dream_trainer.world.determinism import random_state, random_state_kept, set_random_state
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def _validation_step(trainer: BaseTrainer, batch: Any, batch_idx: int, means: Ep
     if trainer.moves_batches:
         batch = trainer.move_batch(batch)
     batch = callbacks.pre_validation_step(batch, batch_idx)
+    torch_private.mark_cudagraph_step()
     try:
         if callbacks.validation_context is None and trainer.precision_context is None:
             result = trainer.validation_step(batch, batch_idx)

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
@@ -66,6 +67,20 @@ def seed_sharded_random(seed: int, mesh: DeviceMesh) -> None:
     from torch.distributed.tensor._random import manual_seed
 
     manual_seed(seed, mesh)
+
+
+# CUDA graphs
+
+
+def mark_cudagraph_step() -> None:
+    """Tell CUDA graphs that outputs of earlier steps may be overwritten, if there can be graphs.
+
+    Without the mark, torch guesses: with several forwards in a step it overwrites the outputs of
+    the first. Does nothing before the module that makes the graphs is loaded, since torch's
+    function would load it, with the compiler.
+    """
+    if "torch._inductor.cudagraph_trees" in sys.modules:
+        torch.compiler.cudagraph_mark_step_begin()
 
 
 # Simulated ranks
