@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
-
-import torch
 
 from dream_callbacks.checkpoint.config import CheckpointParameters
 from dream_callbacks.checkpoint.errors import CheckpointError, error_text
@@ -19,6 +16,7 @@ from dream_callbacks.checkpoint.manager import CheckpointManager, PendingSave
 from dream_callbacks.checkpoint.restore import load_into
 from dream_callbacks.checkpoint.retention import is_among_best
 from dream_trainer.callbacks import Cadence, Callback, Every
+from dream_trainer.numbers import as_float
 from dream_trainer.trainer import BaseTrainer
 from dream_trainer.world import RUN_SIGNALS, Request
 
@@ -402,11 +400,5 @@ class CheckpointCallback(Callback[BaseTrainer]):
 
 def _scalars(result: Mapping[str, Any]) -> dict[str, float]:
     """Scalars of a result as floats. Host sync for tensors on a device."""
-    scalars = {}
-    for name, value in result.items():
-        if isinstance(value, (bool, int, float)):
-            with contextlib.suppress(OverflowError):
-                scalars[name] = float(value)
-        elif isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
-            scalars[name] = float(value)
-    return scalars
+    numbers = {name: as_float(value) for name, value in result.items()}
+    return {name: number for name, number in numbers.items() if number is not None}
