@@ -18,7 +18,7 @@ from dream_trainer.world.requests import Requests
 from dream_trainer.world.world import World
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
@@ -208,6 +208,10 @@ class AbstractTrainer(metaclass=TrainerMeta):
     @abstractmethod
     def num_val_batches(self) -> int | None:
         """Batches in a validation run on this rank; None if the loader has no length."""
+
+    @abstractmethod
+    def num_samples(self, batch: Any) -> float | Tensor:
+        """Samples in a batch: its weight in the means over an epoch."""
 
     # Ending
 

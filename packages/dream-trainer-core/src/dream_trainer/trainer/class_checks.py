@@ -21,6 +21,7 @@ OPTIONAL = (
     "apply_replicate",
     "model_state_dict",
     "move_batch",
+    "num_samples",
 )
 
 
