@@ -328,6 +328,20 @@ class AbstractTrainer(metaclass=TrainerMeta):
         """Values of the metrics, after a validation run."""
         return {}
 
+    def reset_train_metrics(self) -> None:
+        """Reset the metrics of training, before an epoch."""
+
+    def compute_train_metrics(self) -> dict[str, Any]:
+        """Values of the metrics of training, after an epoch."""
+        return {}
+
+    def train_metrics_state_dict(self) -> dict[str, Any]:
+        """State of the metrics of training on this rank, in the middle of an epoch."""
+        return {}
+
+    def load_train_metrics_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from what `train_metrics_state_dict` returned."""
+
 
 def _refuse_assignment(name: str, value: object) -> NoReturn:
     raise AttributeError(

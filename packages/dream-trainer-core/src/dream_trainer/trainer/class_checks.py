@@ -13,6 +13,7 @@ OPTIONAL = (
     "init_weights",
     "configure_schedulers",
     "configure_metrics",
+    "configure_train_metrics",
     "apply_tensor_parallel",
     "apply_context_parallel",
     "apply_activation_checkpointing",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dream_trainer.trainer.consistency import agree_on_models, agree_on_plan
 from dream_trainer.trainer.divergence import refuse_divergence
+from dream_trainer.trainer.results import with_metrics
 from dream_trainer.trainer.steps import in_contexts, note_place
 from dream_trainer.trainer.validation import sanity_validate, validate_if_due, validate_if_new
 from dream_trainer.world import signals
@@ -141,6 +142,7 @@ def _run_epoch(trainer: BaseTrainer) -> None:
             return
         result = trainer.epoch_means.reduce(trainer.world)
         refuse_divergence(trainer, result, "training_step")
+        result = with_metrics(result, trainer.compute_train_metrics(), "training_step")
         trainer.epoch_means = trainer.new_means("training_step")
         counters.epoch_stage = "validate"
         callbacks.post_train_epoch(result)
@@ -166,6 +168,8 @@ def _train_epoch(trainer: BaseTrainer) -> bool:
     step_limit = trainer.training_parameters.step_limit
     num_batches = trainer.num_train_batches
     assert num_batches is not None, "the loaders are built in setup"
+    if counters.epoch_batches == 0:
+        trainer.reset_train_metrics()
     trainer.callbacks.pre_train_epoch()
     if counters.epoch_batches == 0:
         batches.start_epoch(counters.current_epoch)

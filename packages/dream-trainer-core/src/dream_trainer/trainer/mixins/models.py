@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dream_trainer.interface.trainer import AbstractTrainer
+from dream_trainer.trainer.metrics import is_metric
 from dream_trainer.trainer.mixins.tracking import assigned_attributes
 from dream_trainer.world import torch_private
 
@@ -222,7 +223,9 @@ class ModelSetupMixin(AbstractTrainer):
 
 
 def _is_model(value: Any) -> bool:
-    return isinstance(value, nn.Module)
+    if not isinstance(value, nn.Module):
+        return False
+    return not is_metric(value) or any(p.requires_grad for p in value.parameters())
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
