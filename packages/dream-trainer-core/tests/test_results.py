@@ -160,7 +160,10 @@ def test_the_host_never_waits_for_a_gpu_in_300_batches() -> None:
             loss = torch.empty((), device="cuda")
             scale = torch.empty(1, device="cuda") if index % 2 else 0.5
             weighted = WeightedMean(loss, torch.empty((), dtype=torch.int64, device="cuda"))
-            means.add({"loss": loss, "scale": scale, "lr": 0.1, "token": weighted}, index % 7)
+            cpu = WeightedMean(loss, torch.tensor(3))
+            means.add(
+                {"loss": loss, "scale": scale, "lr": 0.1, "token": weighted, "cpu": cpu}, index % 7
+            )
         assert copies.found == []
 
         torch.ones(2).to("cuda:0")

@@ -276,15 +276,19 @@ class _Mean:
                 f"{self.where} as a single number in some batches and as {described(value)} in "
                 "this one; report one kind under one name"
             )
-        if isinstance(number, Tensor):
+        is_tensor = isinstance(number, Tensor)
+        if is_tensor:
             number = number.clone()
-        if isinstance(weight, Tensor):
+        if type(weight) is not int and isinstance(weight, Tensor):
             weight = weight.to(torch.float64, copy=True).reshape(())
-            self._total.add(_product(number, weight), 1)
-            self._weight.add(weight, 1)
+            self._total.add_tensor(_product(number, weight), 1)
+            self._weight.add_tensor(weight, 1)
         elif weight != 0:
-            self._total.add(number, weight)
-            self._weight.add(weight, 1)
+            if is_tensor:
+                self._total.add_tensor(number, weight)
+            else:
+                self._total.total += to_float(number) * weight
+            self._weight.total += weight
         return number
 
     def read(self) -> list[float]:
@@ -297,19 +301,19 @@ class _Sum:
 
     Args:
         total: Value to start from.
+
+    Attributes:
+        total: The sum so far, without buffered tensors; numbers are added to it directly.
     """
 
     def __init__(self, total: float) -> None:
-        self._total: float | Tensor = total
+        self.total: Any = total
         self._tensors: list[Tensor] = []
         self._factors: list[float] = []
 
-    def add(self, number: float | Tensor, factor: float) -> None:
-        """Add a number times a factor. A tensor's memory must not change any more."""
-        if not isinstance(number, Tensor):
-            self._total = self._total + to_float(number) * factor
-            return
-        self._tensors.append(number)
+    def add_tensor(self, tensor: Tensor, factor: float) -> None:
+        """Add a tensor, whose memory must not change any more, times a factor."""
+        self._tensors.append(tensor)
         self._factors.append(factor)
         if len(self._tensors) == _FOLD_EVERY:
             self._fold()
@@ -317,7 +321,7 @@ class _Sum:
     def read(self) -> float:
         """The sum; synchronizes with the device."""
         self._fold()
-        return self._total.item() if isinstance(self._total, Tensor) else self._total
+        return self.total.item() if isinstance(self.total, Tensor) else self.total  # type: ignore[no-any-return]
 
     def _fold(self) -> None:
         """Add the buffered tensors to the sum."""
@@ -329,7 +333,7 @@ class _Sum:
         for (device, _), (tensors, factors) in alike.items():
             # A blocking copy would wait for all work that is queued on the device.
             on_device = torch.tensor(factors, dtype=torch.float64).to(device, non_blocking=True)
-            self._total = self._total + (torch.stack(tensors).double() * on_device).sum()
+            self.total = self.total + (torch.stack(tensors).double() * on_device).sum()
         self._tensors.clear()
         self._factors.clear()
 
