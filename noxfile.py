@@ -1,7 +1,7 @@
-"""Every check of the repository, as a session: `nox --list`. `tools/test` runs the default ones.
+"""Sessions for all checks of the repository: `nox --list`. `tools/test` runs the default ones.
 
-Packages are tested as users get them: from wheels, in environments below `.nox/` that hold nothing
-else of this repository. `tools/wheels.py` makes those, with one copy of torch for all.
+Packages are tested as installed by users: from wheels, in environments below `.nox/` without other
+files of this repository. `tools/wheels.py` makes them, with one torch shared by all.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def run(
 
 
 def for_tests(packages: str, torch: str | None = None) -> Environment:
-    """The environment of a package set, as the matrix names it: `core`, `core+fsdp`, `all`."""
+    """The environment of a package set of the matrix: `core`, `core+fsdp`, `all`."""
     ours = matrix.Cell(1, "single", packages).distributions
-    tested = ours if packages == "all" else ours[-1:]  # core's own tests need more than core does
+    tested = ours if packages == "all" else ours[-1:]  # core's tests need more than core
     needed = {each for distribution in tested for each in distribution.test_requirements}
     needed |= {"torchmetrics", "pyyaml"} if packages == "all" else set()
     name = packages if torch is None else f"{packages}-{torch.replace('==', '-')}"
@@ -69,7 +69,7 @@ def for_tests(packages: str, torch: str | None = None) -> Environment:
 @nox.session(tags=["quick"])
 @nox.parametrize("package", PACKAGES)
 def unit(session: nox.Session, package: str) -> None:
-    """Run one package's tests; installed are its wheel, core's and its extras."""
+    """Run one package's tests on its wheel and core's, with its extras."""
     package_tests(session, package, "not full")
 
 
@@ -86,15 +86,15 @@ def s3(session: nox.Session) -> None:
 @nox.session(tags=["full"])
 @nox.parametrize("package", PACKAGES)
 def slow(session: nox.Session, package: str) -> None:
-    """Run one package's tests that take too long for every change: all kills, all layouts."""
+    """Run one package's tests that are too slow for every change: all kills, all layouts."""
     package_tests(session, package, "full")
 
 
 def package_tests(session: nox.Session, package: str, marked: str) -> None:
-    """Run the tests of a package that are marked so, where only what they need is installed."""
+    """Run a package's tests that have a marker, in an environment with only their requirements."""
     environment = for_tests("core" if package == "core" else f"core+{package}")
     tests = BY_SHORT_NAME[package].folder / "tests"
-    # Not every package has slow ones; pytest says 5 if it finds no test.
+    # Not every package has slow tests; pytest returns 5 if it finds none.
     codes = [0, 5] if marked == "full" else [0]
     run(session, environment, "-m", "pytest", tests, "-m", marked, *session.posargs, codes=codes)
 
@@ -102,7 +102,7 @@ def package_tests(session: nox.Session, package: str, marked: str) -> None:
 @nox.session
 @nox.parametrize("cell", [QUICK, SLOW, *CELLS])
 def integration(session: nox.Session, cell: matrix.Cell | str) -> None:
-    """Run what crosses packages or processes: quick tests, slow ones, or one cell of the matrix."""
+    """Run the integration tests: quick ones, slow ones, or one cell of the matrix."""
     if isinstance(cell, str):
         command = ["-m", "pytest", "integration_tests", "-m", cell]
         run(session, for_tests("all"), *command, *session.posargs)
@@ -132,7 +132,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session(tags=["quick"])
 def lint(session: nox.Session) -> None:
-    """Check style, format, the arrows between modules, the bounds; test the tools."""
+    """Check style, format, imports between layers, docs and bounds; test the tools."""
     environment = wheels.with_tools("lint", ["ruff", "pytest", "pytest-timeout"])
     run(session, environment, "-m", "ruff", "check", "--output-format=concise", ".")
     run(session, environment, "-m", "ruff", "format", "--check", "--quiet", ".")
@@ -146,21 +146,21 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(name="wheels", tags=["quick"])
 def wheels_alone(session: nox.Session) -> None:
-    """Install each wheel alone, without extras; import every module; look at what it ships."""
+    """Install each wheel alone, without extras; import every module; check its files."""
     core = BY_SHORT_NAME["core"]
     for each in DISTRIBUTIONS:
         both = [core] if each is core else [core, each]
         environment = wheels.installed(f"wheel-{each.short_name}", both, extras=False)
         run(session, environment, *STRICT, "tools/check_wheel.py", each.name)
-        if each is core:  # its README trains a model, and needs nothing else for it
+        if each is core:  # its README trains a model with core alone
             run(session, environment, "tools/run_snippets.py", each.folder / "README.md")
-    # Once more where core could import what it mustn't.
+    # Again with all callback packages installed, which core must not import.
     run(session, for_tests("all"), "tools/check_wheel.py", core.name)
 
 
 @nox.session(tags=["full"])
 def oldest_core(session: nox.Session) -> None:
-    """Run each package's tests on the oldest core, and the oldest of all else, that it admits."""
+    """Run each package's tests on the oldest core and dependencies that it admits."""
     for each in DISTRIBUTIONS[1:]:
         bounds = oldest.exact_requirements(each)
         is_published = any(requirement_name(bound) == CORE for bound in bounds)
@@ -173,7 +173,7 @@ def oldest_core(session: nox.Session) -> None:
 
 @nox.session(tags=["full"])
 def docs(session: nox.Session) -> None:
-    """Run the Python in README and docs, then build the site; any warning fails it."""
+    """Run the Python in README and docs, then build the site; warnings are errors."""
     site = ["mkdocs", "mkdocs-material", "mkdocstrings-python"]
     environment = wheels.installed("docs", DISTRIBUTIONS, site)
     readmes = [ROOT / "README.md", *(each.folder / "README.md" for each in DISTRIBUTIONS)]
@@ -185,14 +185,14 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(tags=["full"])
 def bench(session: nox.Session) -> None:
-    """Measure against the numbers that the project promises."""
+    """Run the benchmarks and compare them with their limits."""
     for script in sorted((ROOT / "tools" / "benchmarks").glob("*.py")):
         run(session, for_tests("all"), script, *session.posargs)
 
 
 @nox.session
 def release(session: nox.Session) -> None:
-    """Build what a tag names, `-- <distribution>-vX.Y.Z`, and try the wheel; publishes nothing."""
+    """Build the distribution of a tag, `-- <distribution>-vX.Y.Z`, and test the wheel."""
     if len(session.posargs) != 1:
         session.error("give the tag: nox -s release -- dream-trainer-core-v0.1.0")
     environment = wheels.with_tools("release", ["build"])

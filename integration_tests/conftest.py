@@ -1,4 +1,4 @@
-"""The fixture `cell` and the option `--cell`; every test works in a folder of its own."""
+"""The fixture `cell` and the option `--cell`; every test runs in its own folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trains the toy, saves every second step, and may fail or say what it is doing.
+"""Trains the toy and saves every second step; options make a rank fail or hang.
 
 torchrun --nproc-per-node=2 failing.py FOLDER [--fail-on RANK] [--wait] [--hang-on RANK]
 """
@@ -34,7 +34,7 @@ class FailsInTheFirstAttempt(Callback[DreamTrainer]):
 
 
 class Waits(Callback[DreamTrainer]):
-    """Takes its time; each rank leaves its process id once it trains."""
+    """Slows down each step; each rank writes its process id once it trains."""
 
     def pre_train_step(self, batch: Any, batch_idx: int) -> None:
         time.sleep(0.05)
@@ -62,7 +62,7 @@ def main() -> None:
     trainer, _ = make(options.folder, n_epochs=100 if options.wait else 2)
     parameters = CheckpointParameters(every=Every(steps=2), keep_last=2)
     trainer.callbacks.append(CheckpointCallback(parameters))
-    trainer.callbacks.append(LoggerCallback())
+    trainer.callbacks.append(LoggerCallback(1))
     if options.fail_on is not None:
         trainer.callbacks.append(FailsInTheFirstAttempt(options.fail_on))
     if options.wait:

@@ -1,4 +1,4 @@
-"""Hosts for tests of launch files: commands on the path, and network namespaces."""
+"""Environment for tests of launch files: commands on the PATH, and network namespaces as hosts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LAUNCH = Path(__file__).resolve().parent.parent / "docs" / "examples" / "launch"
 
 
 def with_commands(folder: Path, **commands: str) -> dict[str, str]:
-    """The environment, with a `torchrun` of this Python and other commands first on the path.
+    """The environment, with this Python's `torchrun` and other commands first on the PATH.
 
     Args:
         folder: Where to put them.
@@ -32,7 +32,7 @@ def with_commands(folder: Path, **commands: str) -> dict[str, str]:
 
 
 def why_no_namespaces() -> str | None:
-    """What this machine lacks to have network namespaces, if anything."""
+    """What this machine lacks for network namespaces; None if nothing."""
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         return "network namespaces need root"
     if shutil.which("ip") is None:
@@ -49,9 +49,9 @@ def why_no_namespaces() -> str | None:
 
 @contextmanager
 def two_hosts() -> Iterator[dict[str, str]]:
-    """Two network namespaces joined by a cable: address by name of the namespace.
+    """Two network namespaces connected by a veth pair: addresses by name of the namespace.
 
-    Neither sees the other's loopback, nor any other network.
+    Each has only its own loopback and this connection.
     """
     number = os.getpid()
     hosts = {f"host-a-{number}": "10.77.0.1", f"host-b-{number}": "10.77.0.2"}
@@ -68,7 +68,7 @@ def two_hosts() -> Iterator[dict[str, str]]:
             ip("-n", host, "link", "set", "lo", "up")
         yield hosts
     finally:
-        for host in hosts:  # the cable goes with them
+        for host in hosts:  # deletes the pair too
             subprocess.run(["ip", "netns", "delete", host], check=False)
 
 

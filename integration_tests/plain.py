@@ -1,4 +1,4 @@
-"""The toy's training in plain PyTorch, in each layout: the trainer has to equal it bit for bit."""
+"""The toy's training in plain PyTorch, in each layout; the trainer must equal it bit for bit."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from toy import (
 
 
 class Parallel(NamedTuple):
-    """A model in a layout, and what the loop must know of it.
+    """A model in a layout, with what the loop needs.
 
     Args:
-        model: Divided.
-        data: This rank's number among those that read different data, and how many they are.
-        sequence: The same for parts of sequences.
+        model: Sharded or parallelized.
+        data: Index and number of data-parallel ranks.
+        sequence: Index and number of context-parallel ranks.
         set_gradient_sync: Whether the next backward reduces gradients.
     """
 
@@ -39,7 +39,7 @@ class Parallel(NamedTuple):
 
 
 def divided(model: Transformer, layout: str) -> Parallel:
-    """Divide a model over all ranks."""
+    """Parallelize a model over all ranks."""
     if layout == "single":
         return Parallel(model)
     dist.init_process_group("gloo")
@@ -135,7 +135,7 @@ def mean_over_ranks(loss: Tensor) -> float:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Whole parameters by name, as one process names them."""
+    """Unsharded parameters by the names that they have in one process."""
     return {
         name.removeprefix("module."): (value.full_tensor() if isinstance(value, DTensor) else value)
         .detach()

@@ -1,4 +1,4 @@
-"""Every callback that the contract names: it conforms, and has its place in the plan."""
+"""Every built-in callback conforms, and has its place in the plan."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ MAKERS: dict[str, Callable[[Path], Callback[Any]]] = {
     "FindGraphBreaksCallback": lambda source: FindGraphBreaksCallback(),
     "LRLoggerCallback": lambda source: LRLoggerCallback(),
     "LoadPartialCheckpointCallback": lambda source: LoadPartialCheckpointCallback(source),
-    "LoggerCallback": lambda source: LoggerCallback(sinks=[JSONLinesSink(), TensorBoardSink()]),
+    "LoggerCallback": lambda source: LoggerCallback(1, sinks=[JSONLinesSink(), TensorBoardSink()]),
     "MediaLoggerCallback": lambda source: MediaLoggerCallback(),
     "MetricLoggerCallback": lambda source: MetricLoggerCallback(),
     "ModelSummary": lambda source: ModelSummary(),
@@ -66,7 +66,7 @@ MAKERS: dict[str, Callable[[Path], Callback[Any]]] = {
 """
 
 
-def test_no_callback_is_left_out() -> None:
+def test_every_callback_is_tested() -> None:
     named = {name for name in dir(callbacks) if name not in callbacks.__all__}
     classes = {name: getattr(callbacks, name, None) for name in named if name[0].isupper()}
 
@@ -86,13 +86,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_it_conforms(name: str, source: Path) -> None:
+def test_each_callback_conforms(name: str, source: Path) -> None:
     make = functools.partial(MAKERS[name], source)
     check_callback(make, changes_training=name == "LoadPartialCheckpointCallback")
 
 
 class Small(BaseTrainer, SetupMixin):
-    """A trainer of one's own, of a few mixins: nothing in it logs or has metrics."""
+    """A user's trainer of a few mixins, without logging and metrics."""
 
     configure_models = TinyTrainer.configure_models
     configure_optimizers = TinyTrainer.configure_optimizers
@@ -112,13 +112,15 @@ LOGS = {
 
 
 @pytest.mark.parametrize("name", sorted(LOGS))
-def test_those_that_log_need_a_trainer_that_can(name: str, tmp_path: Path, source: Path) -> None:
+def test_callbacks_that_log_require_a_logger_mixin(name: str, tmp_path: Path, source: Path) -> None:
     with pytest.raises(TypeError, match=f"{name} needs a trainer with .*LoggerMixin"):
         Small(tiny_config(tmp_path, [MAKERS[name](source)]))
 
 
-def test_a_small_trainer_takes_all_others(tmp_path: Path, source: Path) -> None:
-    others = MAKERS.keys() - LOGS - {"AsyncCheckpointCallback"}  # one is enough in a directory
+def test_other_callbacks_accept_a_trainer_of_few_mixins(tmp_path: Path, source: Path) -> None:
+    others = (
+        MAKERS.keys() - LOGS - {"AsyncCheckpointCallback"}
+    )  # a second one in the same directory is refused
     trainer = Small(tiny_config(tmp_path, [MAKERS[name](source) for name in sorted(others)]))
     trainer.fit()
 
@@ -126,7 +128,7 @@ def test_a_small_trainer_takes_all_others(tmp_path: Path, source: Path) -> None:
 
 
 class EMACallback(Callback[Any]):
-    """A stranger's, listed last: its average mustn't end up in the saved weights."""
+    """A third-party callback, listed last: its average must not be saved as the model's weights."""
 
     def pre_validation_epoch(self) -> None: ...
 
@@ -167,7 +169,7 @@ post_fit               OptimizeFSDP, ProgressBar*, LoggerCallback, ProfileCallba
 """
 
 
-def test_the_plan_of_the_whole_production_stack(tmp_path: Path) -> None:
+def test_the_plan_of_a_production_stack(tmp_path: Path) -> None:
     stack = CallbackCollection(
         [
             CheckpointCallback(),

@@ -1,4 +1,4 @@
-"""All packages at once: one stack, its plan, what it writes, and what it costs in host reads."""
+"""All packages together: the plan of one stack, its files, and its device syncs."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def make(root: str, layout: str, callbacks: CallbackCollection, **training: Any)
     )
 
 
-def test_the_plan_of_the_whole_stack() -> None:
+def test_the_plan_of_the_complete_stack() -> None:
     hooks = stack().plan().hooks
 
-    # A checkpoint sees what the others leave at the end of a step, and restores before they fit.
+    # It saves the state that others leave at the end of a step, and restores before `fit`.
     for hook in ("post_train_step", "post_validation_epoch", "post_epoch", "pre_fit", "post_fit"):
         assert hooks[hook][-1] == "CheckpointCallback", hook
     assert hooks["post_setup"][-2:] == ("CheckpointCallback", "TrainerSummary")
@@ -102,7 +102,7 @@ def trained_twice(root: str, layout: str) -> tuple[list[int], list[float]]:
 @pytest.mark.parametrize(
     ("layout", "num_ranks"), [("single", 1), ("fsdp", 2)], ids=["w1-single", "w2-fsdp"]
 )
-def test_a_run_with_everything_resumes_and_leaves_its_files(
+def test_a_run_with_all_callbacks_resumes_and_writes_its_files(
     tmp_path: Path, layout: str, num_ranks: int
 ) -> None:
     outcomes = run_on_ranks(trained_twice, num_ranks, str(tmp_path), layout)
@@ -132,7 +132,7 @@ def _losses_alone(root: str, layout: str) -> list[float]:
 
 
 class HostReads(TorchDispatchMode):
-    """Notes the step of each read of a value on the host."""
+    """Records the step of each read of a tensor's value on the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class HostReads(TorchDispatchMode):
 
 
 class HostCopies(TorchFunctionMode):
-    """Notes calls that would copy from a device: on the CPU they are no operations."""
+    """Records calls that copy from a device; on the CPU they are no operations."""
 
     def __init__(self, reads: HostReads) -> None:
         super().__init__()
@@ -174,11 +174,20 @@ class HostCopies(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class WithSGD(Toy):
-    """AdamW keeps its step counts in CPU memory and reads them there, on any device."""
+class LongEpoch(Toy):
+    """An epoch of 304 batches, with two values each, so that many are averaged before it ends."""
 
     def configure_optimizers(self) -> None:
+        # AdamW keeps its step counts in CPU memory and reads them there, on any device.
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+
+    def configure_dataloaders(self) -> Any:
+        train, val = super().configure_dataloaders()
+        return list(train) * 38, val
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        result = super().training_step(batch, batch_idx)
+        return {**result, "perplexity": result["loss"].detach().exp()}
 
 
 class ReadsEachStep(Callback[Any]):
@@ -191,20 +200,25 @@ class CopiesEachStep(Callback[Any]):
         result["loss"].to("cpu")
 
 
-LOG_EVERY, VALIDATE_EVERY = 10, 25
+LOG_EVERY = VALIDATE_EVERY = 50
 
-MAY_READ = {
-    step
-    for step in range(51)
-    # An epoch of 8 steps ends with its mean, which is reported; the next begins with a new loader.
-    if step % LOG_EVERY == 0 or step % VALIDATE_EVERY == 0 or step % 8 in (0, 1)
-}
-"""Of fifty steps, those that log, validate or save, or begin or end an epoch."""
+MAY_READ = {0, 1} | set(range(0, 301, LOG_EVERY))
+"""The first step, and those that log, validate or save."""
 
 
-def train_fifty_steps(root: Path, device: str, *others: Callback[Any]) -> None:
+def watching() -> tuple[Callback[Any], ...]:
+    return (
+        ModelWatchCallback(log="all", log_freq=LOG_EVERY),
+        BenchmarkCallback(every=Every(steps=LOG_EVERY)),
+        MetricLoggerCallback(),
+        MediaLoggerCallback(),
+        FindGraphBreaksCallback(),
+    )
+
+
+def train(root: Path, device: str, *others: Callback[Any], num_steps: int) -> None:
     callbacks = stack(*others, log_every=LOG_EVERY)
-    del callbacks["ProgressBar"]  # it reads CPU tensors when it draws, which is a matter of time
+    del callbacks["ProgressBar"]  # it reads CPU tensors when it draws, at times set by the clock
     callbacks["CheckpointCallback"] = CheckpointCallback(
         CheckpointParameters(every=Every(steps=VALIDATE_EVERY))
     )
@@ -212,15 +226,15 @@ def train_fifty_steps(root: Path, device: str, *others: Callback[Any]) -> None:
         root_dir=root,
         device_parameters=DeviceParameters.SINGLE_DEVICE(device=device),
         training_parameters=TrainingParameters(
-            max_steps=50, val_every_n_steps=VALIDATE_EVERY, gradient_clip_val=1.0
+            max_steps=num_steps, val_every_n_steps=VALIDATE_EVERY, gradient_clip_val=1.0
         ),
         callbacks=callbacks,
     )
-    WithSGD(config).fit()
+    LongEpoch(config).fit()
 
 
-def steps_that_read(root: Path, *others: Callback[Any]) -> set[int]:
-    """Of fifty steps, those that read on the host and have no reason to."""
+def steps_that_read(root: Path, *others: Callback[Any], num_steps: int) -> set[int]:
+    """The steps that read on the host and have no reason to."""
     reads = HostReads()
 
     class Notes(Callback[Any]):
@@ -234,25 +248,18 @@ def steps_that_read(root: Path, *others: Callback[Any]) -> set[int]:
         def post_fit(self) -> None:
             reads.__exit__(None, None, None)
 
-    train_fifty_steps(root, "cpu", Notes(), *others)
+    train(root, "cpu", Notes(), *others, num_steps=num_steps)
     return set(reads.steps) - MAY_READ
 
 
-def test_steps_that_do_not_log_read_nothing_on_the_host(tmp_path: Path) -> None:
-    others = (
-        ModelWatchCallback(log="all", log_freq=LOG_EVERY),
-        BenchmarkCallback(every=Every(steps=LOG_EVERY)),
-        MetricLoggerCallback(),
-        MediaLoggerCallback(),
-        FindGraphBreaksCallback(),
-    )
-    assert steps_that_read(tmp_path / "stack", *others) == set()
-    assert len(steps_that_read(tmp_path / "reads", ReadsEachStep())) > 20
-    assert len(steps_that_read(tmp_path / "copies", CopiesEachStep())) > 20
+def test_steps_that_do_not_log_have_no_device_sync(tmp_path: Path) -> None:
+    assert steps_that_read(tmp_path / "stack", *watching(), num_steps=150) == set()
+    assert len(steps_that_read(tmp_path / "reads", ReadsEachStep(), num_steps=50)) > 20
+    assert len(steps_that_read(tmp_path / "copies", CopiesEachStep(), num_steps=50)) > 20
 
 
 class RefusesWaiting(Callback[Any]):
-    """Lets CUDA raise where the host waits for it, in steps that have no reason to."""
+    """Makes CUDA raise on a device sync in steps that need none."""
 
     before = {Callback}
 
@@ -272,8 +279,8 @@ class RefusesWaiting(Callback[Any]):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_steps_that_do_not_log_never_wait_for_the_gpu(tmp_path: Path) -> None:
-    train_fifty_steps(tmp_path / "stack", "cuda", RefusesWaiting())
+def test_steps_that_do_not_log_never_sync_with_the_gpu(tmp_path: Path) -> None:
+    train(tmp_path / "stack", "cuda", RefusesWaiting(), *watching(), num_steps=300)
 
     with pytest.raises(RuntimeError, match="synchronizing"):
-        train_fifty_steps(tmp_path / "control", "cuda", RefusesWaiting(), ReadsEachStep())
+        train(tmp_path / "control", "cuda", RefusesWaiting(), ReadsEachStep(), num_steps=50)

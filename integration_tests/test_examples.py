@@ -41,11 +41,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def printed(folder: Path) -> str:
-    """By one process."""
+    """What the example prints in one process."""
     return run_char_gpt(folder)
 
 
-def test_char_gpt_learns_and_leaves_behind_what_it_says(printed: str, folder: Path) -> None:
+def test_char_gpt_learns_and_writes_the_files_that_it_names(printed: str, folder: Path) -> None:
     run_dir = Path("runs/quickstart/default/char-gpt")
 
     assert 3.0 < validation_loss(printed) < 4.6  # log(103 characters) is 4.63
@@ -57,7 +57,7 @@ def test_char_gpt_learns_and_leaves_behind_what_it_says(printed: str, folder: Pa
     assert (folder / run_dir / "log.jsonl").stat().st_size > 0
 
 
-def test_char_gpt_started_again_shows_the_same_results(printed: str, folder: Path) -> None:
+def test_char_gpt_started_again_prints_the_same_results(printed: str, folder: Path) -> None:
     again = run_char_gpt(folder)
 
     assert validation_loss(again) == validation_loss(printed)
@@ -72,5 +72,5 @@ def test_char_gpt_reaches_the_same_loss_on_two_ranks(
 ) -> None:
     together = run_char_gpt(tmp_path, *layout, launcher=TORCHRUN)
 
-    # Shown with three digits.
+    # Printed with three digits.
     assert validation_loss(together) == pytest.approx(validation_loss(printed), abs=2e-3)

@@ -1,4 +1,4 @@
-"""Failure under torchrun: what is printed and when; a restart ends as if nothing had been."""
+"""Failures under torchrun: messages and timing; a restarted run equals one without failure."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def torchrun(*arguments: str) -> list[str]:
 
 @contextmanager
 def running(folder: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """torchrun with both ranks in training."""
+    """torchrun, once both ranks train."""
     command = [*torchrun(folder), "--wait", *arguments]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -95,7 +95,7 @@ def test_a_killed_rank_is_named_by_the_others() -> None:
 
 
 @pytest.mark.full
-def test_ranks_end_when_torchrun_is_killed() -> None:
+def test_ranks_exit_when_torchrun_is_killed() -> None:
     with running("runs") as process:
         pids = [pid_of(0), pid_of(1)]
         process.kill()
@@ -107,7 +107,7 @@ def test_ranks_end_when_torchrun_is_killed() -> None:
 
 
 @pytest.mark.full
-def test_sigterm_to_torchrun_is_no_failure_of_a_rank() -> None:
+def test_sigterm_to_torchrun_is_not_reported_as_a_failure() -> None:
     with running("runs") as process:
         process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=60)
@@ -117,7 +117,7 @@ def test_sigterm_to_torchrun_is_no_failure_of_a_rank() -> None:
 
 
 @pytest.mark.full
-def test_a_rank_that_hangs_says_where_before_torchrun_kills_it() -> None:
+def test_a_hanging_rank_reports_where_before_torchrun_kills_it() -> None:
     with running("runs", "--hang-on=1") as process:
         time.sleep(2)
         process.send_signal(signal.SIGTERM)
@@ -136,7 +136,7 @@ def unbroken(folder: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-def test_a_restarted_run_ends_with_the_weights_of_one_that_never_failed() -> None:
+def test_a_restarted_run_has_the_weights_of_one_without_failure() -> None:
     expected = run_on_ranks(unbroken, 2, "unbroken")[0]
     restarted = subprocess.run(
         [*torchrun("--max-restarts=1", "restarted"), "--fail-on=1"],

@@ -1,8 +1,8 @@
 """Every Python block of the callbacks guide, run as written.
 
-A block is executed where a reader would paste it: beside the imports that the guide takes for
-granted and a trainer of the reader's own. What it defines is attached to that trainer, trained
-with, and what it prints or writes is looked at.
+A block is executed as a reader would paste it: with the imports that the guide assumes and a
+trainer of the reader's. The classes that it defines are attached to that trainer, which trains; the
+test checks what it prints and writes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Block:
     line: int
 
     def run(self, namespace: dict[str, Any]) -> None:
-        # Moved down to its place, so that a traceback shows the line of the guide.
+        # At its line number, so that a traceback shows the line of the guide.
         moved = "\n" * (self.line - 1) + self.code
         exec(compile(moved, str(GUIDE), "exec"), namespace)
 
@@ -52,11 +52,11 @@ def blocks() -> list[Block]:
     ]
 
 
-# What the guide takes for granted
+# Names that the guide assumes
 
 
 class MyTrainer(TinyTrainer):
-    """The reader's trainer: takes a DreamTrainerConfig, as the guide gives it one."""
+    """The reader's trainer; takes a DreamTrainerConfig, as in the guide."""
 
     def __init__(self, config: DreamTrainerConfig) -> None:
         given = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
@@ -64,7 +64,7 @@ class MyTrainer(TinyTrainer):
 
 
 class Connection:
-    """The reader's data base: one that was opened must be closed."""
+    """The reader's database; checks that an opened one is closed."""
 
     opened: list[Connection] = []  # shared by all
 
@@ -77,7 +77,7 @@ class Connection:
 
 
 class Guide:
-    """A reader's session: blocks run in it one after the other."""
+    """A reader's session, in which blocks run one after the other."""
 
     def __init__(self) -> None:
         self.namespace: dict[str, Any] = {
@@ -97,7 +97,7 @@ class Guide:
         }
 
     def run(self, marker: str) -> None:
-        """Run the one block that has this text."""
+        """Run the only block that contains a text."""
         [block] = [block for block in blocks() if marker in block.code]
         block.run(self.namespace)
 
@@ -137,7 +137,7 @@ def trained(*callbacks: Callback[Any], trainer_class: type[MyTrainer] = MyTraine
     return trainer
 
 
-def test_every_block_has_its_test() -> None:
+def test_every_block_is_tested() -> None:
     for block in blocks():
         assert [marker in block.code for marker in BLOCKS].count(True) == 1, block
 
@@ -412,7 +412,7 @@ def test_resource_management(guide: Guide, fails: bool) -> None:
 
 
 def test_the_guide_as_one_session(guide: Guide) -> None:
-    """All classes of the guide in one trainer, as a reader who pastes the whole page has them."""
+    """All classes of the guide in one trainer, as if a reader pasted all of the page."""
     for marker in BLOCKS:
         if marker.startswith("class") and "Metric" not in marker and "Profiling" not in marker:
             guide.run(marker)

@@ -1,4 +1,4 @@
-"""The launch files of the documentation, used as far as a machine without a cluster can."""
+"""The launch files of the documentation, as far as a machine without a cluster can run them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def losses_of_one_process(root: Path) -> list[float]:
 
 
 def finished(processes: list[subprocess.Popen[str]]) -> list[str]:
-    """What each process printed; all of them, and theirs, are gone afterwards."""
+    """Output of each process; kills them and their children afterwards."""
     try:
         outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
     finally:
@@ -64,9 +64,7 @@ def started(command: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("layout", "ranks_per_node"), [("fsdp", 1), pytest.param("hsdp", 2, marks=pytest.mark.full)]
 )
-def test_two_hosts_train_together_like_one_process(
-    tmp_path: Path, layout: str, ranks_per_node: int
-) -> None:
+def test_two_hosts_train_like_one_process(tmp_path: Path, layout: str, ranks_per_node: int) -> None:
     if (reason := why_no_namespaces()) is not None:
         pytest.skip(reason)
     env = {
@@ -82,7 +80,7 @@ def test_two_hosts_train_together_like_one_process(
             [
                 started(
                     ["ip", "netns", "exec", host, *train],
-                    # All hosts of this machine have its name, and it is not in their network.
+                    # All namespaces have this host's name, whose address isn't in their network.
                     {
                         **env,
                         "HEAD": head,
@@ -101,7 +99,7 @@ def test_two_hosts_train_together_like_one_process(
 
 
 @pytest.mark.full
-def test_a_run_that_was_told_to_end_goes_on_where_it_was_when_started_again(tmp_path: Path) -> None:
+def test_a_terminated_run_resumes_when_started_again(tmp_path: Path) -> None:
     env = {"HEAD": "localhost", "NUM_NODES": "1", "NODE": "0", "RANKS_PER_NODE": "2"}
     env = with_commands(tmp_path / "bin") | env | {"PORT": str(free_port())}
     train = ["bash", str(LAUNCH / "multi_node.sh"), str(FAILING), str(tmp_path), "--wait"]
@@ -112,7 +110,7 @@ def test_a_run_that_was_told_to_end_goes_on_where_it_was_when_started_again(tmp_
 
 
 def told_to_end(command: list[str], env: dict[str, str]) -> str:
-    """What a run printed that got SIGTERM, as from a scheduler, once all ranks were training."""
+    """Output of a run that gets SIGTERM, as from a scheduler, once all ranks train."""
     pids = [Path(f"pid-{rank}") for rank in (0, 1)]
     for pid in pids:
         pid.unlink(missing_ok=True)
@@ -143,7 +141,7 @@ def free_port() -> int:
 
 # Slurm
 
-# As srun does: the command once on each node, with the node's number.
+# As srun does: run the command once per node, with the node's number.
 SRUN = """
 [[ $1 == --kill-on-bad-exit=1 ]] && shift
 for node in 0 1; do SLURM_NODEID=$node "$@" & done
@@ -164,7 +162,7 @@ def test_the_slurm_script_trains_on_two_nodes(tmp_path: Path) -> None:
     assert found["losses"] == pytest.approx(losses_of_one_process(tmp_path), abs=1e-5)
 
 
-def test_the_slurm_script_asks_for_what_torchrun_gets(tmp_path: Path) -> None:
+def test_the_slurm_script_requests_what_torchrun_uses(tmp_path: Path) -> None:
     text = (LAUNCH / "slurm.sbatch").read_text()
     options = dict(
         line.removeprefix("#SBATCH --").partition("=")[::2]
@@ -185,18 +183,18 @@ def test_the_slurm_script_asks_for_what_torchrun_gets(tmp_path: Path) -> None:
     assert (second.rdzv_conf, first.rdzv_conf) == ("is_host=1", "is_host=0")
 
 
-# What torchrun would be called with: one line for each call, in one piece.
+# The arguments of torchrun: one line per call, written at once.
 WRITE = "import json, os, sys; os.write(1, json.dumps(sys.argv[1:]).encode() + bytes([10]))"
 PRINT = f'exec "{sys.executable}" -c "{WRITE}" "$@"'
 
 
 def parsed(line: str) -> Namespace:
-    """Arguments that `PRINT` printed, as torchrun's own parser understands them."""
+    """Arguments printed by `PRINT`, parsed by torchrun's parser."""
     return get_args_parser().parse_args(json.loads(line))
 
 
 @pytest.mark.parametrize("name", SHELL_FILES)
-def test_shell_files_have_no_syntax_error(name: str) -> None:
+def test_shell_files_have_no_syntax_errors(name: str) -> None:
     done = subprocess.run(
         ["bash", "-n", LAUNCH / name], capture_output=True, text=True, check=False
     )
@@ -213,7 +211,7 @@ def manifests(name: str) -> dict[str, Any]:
 
 
 def torchrun_of(container: dict[str, Any], env: dict[str, str], folder: Path) -> Namespace:
-    """What a container's command makes of its environment, as torchrun understands it."""
+    """Arguments that a container's command gives torchrun, parsed by torchrun's parser."""
     own = {each["name"]: each["value"] for each in container["env"]}
     command = [*container["command"], *container["args"]]
     (output,) = finished([started(command, with_commands(folder, torchrun=PRINT) | own | env)])
@@ -246,7 +244,7 @@ def test_pods_of_the_pytorchjob_find_each_other(tmp_path: Path) -> None:
     replicas = job["spec"]["pytorchReplicaSpecs"]
     pods = {name: replicas[name]["template"]["spec"] for name in ("Master", "Worker")}
     (container,) = pods["Master"]["containers"]
-    # As the operator sets it: 0 for the master, then the workers.
+    # As the operator sets RANK: 0 for the master, then the workers.
     nodes = [torchrun_of(container, {"RANK": str(rank)}, tmp_path) for rank in (0, 1)]
 
     assert sum(replicas[name]["replicas"] for name in replicas) == len(nodes)
@@ -268,7 +266,7 @@ def check_nodes(nodes: list[Namespace], endpoint: str) -> None:
 
 
 def check_pod(pod: dict[str, Any]) -> None:
-    """A signal leaves time to save; what is mounted is there."""
+    """Check that the grace period leaves time to save, and that mounted volumes exist."""
     (container,) = pod["containers"]
     env = {each["name"]: each["value"] for each in container["env"]}
     grace_s = int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"])

@@ -23,7 +23,7 @@ from tools.packages import BY_SHORT_NAME
 # Sums of float32 over parts of a batch, in another order: the last bits differ and grow with Adam.
 LOSS_TOLERANCE = 1e-5
 WEIGHT_TOLERANCE = 1e-4
-# GPUs add in an order of their own, in matrix products too.
+# GPUs add in another order, in matrix products too.
 CUDA_TOLERANCE = 1e-3
 
 STEPS = 20
@@ -62,7 +62,7 @@ def device_of(cell: Cell) -> Literal["cpu", "cuda"]:
 
 
 @pytest.mark.parametrize("training", TRAINING)
-def test_losses_and_weights_are_those_of_one_process(
+def test_losses_and_weights_equal_those_of_one_process(
     tmp_path: Path, cell: Cell, training: dict[str, Any]
 ) -> None:
     device, root = device_of(cell), str(tmp_path)
@@ -82,11 +82,11 @@ def test_losses_and_weights_are_those_of_one_process(
             )
 
 
-def test_callbacks_of_the_installed_packages_change_no_bit(
+def test_installed_callbacks_change_no_bit(
     tmp_path: Path, cell: Cell, pytestconfig: pytest.Config
 ) -> None:
     installed = {distribution.short_name for distribution in cell.distributions}
-    if pytestconfig.getoption("--cell"):  # in an environment of its own
+    if pytestconfig.getoption("--cell"):  # in its own environment
         for name in BY_SHORT_NAME.keys() - installed - {"core"}:
             assert not is_importable(f"dream_callbacks.{name}")
     names = tuple(CALLBACKS[name] for name in sorted(installed - {"core"}))
@@ -101,7 +101,7 @@ def test_callbacks_of_the_installed_packages_change_no_bit(
 def is_importable(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent isn't there either
+    except ModuleNotFoundError:  # its parent package is missing too
         return False
 
 
@@ -120,7 +120,7 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("training", TRAINING)
 @pytest.mark.parametrize(("layout", "num_ranks"), LAYOUTS)
-def test_losses_and_weights_are_bit_for_bit_those_of_plain_pytorch_in_the_same_layout(
+def test_losses_and_weights_equal_plain_pytorch_bit_for_bit(
     tmp_path: Path, layout: str, num_ranks: int, training: dict[str, Any]
 ) -> None:
     accumulation = training.get("gradient_accumulation_steps", 1)

@@ -1,4 +1,4 @@
-"""Each package alone, each package missing: the others work, and what is missing says so."""
+"""Each package alone, and each package missing: the others work, and an error names it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from toy import CALLBACKS
 
-# Trains with what is there, named in argv[1]; asks for what isn't, named in argv[2].
+# Trains with the installed callbacks in argv[1]; imports the missing ones in argv[2].
 SCRIPT = """
 import sys
 import dream_trainer
@@ -33,7 +33,7 @@ for name in missing:
 
 
 def environment(folder: Path, without: set[str]) -> Path:
-    """A folder with links to everything that can be imported here, but for some packages."""
+    """A folder with links to all importable modules except some packages."""
     standard = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib")}
     (folder / "dream_callbacks").mkdir(parents=True)
     for path in (Path(entry) for entry in sys.path if entry and entry not in standard):
@@ -53,7 +53,7 @@ CASES = [("none", set()), *((name, {name}) for name in CALLBACKS), ("all", set(C
 
 
 @pytest.mark.parametrize("without", [case[1] for case in CASES], ids=[case[0] for case in CASES])
-def test_the_others_train_without_it(tmp_path: Path, without: set[str]) -> None:
+def test_other_packages_work_without_one(tmp_path: Path, without: set[str]) -> None:
     present = " ".join(CALLBACKS[name] for name in sorted(CALLBACKS.keys() - without))
     missing = " ".join(CALLBACKS[name] for name in sorted(without))
     done = subprocess.run(

@@ -32,7 +32,7 @@ def outcome(tmp_path: Path, start: list[str], layout: str) -> dict[str, Any]:
     return found
 
 
-def test_losses_agree_however_the_script_is_started(tmp_path: Path) -> None:
+def test_losses_agree_for_every_way_to_start_the_script(tmp_path: Path) -> None:
     alone = outcome(tmp_path, ALONE, "ddp")
     assert (alone["world_size"], alone["process_group"]) == (1, False)
     assert len(alone["losses"]) == 16
@@ -54,12 +54,12 @@ def interrupted(start: list[str]) -> tuple[int, str]:
     assert process.stdout is not None
     assert "training" in process.stdout.readline()
     time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of its processes
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the group
     _, stderr = process.communicate(timeout=60)
     return process.returncode, stderr
 
 
-def test_ctrl_c_closes_callbacks_and_ends_with_the_status_of_sigint(tmp_path: Path) -> None:
+def test_ctrl_c_closes_callbacks_and_exits_with_the_status_of_sigint(tmp_path: Path) -> None:
     status, stderr = interrupted(ALONE)
 
     # Killed by SIGINT, which a shell reports as 130.

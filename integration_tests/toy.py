@@ -1,4 +1,4 @@
-"""A script as a user writes it, the same for every way to start it: a tiny transformer.
+"""A user's script that trains a tiny transformer, unchanged for every way to start it.
 
 python toy.py …    torchrun --nproc-per-node=2 toy.py --layout fsdp …
 """
@@ -27,7 +27,7 @@ from dream_trainer.configs import DeviceParameters, TrainingParameters
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-# What a run uses of each package that is there.
+# The callbacks of each installed package.
 CALLBACKS = {
     "checkpoint": "CheckpointCallback",
     "fsdp": "OptimizeFSDP",
@@ -43,7 +43,7 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(WIDTH)
-        # No biases: a key's has no gradient but rounding errors, which Adam would scale up.
+        # No biases: the gradient of a key's bias is rounding error, which Adam would scale up.
         self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3))
         self.out = nn.Linear(WIDTH, WIDTH)
         self.context: DeviceMesh | None = None
@@ -94,14 +94,14 @@ def with_names(samples: list[tuple[Tensor]]) -> tuple[list[str], Tensor]:
 
 
 def next_token_loss(model: nn.Module, tokens: Tensor, part: int = 0, num_parts: int = 1) -> Tensor:
-    """Mean over one part of the sequences."""
+    """Mean loss over one part of the sequences."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     logits = model(inputs.chunk(num_parts, dim=1)[part])  # (B, T / num_parts, V)
     return F.cross_entropy(logits.flatten(0, 1), targets.chunk(num_parts, dim=1)[part].flatten())
 
 
 def divide_layers(model: Transformer, mesh: DeviceMesh) -> None:
-    """Split heads and vocabulary; sequences between them, so that each parameter is split."""
+    """Shard heads, vocabulary and, between them, sequences, so that every parameter is sharded."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -122,7 +122,7 @@ def divide_layers(model: Transformer, mesh: DeviceMesh) -> None:
 
 
 def divide_sequences(model: Transformer, mesh: DeviceMesh) -> None:
-    """Each rank's queries meet the keys and values of all."""
+    """Attention of this rank's queries over the keys and values of all ranks."""
     for block in model.blocks:
         block.context = mesh  # type: ignore[assignment]  # a Block
 
@@ -167,7 +167,7 @@ class Toy(DreamTrainer):
 
 
 class GlobalLosses(Callback[DreamTrainer]):
-    """Keeps the loss of each global batch, and the result of each validation."""
+    """Records the loss of each global batch, and the result of each validation."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -181,7 +181,7 @@ class GlobalLosses(Callback[DreamTrainer]):
 
 
 class Sleeps(Callback[DreamTrainer]):
-    """Takes its time, says that it began, and leaves a file when it is closed."""
+    """Slows down steps, prints that training began, and writes a file when it is closed."""
 
     def pre_train_step(self, batch: Any, batch_idx: int) -> None:
         if batch_idx == 1:

@@ -1,1 +1,1 @@
-"""What builds, checks and measures the packages; standard library only."""
+"""Tools that build, check and measure the packages; standard library only."""

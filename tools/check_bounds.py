@@ -17,10 +17,10 @@ Version = tuple[int, int, int, bool]
 
 
 def parsed(version: str) -> Version:
-    """A version that can be compared.
+    """A version as a tuple that can be compared.
 
     Raises:
-        ValueError: If it isn't X, X.Y or X.Y.Z, with .devN after it at most.
+        ValueError: If it isn't X, X.Y or X.Y.Z, optionally with .devN.
     """
     match = re.fullmatch(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?(\.dev\d+)?", version)
     if match is None:
@@ -38,7 +38,7 @@ def bounds_of(requirement: str) -> tuple[Version | None, Version | None]:
 
 
 def wrong_bound_on_core(requirement: str, core_version: str) -> str | None:
-    """Why `requirement` can't be the one that a callback package has on core."""
+    """Why `requirement` isn't allowed as a callback package's bound on core; None if it is."""
     lower, upper = bounds_of(requirement)
     version = parsed(core_version)
     if lower is None or upper is None:
@@ -48,14 +48,14 @@ def wrong_bound_on_core(requirement: str, core_version: str) -> str | None:
             f"{requirement}: a bound on core has the form >=X.Y.0.dev0, or the checkout is refused"
         )
     if not lower <= version < upper:
-        return f"{requirement} refuses core {core_version}, the one beside it"
+        return f"{requirement} refuses core {core_version}, the version in this checkout"
     if upper != (lower[0] + 1, 0, 0, True):
         return f"{requirement}: the upper bound is the next major version, <{lower[0] + 1}"
     return None
 
 
 def problems_of(distribution: Distribution, core: Distribution) -> Iterator[str]:
-    """What is wrong with one package's metadata."""
+    """Problems in one package's metadata."""
     project = distribution.pyproject()["project"]
     if project["requires-python"] != core.pyproject()["project"]["requires-python"]:
         yield f"requires-python {project['requires-python']} differs from core's"
@@ -88,7 +88,7 @@ def wrong_torch_pin(core: Distribution, pin: str) -> str | None:
 
 
 def main() -> int:
-    """Print each disagreement; 1 if there is any."""
+    """Print each problem; 1 if there is any."""
     core = DISTRIBUTIONS[0]
     problems = [
         f"{each.name}: {problem}" for each in DISTRIBUTIONS for problem in problems_of(each, core)

@@ -1,4 +1,4 @@
-"""Check that the docs name what the code has: the public reference and the architecture page."""
+"""Check that the reference and the architecture page agree with the code."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def undocumented() -> Iterator[str]:
 
 
 def found(path: str) -> Path | None:
-    """The file that a page means: in core, in a callback package, or from the root."""
+    """The file of a path in a page: in core, in a callback package, or from the root."""
     folders = [CORE, *(source / "dream_callbacks" for source in SOURCES[1:]), ROOT]
     return next((folder / path for folder in folders if (folder / path).is_file()), None)
 
@@ -156,7 +156,7 @@ def section(page: str, heading: str) -> str:
 
 
 def missing_in_architecture(page: str) -> Iterator[str]:
-    """Threads, keys and groups that the code has and the page's tables don't name."""
+    """Threads, keys and groups of the code that are missing from the page's tables."""
     threads = section(page, "Threads")
     files = {found(path) for path in _FILE.findall(threads)}
     for path in _modules(SOURCES):

@@ -1,4 +1,4 @@
-"""Check the boundaries of the architecture: the namespace, file names, and who imports whom."""
+"""Check the rules of the architecture: the namespace, file names, imports between layers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Import:
 def imports_of(source: str) -> Iterator[Import]:
     """All imports in `source` that happen at run time, also those inside functions.
 
-    `from a.b import c` gives `a.b.c`: whether `c` is a module is for the reader to find out.
+    `from a.b import c` gives `a.b.c`, whether or not `c` is a module.
     """
     pending: list[ast.AST] = [ast.parse(source)]
     while pending:
@@ -118,7 +118,7 @@ def misplaced_files(distribution: Distribution) -> Iterator[str]:
 
 
 def wrong_imports(distribution: Distribution, core_modules: set[str]) -> Iterator[str]:
-    """Imports that go against the arrows, with file and line."""
+    """Imports that break a rule, with file and line."""
     source_folder = distribution.folder / "src"
     for path in sorted(source_folder.rglob("*.py")):
         module = module_name(path, source_folder)

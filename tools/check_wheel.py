@@ -1,4 +1,4 @@
-"""Look into an installed distribution: does it ship what it should, does every module import?
+"""Check an installed distribution: its files, and that every module imports.
 
 Run by the interpreter that has it: `python tools/check_wheel.py dream-trainer-core`.
 """
@@ -16,18 +16,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools.packages import BY_SHORT_NAME, DISTRIBUTIONS, Distribution
 
-# What a user of core alone doesn't have, and a user of everything shouldn't wait for.
+# Not installed with core alone, and slow to import.
 NEVER_IMPORTED = ("rich", "wandb", "tensorboard", "torchmetrics", "numpy", "dream_callbacks")
 
 
 def shipped_files(distribution: Distribution) -> list[str]:
-    """Files that the installed distribution put beside other packages, its metadata left out."""
+    """Files of the installed distribution, without its metadata."""
     files = importlib.metadata.files(distribution.name) or []
     return [each.as_posix() for each in files if ".dist-info/" not in each.as_posix()]
 
 
 def misplaced(distribution: Distribution, files: list[str]) -> list[str]:
-    """What is wrong with the files that `distribution` ships; empty if nothing is."""
+    """Problems with the files of `distribution`; empty if there are none."""
     own = distribution.module.replace(".", "/")
     problems = [
         f"{distribution.name} ships {file}, which is outside {own}/"
@@ -71,7 +71,7 @@ def imported_needlessly(module: str) -> list[str]:
 
 
 def main() -> int:
-    """Check the distribution named on the command line; 1 if something is wrong with it."""
+    """Check the distribution named on the command line; 1 if there is a problem."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("distribution", choices=[each.name for each in DISTRIBUTIONS])
     distribution = BY_SHORT_NAME[parser.parse_args().distribution.rpartition("-")[2]]

@@ -1,4 +1,4 @@
-"""Virtual environments that are made once, and again only when what goes into them changed."""
+"""Virtual environments, made once and again only if their requirements changed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def torch_pin(constraints: Path = CONSTRAINTS) -> str:
 
 
 def fingerprint(words: Iterable[str], files: Iterable[Path] = ()) -> str:
-    """Changes when a word, a file's place or a file's content does."""
+    """A digest of words, and of paths and contents of files."""
     digest = hashlib.sha256()
     for word in words:
         digest.update(word.encode() + b"\0")
@@ -42,13 +42,12 @@ def fingerprint(words: Iterable[str], files: Iterable[Path] = ()) -> str:
 
 
 class Environment:
-    """A virtual environment with a stamp that says what was installed.
+    """A virtual environment with a stamp of what is installed.
 
     Args:
         path: Its folder.
-        below: An environment whose packages this one sees, pip included; its own come first.
-            On top of one that has torch, an environment is made in moments and without another
-            copy of torch.
+        below: An environment whose packages this one sees too, after its own; for example one with
+            torch, so that torch is installed only once.
     """
 
     def __init__(self, path: Path, below: Environment | None = None) -> None:
@@ -61,7 +60,7 @@ class Environment:
         return python_of(self.path)
 
     def site_packages(self) -> Path:
-        """The folder that its packages are in."""
+        """The folder of its packages."""
         query = "import sysconfig; print(sysconfig.get_path('purelib'))"
         command = [str(self.python), "-c", query]
         return Path(
@@ -74,11 +73,11 @@ class Environment:
         return self.python.exists() and file.is_file() and file.read_text() == stamp
 
     def mark(self, stamp: str, part: str = "all") -> None:
-        """Note that `part` is complete."""
+        """Record that `part` is complete."""
         self._stamp_file(part).write_text(stamp)
 
     def create(self) -> None:
-        """Make it anew and empty."""
+        """Make it again, empty."""
         shutil.rmtree(self.path, ignore_errors=True)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         options = [] if self._below is None else ["--without-pip"]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/explanation/lifecycle.md from the docstring of callback.py, or check that it is so.
+"""Write docs/explanation/lifecycle.md from the docstring of callback.py, or check it.
 
     python tools/lifecycle.py [--check]
 

@@ -72,14 +72,14 @@ class Cell:
 
     @property
     def distributions(self) -> list[Distribution]:
-        """What is installed in its environment."""
+        """Distributions installed in its environment."""
         if self.packages == "all":
             return list(BY_SHORT_NAME.values())
         return [BY_SHORT_NAME[name] for name in self.packages.split("+")]
 
     @property
     def torch_requirement(self) -> str | None:
-        """What to install instead of the pinned torch, if anything."""
+        """Requirement of torch to install instead of the pinned one; None for the pin."""
         return f"torch=={oldest_torch()}" if self.torch == "oldest" else None
 
 
@@ -130,10 +130,10 @@ LEFT_OUT: dict[Cell, str] = {c: r for c in _combinations() if (r := reason_to_le
 
 
 def cell_named(name: str) -> Cell:
-    """The cell whose `str()` is `name`.
+    """The cell named `name`.
 
     Raises:
-        ValueError: If there is none; says why it was left out, or lists all.
+        ValueError: If there is none; gives the reason why it is left out, or lists all.
     """
     for cell in CELLS:
         if str(cell) == name:
@@ -167,7 +167,7 @@ def support_table() -> str:
 
 
 def documentation() -> str:
-    """What the documentation says of the matrix, as Markdown."""
+    """The documentation of the matrix, as Markdown."""
     sets = ", ".join(f"`{name}`" for name in PACKAGES)
     reasons = "\n".join(
         f"- {reason} ({count})" for reason, count in Counter(LEFT_OUT.values()).items()
@@ -182,7 +182,7 @@ def documentation() -> str:
 
 
 def page_with(text: str, page: str) -> str:
-    """The page with its part between the marks replaced.
+    """The page with the part between the marks replaced.
 
     Raises:
         ValueError: If the marks aren't there.

@@ -1,4 +1,4 @@
-"""The lower bounds, exactly: what to install, and whether that is what got installed.
+"""The exact lower bounds: what to install for them, and whether it got installed.
 
 Run by the interpreter of the environment: `python tools/oldest.py dream-callbacks-summary`.
 """
@@ -20,8 +20,8 @@ from tools.packages import BY_SHORT_NAME, CORE, DISTRIBUTIONS, Distribution, req
 def lower_bounds(distribution: Distribution) -> dict[str, str]:
     """Each direct dependency's oldest admitted version, by name; extras included, torch left out.
 
-    Of core, that is the version beside it if the bound is this very version, else the first
-    release of the bound: `>=0.2.0.dev0` -> `0.2.0`.
+    For core: the checkout's version if the bound equals it, else the first release of the bound:
+    `>=0.2.0.dev0` -> `0.2.0`.
     """
     project = distribution.pyproject()["project"]
     extras = project.get("optional-dependencies", {}).values()
@@ -34,7 +34,7 @@ def lower_bounds(distribution: Distribution) -> dict[str, str]:
 
 
 def exact_requirements(distribution: Distribution) -> list[str]:
-    """What to ask pip for, so that all but torch is as old as the bounds admit."""
+    """Requirements for pip that make everything except torch as old as the bounds admit."""
     bounds = lower_bounds(distribution)
     if bounds.get(CORE) == BY_SHORT_NAME["core"].version():
         del bounds[CORE]  # not published: its wheel is built here
@@ -42,7 +42,7 @@ def exact_requirements(distribution: Distribution) -> list[str]:
 
 
 def newer_than_asked(distribution: Distribution) -> list[str]:
-    """What is installed in another version than the bound, so that a test would prove nothing."""
+    """Distributions installed in another version than the bound, which a test would not test."""
     installed = {name: importlib.metadata.version(name) for name in lower_bounds(distribution)}
     return [
         f"{name} {installed[name]} is installed, {version} was to be tested"

@@ -1,4 +1,4 @@
-"""The list of distributions: their names, imports, folders, and what their tests need."""
+"""The list of distributions: names, modules, folders, and requirements of their tests."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Distribution:
     """One package of this repository.
 
     Args:
-        name: Of the distribution, as pip knows it.
-        module: What one imports.
+        name: Name for pip.
+        module: Name to import.
         extras: All its extras; its tests run with them.
         test_requirements: What its tests need besides pytest.
     """
@@ -31,12 +31,12 @@ class Distribution:
 
     @property
     def short_name(self) -> str:
-        """`core`, `checkpoint`, …: what sessions and package sets call it."""
+        """Name in sessions and package sets: `core`, `checkpoint`, …"""
         return self.name.rpartition("-")[2]
 
     @property
     def folder(self) -> Path:
-        """Where its pyproject.toml lies."""
+        """The folder of its pyproject.toml."""
         return ROOT / "packages" / self.name
 
     @property
@@ -53,7 +53,7 @@ class Distribution:
         return str(self.pyproject()["project"]["version"])
 
     def requirement(self, source: Path | str) -> str:
-        """What to ask pip for: `source` (a wheel or a folder) with all extras."""
+        """Requirement for pip: `source` (a wheel or a folder) with all extras."""
         return f"{source}[{','.join(self.extras)}]" if self.extras else str(source)
 
 
@@ -71,7 +71,7 @@ DISTRIBUTIONS: tuple[Distribution, ...] = (
         "dream_callbacks.logging",
         extras=("wandb", "tensorboard"),
     ),
-    # numpy: without it torch warns on the terminal that the tests look at.
+    # numpy: without it torch prints a warning to the terminal that the tests check.
     Distribution(
         "dream-callbacks-summary", "dream_callbacks.summary", test_requirements=("numpy",)
     ),
@@ -96,7 +96,7 @@ def requirement_name(requirement: str) -> str:
 
 
 def third_party_requirements() -> list[str]:
-    """What all packages together need from others, extras included, torch left out."""
+    """Third-party requirements of all packages, with extras, without torch."""
     own = {each.name for each in DISTRIBUTIONS}
     found = set()
     for distribution in DISTRIBUTIONS:

@@ -1,8 +1,7 @@
-"""Check what a release tag promises, then build it: `tools/release.py dream-trainer-core-v0.1.0`.
+"""Check a release tag and build it: `tools/release.py dream-trainer-core-v0.1.0`.
 
-The one thing that a release needs is the tag `<distribution>-vX.Y.Z`. This refuses it unless the
-version, the changelog and the bounds agree, and leaves the wheel and the source distribution in
-`dist/`. It publishes nothing.
+Refuses the tag `<distribution>-vX.Y.Z` unless version, changelog and bounds agree. Builds the wheel
+and the source distribution into `dist/`. Publishes nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from tools.packages import DISTRIBUTIONS, ROOT, Distribution
 
 @dataclass(frozen=True)
 class Release:
-    """What a tag names."""
+    """Distribution and version of a tag."""
 
     distribution: Distribution
     version: str
@@ -46,13 +45,13 @@ def parsed_tag(tag: str) -> Release:
 
 
 def open_fragments(folder: Path) -> list[str]:
-    """News fragments that no changelog section has taken up."""
+    """News fragments that are in no section of the changelog."""
     fragments = (folder / "changelog.d").glob("*.*.md")
     return sorted(path.name for path in fragments)
 
 
 def problems_of_release(release: Release) -> Iterator[str]:
-    """Why this can't be released."""
+    """Reasons why this can't be released."""
     distribution, version = release.distribution, release.version
     if distribution.version() != version:
         yield (

@@ -1,4 +1,4 @@
-"""Run the Python blocks of Markdown files, as a reader would who types them in.
+"""Run the Python blocks of Markdown files.
 
 The blocks of a file are one program, run in a fresh process in an empty folder; warnings are
 errors. Line numbers in a traceback are those of the Markdown file. A block under the comment
@@ -14,15 +14,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-# torch's own warning where numpy isn't installed is none of the snippet's doing.
+# torch's warning if numpy isn't installed has nothing to do with the snippet.
 WARNINGS = ("-W", "error", "-W", "ignore:Failed to initialize NumPy:UserWarning")
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->")
 
 
 def program_of(markdown: str) -> str:
-    """The Python blocks, each at the lines that it has in the file; the rest is blank lines."""
+    """The Python blocks at their line numbers; all other lines are blank."""
     program = []
-    fence: str | None = None  # what closes the block that we're in
+    fence: str | None = None  # the fence that closes the current block
     is_python = is_left_out = False
     for line in markdown.splitlines():
         opening = re.match(r"(`{3,})(\w*)", line)
@@ -44,7 +44,7 @@ def program_of(markdown: str) -> str:
 
 
 def run(markdown: Path, timeout_s: float) -> bool:
-    """Run one file's blocks with this interpreter; whether all went well."""
+    """Run one file's blocks with this interpreter; whether they succeeded."""
     program = program_of(markdown.read_text(encoding="utf-8"))
     if not program.strip():
         return True
@@ -52,7 +52,7 @@ def run(markdown: Path, timeout_s: float) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "snippet.py"
         script.write_text(program, encoding="utf-8")
-        # Under the file's own name, a traceback points into the Markdown.
+        # With the Markdown file's name, so that a traceback points into it.
         code = (
             "from pathlib import Path\n"
             f"exec(compile(Path({str(script)!r}).read_text('utf-8'), {str(markdown)!r}, 'exec'))"

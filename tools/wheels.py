@@ -1,7 +1,7 @@
-"""Environments with the packages as their users get them: installed from wheels.
+"""Environments with the packages installed from wheels, as for users.
 
-They lie below `.nox/`. All share one copy of torch (`.nox/torch`), installed by the pin; each is
-made again when its requirements change, and gets new wheels when a package's files do.
+They are below `.nox/`. All share one pinned torch (`.nox/torch`). An environment is made again when
+its requirements change, and gets new wheels when files of a package change.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _VERSION = f"python {sys.version}"
 
 @functools.cache
 def torch_environment(requirement: str | None = None) -> Environment:
-    """The environment that has torch and what torch needs, nothing else.
+    """The environment with only torch and its dependencies.
 
     Args:
         requirement: Such as `torch==2.11.0`. Default: the pin.
@@ -39,7 +39,7 @@ def torch_environment(requirement: str | None = None) -> Environment:
 
 
 def with_tools(name: str, requirements: Sequence[str]) -> Environment:
-    """The environment `.nox/<name>` with these and nothing of ours, torch neither."""
+    """The environment `.nox/<name>` with these requirements, without torch and our packages."""
     environment = Environment(FOLDER / name)
     stamp = fingerprint([_VERSION, *requirements], [CONSTRAINTS])
     if not environment.has(stamp):
@@ -51,7 +51,7 @@ def with_tools(name: str, requirements: Sequence[str]) -> Environment:
 
 @functools.cache
 def built_wheels() -> dict[str, Path]:
-    """A wheel of each distribution, by the distribution's name; built when its files changed."""
+    """The wheel of each distribution, by name; built again if its files changed."""
     builder = with_tools("build", ["hatchling"])
     return {each.name: _built_wheel(each, builder) for each in DISTRIBUTIONS}
 
@@ -79,7 +79,7 @@ def _built_wheel(distribution: Distribution, builder: Environment) -> Path:
 
 
 def _files(distribution: Distribution) -> list[Path]:
-    """All that a wheel is made of."""
+    """All files that a wheel is built from."""
     kept = [distribution.folder / name for name in ("pyproject.toml", "README.md", "LICENSE")]
     sources = (distribution.folder / "src").rglob("*")
     return kept + sorted(f for f in sources if f.is_file() and "__pycache__" not in f.parts)
@@ -93,12 +93,12 @@ def installed(
     extras: bool = True,
     torch: str | None = None,
 ) -> Environment:
-    """The environment `.nox/<name>`: torch, these distributions from wheels, what they need.
+    """The environment `.nox/<name>`: torch, wheels of these distributions, their dependencies.
 
     Args:
-        name: Of its folder.
-        distributions: Installed together; nothing of this repository besides them.
-        requirements: What else to install: the test runner, for example.
+        name: Name of its folder.
+        distributions: The only ones of this repository that are installed.
+        requirements: Others to install, such as the test runner.
         extras: Whether to install the distributions' extras.
         torch: Such as `torch==2.11.0`. Default: the pin.
     """
@@ -128,7 +128,7 @@ def installed(
 
 
 def _constraints(torch: str | None) -> Path:
-    """The repository's constraints, with another torch if one is asked for."""
+    """The repository's constraints, with another torch if one is given."""
     if torch is None:
         return CONSTRAINTS
     pins = [line for line in CONSTRAINTS.read_text().splitlines() if not line.startswith("torch==")]

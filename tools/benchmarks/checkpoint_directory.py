@@ -1,8 +1,8 @@
-"""What many checkpoints in one directory cost: listing them, and a run's start among them.
+"""Time to list many checkpoints in one directory, and to start a run there.
 
     python tools/benchmarks/checkpoint_directory.py [--checkpoints N]
 
-Manifests alone, as a run would write them, without tensors: neither of the two reads those.
+Writes only manifests: neither of the two reads tensors.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def fill(root: Path, num_checkpoints: int) -> None:
 
 
 def ls(root: Path) -> None:
-    """The command, from its start to its end."""
+    """Time of the command."""
     command = [sys.executable, "-m", "dream_callbacks.checkpoint", "ls", str(root)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def start(root: Path) -> None:
-    """What a trainer does before it verifies the newest checkpoint, and again before it trains."""
+    """Time of what a trainer does before verifying the newest checkpoint and before training."""
     manager = CheckpointManager(
         root, World(DeviceParameters.SINGLE_DEVICE(device="cpu")), KeepRules(last=None)
     )

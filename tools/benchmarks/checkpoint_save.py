@@ -1,19 +1,19 @@
-"""What a checkpoint costs: against the disk itself, and against DCP's own ways of saving.
+"""Time of a checkpoint, compared with the disk and with DCP's ways of saving.
 
     python tools/benchmarks/checkpoint_save.py [--model-mb 100] [--folder DIR] [--json FILE]
 
-A model of so many megabytes and its Adam state are saved by turns with each of:
+A model of this size and its Adam state are saved in turns with each of:
 
 - write: the same bytes from memory to one file, synced
-- write, direct: past the page cache, in blocks of 2 MB (O_DIRECT); what the disk can do
-- dcp.save: DCP as it comes; nothing is verified, nothing is committed
-- CheckpointCallback: written, summed, synced, committed by a rename
-- dcp.async_save: DCP's quickest on a CPU: a stager that is used again, and a thread, or a process
-  that it shares memory with; the time that it blocks
+- write, direct: past the page cache, in blocks of 2 MB (O_DIRECT); the speed of the disk
+- dcp.save: DCP's defaults; nothing is verified, nothing is committed
+- CheckpointCallback: written, checksummed, synced, committed by a rename
+- dcp.async_save: DCP's fastest way on a CPU: a reused stager, and a thread or a process with shared
+  memory; the time that it blocks
 - AsyncCheckpointCallback: the time that training waits
 
-The ways take turns, each round beginning with another, so that other programs and the file system's
-own work slow all of them; figures are medians over the rounds, ratios those of the same round.
+Each round starts with another one, so that other load slows all of them. Figures are medians over
+the rounds, ratios are taken within a round.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ COMMIT_GOAL = 1.25
 
 
 class Large(TinyTrainer):
-    """A model of layers of 4 MB, or of one smaller one, trained for one step."""
+    """A model of layers of 4 MB, or of one smaller layer, trained for one step."""
 
     num_layers = 1
     num_rows = 1024
@@ -91,8 +91,8 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def written(folder: Path, data: memoryview, *, direct: bool) -> float:
-    """Seconds for a new file of these bytes, a whole number of megabytes."""
-    block = mmap.mmap(-1, 1 << 21)  # O_DIRECT wants memory that begins at a page
+    """Seconds to write a new file of these bytes, a multiple of 1 MB."""
+    block = mmap.mmap(-1, 1 << 21)  # O_DIRECT needs page-aligned memory
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | (os.O_DIRECT if direct else 0)
 
     def write() -> None:
@@ -111,7 +111,7 @@ def written(folder: Path, data: memoryview, *, direct: bool) -> float:
 
 
 class Waited(logging.Handler):
-    """How long training waited for the last save, as AsyncCheckpointCallback says."""
+    """Seconds that training waited for the last save, as logged by AsyncCheckpointCallback."""
 
     def __init__(self) -> None:
         super().__init__(logging.DEBUG)
@@ -157,13 +157,13 @@ def measure(model_mb: int, folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def ratio(found: dict[str, Any], one: str, other: str) -> float:
-    """How many times as long one way takes as the other, in the median of the rounds."""
+    """Median over the rounds of the ratio of two ways."""
     pairs = zip(found["all"][one], found["all"][other], strict=True)
     return statistics.median(a / b for a, b in pairs)
 
 
 def sync_save(folder: Path, trainer: Large) -> float:
-    """Seconds of one save through the callback's own way, without the step before it."""
+    """Seconds of one save by the callback, without the step before it."""
     from dream_callbacks.checkpoint.manager import CheckpointManager
     from dream_callbacks.checkpoint.retention import KeepRules
 
@@ -195,7 +195,7 @@ def note_async(
     rounds: int,
     note: Callable[[str, float], None],
 ) -> None:
-    """Blocked seconds of DCP's best ways on a CPU, and of AsyncCheckpointCallback; by turns."""
+    """Blocked seconds of DCP's fastest ways on a CPU and of AsyncCheckpointCallback, in turns."""
     import torch.distributed as dist
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
     from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
@@ -220,7 +220,7 @@ def note_async(
                 if thread.name == "checkpoint":
                     thread.join()
             ours_s = waited.seconds
-            is_warm = self.trainer.global_step > 1  # the first one gets its memory
+            is_warm = self.trainer.global_step > 1  # the first one allocates its memory
             for way, stager in stagers.items():
                 shutil.rmtree(folder / "dcp", ignore_errors=True)
                 began_s = time.perf_counter()

@@ -1,7 +1,7 @@
 """A process group whose all-reduces complete no earlier than a fixed time after their start.
 
-For benchmarks that show what a collective's latency costs. The all-reduces are real; each rank
-sees them complete late, as on a slow network, without using the CPU.
+For benchmarks of the cost of latency. The all-reduces are real; they complete late on each rank, as
+on a slow network, without using the CPU.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class DelayedWork(Work):
 
 
 class DelayedGroup(dist.ProcessGroup):
-    """Another group's all-reduces, delayed; it has no other collectives."""
+    """The all-reduces of another group, delayed; it has no other collectives."""
 
     def __init__(self, group: dist.ProcessGroup, delays: DelayCollectives) -> None:
         super().__init__(group.rank(), group.size())
@@ -85,5 +85,5 @@ class DelayCollectives(Callback[Any]):
 
     @property
     def _batch_idx(self) -> int:
-        """Of the batch that the loader has given last, -1 before the first."""
+        """Index of the last batch of the loader; -1 before the first."""
         return len(self.trainer.loader.times_s) - 1

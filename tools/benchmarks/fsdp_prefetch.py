@@ -1,10 +1,10 @@
-"""What OptimizeFSDP gains on a network with latency, on the CPU of one machine.
+"""Gain of OptimizeFSDP on a network with latency, simulated on the CPU of one machine.
 
     python tools/benchmarks/fsdp_prefetch.py [--delay-ms 20] [--json FILE]
 
-Two gloo ranks train a chain of sharded layers. Each all-gather is real, and whoever waits for it
-waits until a fixed time after it was started, as on a slow network: what is started early enough
-costs nothing. In an ideal run only the first gathers of forward and backward are waited for.
+Two gloo ranks train a chain of sharded layers. Each all-gather is real and completes no
+earlier than a fixed time after its start, as on a slow network: one that is started early enough
+costs nothing. An ideal run waits only for the first gathers of forward and backward.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class LateWork(dist.distributed_c10d.Work):
-    """An all-gather that nobody sees the end of before its time."""
+    """An all-gather that completes no earlier than a given time."""
 
     def __init__(self, work: Any, end_s: float) -> None:
         super().__init__()

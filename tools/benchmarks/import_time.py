@@ -1,8 +1,8 @@
-"""What Dream Trainer adds to the start of a training process, in CPU time.
+"""CPU time that Dream Trainer adds to the start of a training process.
 
 Two promises: `import dream_trainer` costs at most 50 ms more than `import torch`, and a trainer's
-first step comes at most 1 s after that of a plain loop. Each side runs in fresh processes, by
-turns, so that a busy machine slows both; the medians are compared.
+first step comes at most 1 s after that of a plain loop. Each side runs in fresh processes, in
+turns, so that other load slows both; the medians are compared.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Comparison:
     """One promise and what was measured; all in milliseconds of CPU time.
 
     Args:
-        what: Is compared.
+        what: What is compared.
         plain_ms: Median without Dream Trainer.
         ours_ms: Median with it.
         goal_ms: How much more it may be.
@@ -93,7 +93,7 @@ def cpu_ms(code: str) -> float:
 
 
 def compare(what: str, plain: str, ours: str, goal_ms: float, repeats: int) -> Comparison:
-    """Run both by turns, after one unmeasured run each that fills the caches."""
+    """Run both in turns, after one unmeasured run of each that fills the caches."""
     cpu_ms(plain)
     cpu_ms(ours)
     times = [(cpu_ms(plain), cpu_ms(ours)) for _ in range(repeats)]

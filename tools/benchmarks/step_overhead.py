@@ -8,7 +8,7 @@ process in turns, over a loader that looks at the process's CPU time every 100 b
 step in a turn is the lower quartile of these spans; a figure is the median over the turns of the
 difference to the raw loop of the same turn. (What else runs on the machine slows down whole spans,
 in CPU time too: it shares caches and cores.)
-A loop written by hand shows what can be reached;
+A hand-written loop shows the lower limit;
 Lightning, Ignite and TorchTNT take part if installed. Without clipping, the trainer is compared
 with a raw loop that doesn't compute the norm, which the trainer returns all the same.
 """
@@ -94,7 +94,7 @@ def raw(*, clip: bool = True) -> Run:
 
 
 def by_hand(num_callbacks: int) -> Run:
-    """The raw loop with calls of as many methods, and the mean of the loss: what nobody beats.
+    """The raw loop with as many method calls, and the mean of the loss: the lower limit.
 
     It clips with the two functions that `clip_grad_norm_` is made of, and drops gradients without
     the profiler's range around `zero_grad`: both are a few µs faster.
@@ -195,7 +195,7 @@ def ignite(num_callbacks: int) -> Run:
 
     def run(loader: Batches) -> None:
         engine = Engine(update)
-        # It has two events around a step: four handlers on them do as many calls.
+        # It has two events around a step: four handlers of them make as many calls.
         for _ in range(num_callbacks):
             for event in (Events.ITERATION_STARTED, Events.ITERATION_COMPLETED):
                 engine.add_event_handler(event, lambda engine: None)
@@ -280,7 +280,7 @@ OTHERS = {"ignite": ignite, "torchtnt": torchtnt, "lightning": lightning}
 
 
 def available() -> dict[str, Callable[[int], Run]]:
-    """The trainers that can take part; says on stderr which can't, and why."""
+    """The trainers that can take part; prints to stderr which can't, and why."""
     loops: dict[str, Callable[[int], Run]] = {"by hand": by_hand, "dream_trainer": dream_trainer}
     for name, make in OTHERS.items():
         try:

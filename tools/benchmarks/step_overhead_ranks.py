@@ -101,7 +101,7 @@ class Batches:
 
     @property
     def durations_s(self) -> list[float]:
-        """Of all steps but the last."""
+        """Seconds of each step except the last."""
         return [end - start for start, end in itertools.pairwise(self.times_s)]
 
 
@@ -128,7 +128,7 @@ def raw(size: str, num_steps: int) -> Loop:
 
 
 class BlockingExchange(Callback[Any]):
-    """Agrees on a flag after each step, as a loop may that asks each time whether to stop."""
+    """Agrees on a flag after each step, as a loop does that checks each time whether to stop."""
 
     def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
         flag = torch.tensor([0], dtype=torch.int32)
@@ -253,7 +253,7 @@ def on_rank(directory: str, size: str, turn_s: float, num_turns: int) -> dict[st
     dist.broadcast(step_s, 0)
     num_steps = int(turn_s / step_s.item()) + 4 * NUM_WARMUP
     loops = {
-        # A quarter of the steps will do where an exchange in each step makes them long.
+        # A quarter of the steps is enough where an exchange in each step makes them long.
         name: make(size, num_steps // (4 if name in (BLOCKING, BLOCKING_DELAYED) else 1))
         for name, make in available().items()
     }
@@ -281,7 +281,7 @@ def on_rank(directory: str, size: str, turn_s: float, num_turns: int) -> dict[st
 
 
 def measure(num_ranks: int, size: str, turn_s: float, num_turns: int) -> dict[str, Any]:
-    """Figures of one model on so many ranks."""
+    """Figures of one model on a number of ranks."""
     with tempfile.TemporaryDirectory() as directory:
         work = (on_rank, num_ranks, directory, size, turn_s, num_turns)
         ranks = run_on_ranks(*work, timeout_s=3600.0)

@@ -9,7 +9,7 @@ def test_a_development_version_comes_before_its_release() -> None:
     assert parsed("0.1.0.dev0") < parsed("0.1.0") < parsed("0.1.1.dev3") < parsed("0.2")
 
 
-def test_other_forms_of_versions_are_refused() -> None:
+def test_other_version_formats_are_refused() -> None:
     with pytest.raises(ValueError, match="other forms"):
         parsed("1.0rc1")
 

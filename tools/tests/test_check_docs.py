@@ -29,8 +29,8 @@ def test_the_reference_shows_every_public_name_and_what_callback_packages_import
     assert list(undocumented()) == []
 
 
-def test_a_name_that_the_reference_lacks_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = ROOT / "docs" / "explanation"  # it has pages, and shows no names
+def test_a_name_missing_from_the_reference_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = ROOT / "docs" / "explanation"  # it has pages, but shows no names
     monkeypatch.setattr(check_docs, "REFERENCE", folder)
 
     problems = list(undocumented())
@@ -45,7 +45,7 @@ def test_only_names_after_three_colons_are_documented() -> None:
     assert documented([page]) == {"a.b.shown"}
 
 
-def test_a_package_that_is_shown_documents_its_exports_alone() -> None:
+def test_a_documented_package_documents_only_its_exports() -> None:
     exports = {"a.b": {"exported"}}
 
     assert is_documented("a.b.exported", {"a.b"}, exports)
@@ -71,7 +71,7 @@ def test_imports_from_core_are_found_in_functions_and_for_type_checkers() -> Non
     }
 
 
-def test_exports_are_those_of_dunder_all() -> None:
+def test_exports_are_read_from_dunder_all() -> None:
     assert exported("from a import b, c\n__all__ = ['b']\n") == {"b"}
     assert exported("import a\n") == set()
 
@@ -90,7 +90,7 @@ def test_the_architecture_page_names_every_thread_key_and_group() -> None:
         ("| `checkpoint-background` |", "has the process group 'checkpoint-background'"),
     ],
 )
-def test_a_row_that_the_architecture_page_lacks_is_reported(row: str, problem: str) -> None:
+def test_a_row_missing_from_the_architecture_page_is_reported(row: str, problem: str) -> None:
     assert PAGE.count(f"\n{row}") == 1
     page = "\n".join(line for line in PAGE.splitlines() if not line.startswith(row))
 
@@ -129,7 +129,7 @@ def test_threads_are_found_with_their_names() -> None:
     assert not starts_threads("threading.Event()\n")
 
 
-def test_keys_are_found_up_to_their_first_variable_part() -> None:
+def test_keys_are_found_up_to_the_first_variable_part() -> None:
     source = textwrap.dedent("""
         self.store.set(f"place/{rank}", place)
         self.client.count("seen")

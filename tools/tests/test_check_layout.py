@@ -59,7 +59,7 @@ def test_an_import_along_the_arrows_is_allowed(module: str, target: str) -> None
     assert breaks_a_rule(module, target, CORE) is None
 
 
-def test_a_module_belongs_to_the_most_special_layer() -> None:
+def test_a_module_belongs_to_the_layer_with_the_longest_name() -> None:
     assert layer_of("dream_trainer.interface.trainer") < layer_of("dream_trainer.callbacks.order")  # type: ignore[operator]
     assert layer_of("dream_trainer.callbacks.order") < layer_of("dream_trainer.trainer.loop")  # type: ignore[operator]
     assert layer_of("torch.nn") is None

@@ -8,7 +8,7 @@ import pytest
 from tools.environments import Environment, fingerprint, torch_pin
 
 
-def test_a_fingerprint_changes_with_words_places_and_contents(tmp_path: Path) -> None:
+def test_a_fingerprint_changes_with_words_paths_and_contents(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("one")
     before = fingerprint(["word"], [file])
@@ -34,7 +34,7 @@ def test_constraints_without_torch_are_an_error(tmp_path: Path) -> None:
         torch_pin(file)
 
 
-def test_an_environment_knows_what_was_installed_into_it(tmp_path: Path) -> None:
+def test_an_environment_records_what_was_installed(tmp_path: Path) -> None:
     environment = Environment(tmp_path / "environment")
     assert not environment.has("stamp")
 
@@ -47,7 +47,7 @@ def test_an_environment_knows_what_was_installed_into_it(tmp_path: Path) -> None
     assert not environment.has("stamp")
 
 
-def test_an_environment_sees_the_one_below_and_its_own_comes_first(tmp_path: Path) -> None:
+def test_an_environment_sees_the_one_below_after_its_own_packages(tmp_path: Path) -> None:
     below = Environment(tmp_path / "below")
     above = Environment(tmp_path / "above", below)
     below.create()

@@ -42,7 +42,7 @@ def test_quick_cells_share_one_environment_and_at_most_two_ranks() -> None:
     assert max(cell.ranks for cell in quick) == 2
 
 
-def test_package_sets_hold_what_they_name() -> None:
+def test_package_sets_contain_the_named_packages() -> None:
     assert [d.short_name for d in Cell(1, "single", "core").distributions] == ["core"]
     assert [d.short_name for d in Cell(1, "single", "core+fsdp").distributions] == ["core", "fsdp"]
     assert len(Cell(1, "single", "all").distributions) == 6
@@ -64,7 +64,7 @@ def test_the_support_table_has_a_row_for_each_layout() -> None:
 
 
 @pytest.mark.parametrize("num_gpus", [0, 1, 2, 8])
-def test_each_quick_cell_takes_the_backend_that_the_machine_has(num_gpus: int) -> None:
+def test_each_quick_cell_uses_the_backend_of_the_machine(num_gpus: int) -> None:
     cells = matrix.quick_cells(num_gpus)
 
     assert len({(cell.ranks, cell.layout) for cell in cells}) == len(cells) == 5
@@ -72,7 +72,7 @@ def test_each_quick_cell_takes_the_backend_that_the_machine_has(num_gpus: int) -
         assert cell.backend == ("nccl" if num_gpus >= cell.ranks else "gloo")
 
 
-def test_the_documentation_is_replaced_between_its_marks() -> None:
+def test_the_documentation_between_the_marks_is_replaced() -> None:
     page = f"before\n{matrix.BEGIN}\nold\n{matrix.END}\nafter\n"
     found = matrix.page_with("new", page)
 
@@ -82,7 +82,7 @@ def test_the_documentation_is_replaced_between_its_marks() -> None:
         matrix.page_with("new", "no marks")
 
 
-def test_the_documentation_says_why_each_combination_is_left_out() -> None:
+def test_the_documentation_gives_the_reason_of_each_left_out_combination() -> None:
     text = matrix.documentation()
 
     assert all(reason in text for reason in LEFT_OUT.values())

@@ -9,5 +9,5 @@ def test_lower_bounds_become_exact_requirements() -> None:
     assert exact_requirements(BY_SHORT_NAME["core"]) == ["typing_extensions==4.12"]
 
 
-def test_the_bound_on_core_is_the_version_beside_it_until_that_moves_on() -> None:
+def test_the_bound_on_core_is_the_checkouts_version_or_the_first_release() -> None:
     assert lower_bounds(BY_SHORT_NAME["fsdp"])[CORE] == BY_SHORT_NAME["core"].version()

@@ -9,7 +9,7 @@ from tools.release import Release, open_fragments, parsed_tag, problems_of_relea
 
 
 @pytest.mark.parametrize("prefix", ["", "refs/tags/"])
-def test_a_tag_names_a_distribution_and_a_version(prefix: str) -> None:
+def test_a_tag_is_parsed_as_distribution_and_version(prefix: str) -> None:
     release = parsed_tag(f"{prefix}dream-callbacks-fsdp-v1.20.3")
 
     assert release == Release(BY_SHORT_NAME["fsdp"], "1.20.3")
@@ -33,7 +33,7 @@ def test_a_version_that_is_not_in_pyproject_and_changelog_is_refused() -> None:
     assert any("CHANGELOG.md has no section 99.0.0" in problem for problem in problems)
 
 
-def test_fragments_are_told_from_the_folders_readme(tmp_path: Path) -> None:
+def test_the_readme_of_the_folder_is_not_a_fragment(tmp_path: Path) -> None:
     folder = tmp_path / "changelog.d"
     folder.mkdir()
     for name in ("README.md", "7.fixed.md", "+speed.changed.md"):

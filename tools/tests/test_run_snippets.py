@@ -39,7 +39,7 @@ def test_python_blocks_keep_their_lines_and_others_are_blank() -> None:
     assert program.split("\n")[17] == "assert number == 1"
 
 
-def test_a_longer_fence_holds_a_shorter_one() -> None:
+def test_a_longer_fence_may_contain_a_shorter_one() -> None:
     assert program_of("````markdown\n```python\n1 / 0\n```\n````\n").strip() == ""
 
 

@@ -1,4 +1,4 @@
-"""Tests find the modules beside them, write nothing into the checkout, and leave nothing behind."""
+"""Makes the helper modules importable; tests run in tmp_path and must restore signal handlers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _signals_given_back() -> Iterator[None]:
+def _signals_restored() -> Iterator[None]:
     before = [signal.getsignal(number) for number in _SIGNALS]
     yield
     assert [signal.getsignal(number) for number in _SIGNALS] == before

@@ -20,7 +20,7 @@ def damage(file: Path) -> None:
 
 
 def reseal(folder: Path) -> None:
-    """Make the manifest fit the files."""
+    """Update the manifest to the sizes and checksums of the files."""
     path = folder / "MANIFEST.json"
     document = unsealed(path.read_bytes())
     document["files"] = {

@@ -1,4 +1,4 @@
-"""Processes that run as ranks and are killed, and what a run resumes with afterwards."""
+"""Forked processes that run as ranks and are killed; the step that a new run resumes from."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def free_port() -> int:
 
 
 def forked(function: Callable[..., Any], *args: Any, rank: int, num_ranks: int, port: int) -> int:
-    """Process that calls a function as a rank of its own world."""
+    """Fork a process that calls a function as a rank of a world of its own."""
     process = os.fork()
     if process:
         return process
@@ -38,13 +38,13 @@ def forked(function: Callable[..., Any], *args: Any, rank: int, num_ranks: int, 
 
 
 def wait_for(process: int, within_s: float = 10.0) -> int:
-    """Exit status of a process that ends by itself; if it doesn't it is ended: an error."""
+    """Exit status of a process; kills it and raises if it doesn't exit in time."""
     deadline = time.monotonic() + within_s
     while (ended := os.waitpid(process, os.WNOHANG)) == (0, 0):
         if time.monotonic() > deadline:
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
-            raise AssertionError(f"a rank was still there after {within_s} s")
+            raise AssertionError(f"a rank hadn't exited after {within_s} s")
         time.sleep(0.01)
     return os.waitstatus_to_exitcode(ended[1])
 
@@ -56,7 +56,7 @@ def last_acknowledged(root: Path) -> int:
 
 
 def resumed_step(root: Path, **fields: Any) -> int:
-    """The step that a new trainer continues from, all of whose numbers must be that step."""
+    """Step that a new trainer resumes from; checks that all of its values are of that step."""
     trainer = make(root, kind=Filled, every=Every(steps=1), **fields)
     trainer.setup()
     step = int(trainer.global_step)

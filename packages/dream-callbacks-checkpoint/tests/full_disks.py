@@ -17,7 +17,7 @@ from dream_trainer.callbacks import Callback, Every
 
 
 class Limit(Callback[Any]):
-    """No file may grow beyond a size, from a step on: as on a full disk."""
+    """Limits the size of files from a step on, as a full disk does."""
 
     def __init__(self, step: int, num_bytes: int, until: int = 10**9) -> None:
         self.step = step
@@ -38,8 +38,8 @@ class Limit(Callback[Any]):
 
 
 @contextlib.contextmanager
-def heard(level: int) -> Iterator[list[str]]:
-    """What is said meanwhile, from a level on."""
+def captured_messages(level: int) -> Iterator[list[str]]:
+    """Log messages of at least a level that are logged inside."""
     messages: list[str] = []
     handler = logging.Handler(level)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
@@ -60,9 +60,9 @@ def full_disk(
     level: int = logging.WARNING,
     **fields: Any,
 ) -> list[str]:
-    """Messages of a run for which the disk is full from step 5 to 9. In a process of its own."""
+    """Log messages of a run with a full disk from step 5 to 9. Needs a process of its own."""
     limit = limit or Limit(5, 20_000, until=9)
     fields = {"every": Every(steps=2), **fields}
-    with heard(level) as messages:
+    with captured_messages(level) as messages:
         tiny(root, limit, **fields).fit()
     return messages

@@ -1,4 +1,4 @@
-"""Real file systems for the tests: small, full, read-only, or in a file that is the disk."""
+"""Real file systems for tests: small, full, read-only, or on an image file."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _CLONE_NEWNS = 0x00020000
 
 
 def have_mounts_of_its_own() -> None:
-    """Mounts of this process are seen by nobody else from now on, and end with it."""
+    """Make later mounts private to this process; they end with it."""
     assert ctypes.CDLL(None).unshare(_CLONE_NEWNS) == 0
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
 
 
 def mount(kind: str, options: str, source: str | Path, folder: Path) -> None:
-    """Mount a file system; `options` may be "remount,…" for one that is there."""
+    """Mount a file system; with "remount,…" in `options`, one that is mounted already."""
     folder.mkdir(exist_ok=True)
     command = ["mount", "-t", kind, "-o", options, str(source), str(folder)]
     subprocess.run(command, check=True, capture_output=True)
 
 
 def new_image(path: Path, num_bytes: int) -> Path:
-    """A file with an empty file system in it."""
+    """Create an image file with an empty file system."""
     with path.open("wb") as file:
         file.truncate(num_bytes)
     subprocess.run(["mkfs.ext4", "-q", "-F", str(path)], check=True, capture_output=True)
@@ -33,7 +33,7 @@ def new_image(path: Path, num_bytes: int) -> Path:
 
 
 def skip_unless_mountable(tmp_path: Path, kind: str) -> None:
-    """Skip the test where such a file system can't be mounted, and say why."""
+    """Skip the test, with the reason, if such a file system can't be mounted here."""
     folder = tmp_path / "try"
     folder.mkdir()
     try:

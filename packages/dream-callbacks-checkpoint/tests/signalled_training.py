@@ -34,7 +34,7 @@ class Plain:
 
 
 class Wrapped(Plain):
-    """A loader of the user's own around another one, whose workers it starts later."""
+    """A user's wrapper of a DataLoader, which starts its workers later."""
 
     def loader(self) -> Any:
         return self
@@ -60,7 +60,7 @@ class WithWorkers(TinyTrainer):
 
 
 class Marks(Callback[TinyTrainer]):
-    """Tells the test where the run is."""
+    """Writes files that tell the test the progress of the run."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

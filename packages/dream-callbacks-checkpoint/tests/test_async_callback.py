@@ -1,4 +1,4 @@
-"""AsyncCheckpointCallback: training goes on while a save is written, and nothing else differs."""
+"""AsyncCheckpointCallback: as CheckpointCallback, but training continues during a save."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from full_disks import Limit, full_disk, heard
+from full_disks import Limit, captured_messages, full_disk
 from tiny_runs import SendSignal, saved, steps, tiny
 from training import CrashAt, Filled, PlannedError, different, directory, make, moments, weights
 
@@ -26,7 +26,7 @@ from dream_trainer.testing import RankError, TinyTrainer, run_on_ranks
 
 
 class Watch(Callback[Any]):
-    """What is going on after each step."""
+    """Records after each step whether a save is in flight."""
 
     def __init__(self) -> None:
         self.unfinished: list[int] = []
@@ -51,7 +51,7 @@ class Wide(TinyTrainer):
         return super().training_step(batch, batch_idx)
 
 
-def test_training_goes_on_while_a_save_is_written(tmp_path: Path) -> None:
+def test_training_continues_during_a_save(tmp_path: Path) -> None:
     watch = Watch()
 
     tiny(tmp_path, watch, kind=Wide, callback="async", every=Every(steps=8)).fit()
@@ -60,7 +60,7 @@ def test_training_goes_on_while_a_save_is_written(tmp_path: Path) -> None:
     assert steps(tmp_path) == [8, 16]
 
 
-def test_never_are_two_saves_in_flight(tmp_path: Path) -> None:
+def test_at_most_one_save_is_in_flight(tmp_path: Path) -> None:
     watch = Watch()
 
     tiny(tmp_path, watch, kind=Wide, callback="async", every=Every(steps=1)).fit()
@@ -71,7 +71,7 @@ def test_never_are_two_saves_in_flight(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [Filled, Wide])
-def test_what_is_saved_is_the_moment_of_the_save(tmp_path: Path, kind: Any) -> None:
+def test_later_steps_do_not_change_the_saved_state(tmp_path: Path, kind: Any) -> None:
     fields: dict[str, Any] = {"kind": kind, "every": Every(steps=1), "n_epochs": 1}
     tiny(tmp_path / "sync", **fields).fit()
     tiny(tmp_path / "async", callback="async", **fields).fit()
@@ -87,7 +87,9 @@ def test_what_is_saved_is_the_moment_of_the_save(tmp_path: Path, kind: Any) -> N
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-def test_it_saves_the_same_as_the_other_on_two_ranks(tmp_path: Path, layout: str) -> None:
+def test_it_saves_the_same_as_the_synchronous_callback_on_two_ranks(
+    tmp_path: Path, layout: str
+) -> None:
     run_on_ranks(trained, 2, tmp_path / "sync", "sync", layout)
     run_on_ranks(trained, 2, tmp_path / "async", "async", layout)
 
@@ -122,21 +124,21 @@ def test_an_error_waits_for_the_save_in_flight(tmp_path: Path) -> None:
     assert steps(tmp_path) == [8]
 
 
-def test_an_error_of_one_rank_waits_for_what_all_are_writing(tmp_path: Path) -> None:
+def test_an_error_of_one_rank_waits_for_the_save_of_all(tmp_path: Path) -> None:
     with pytest.raises(RankError):
-        run_on_ranks(crash_of_one_beside, 2, tmp_path)
+        run_on_ranks(crash_of_one_rank_async, 2, tmp_path)
 
     assert steps(tmp_path) == [8]
 
 
-def crash_of_one_beside(root: Path) -> None:
+def crash_of_one_rank_async(root: Path) -> None:
     slow_down(0.5)
     crash = CrashAt(9 if os.environ["RANK"] == "1" else 10**9)
     tiny(root, crash, kind=Wide, callback="async", layout="fsdp", every=Every(steps=8)).fit()
 
 
 def slow_down(seconds: float) -> Callable[[], None]:
-    """Let files take so long to be synced; returns what undoes it."""
+    """Make each sync of a file take this long; returns a function that undoes it."""
     sync = LocalFilesystem.sync
 
     def slow(self: LocalFilesystem, folder: str = "", names: Any = ()) -> None:
@@ -158,7 +160,7 @@ def test_ctrl_c_waits_for_the_save_in_flight(tmp_path: Path) -> None:
     assert steps(tmp_path) == [2, 3]
 
 
-def test_results_that_come_while_it_is_written_belong_to_it(tmp_path: Path) -> None:
+def test_metrics_reported_during_the_write_are_added(tmp_path: Path) -> None:
     training = {"val_every_n_steps": 4}
 
     tiny(tmp_path, kind=Wide, callback="async", every=Every(steps=4), training=training).fit()
@@ -167,7 +169,7 @@ def test_results_that_come_while_it_is_written_belong_to_it(tmp_path: Path) -> N
     assert all("val_loss" in c.metrics for c in saved(tmp_path))
 
 
-def test_the_best_stay_here_too(tmp_path: Path) -> None:
+def test_the_best_are_kept(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"keep_last": 1, "keep_top_k": 2, "every": Every(steps=1000)}
 
     tiny(tmp_path, callback="async", n_epochs=6, **fields).fit()
@@ -176,8 +178,8 @@ def test_the_best_stay_here_too(tmp_path: Path) -> None:
     assert len(values) in (2, 3)
 
 
-def test_a_failed_save_doesnt_stop_training_and_loses_nothing(tmp_path: Path) -> None:
-    (messages,) = run_on_ranks(full_disk_beside, 1, tmp_path)
+def test_a_failed_save_does_not_stop_training(tmp_path: Path) -> None:
+    (messages,) = run_on_ranks(full_disk_async, 1, tmp_path)
 
     assert steps(tmp_path) == [2, 4, 10, 12, 14, 16]
     assert [text.split(" couldn't")[0] for text in messages] == [
@@ -187,13 +189,15 @@ def test_a_failed_save_doesnt_stop_training_and_loses_nothing(tmp_path: Path) ->
     assert all("File too large" in text for text in messages)
 
 
-def full_disk_beside(root: Path) -> list[str]:
+def full_disk_async(root: Path) -> list[str]:
     return full_disk(root, callback="async")
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_failed_save_ends_the_run_on_all_ranks_if_asked(tmp_path: Path, num_ranks: int) -> None:
-    results = run_on_ranks(fails_beside, num_ranks, tmp_path, "fsdp" if num_ranks > 1 else "single")
+def test_on_save_error_raise_ends_the_run_on_all_ranks(tmp_path: Path, num_ranks: int) -> None:
+    results = run_on_ranks(
+        failing_save_async, num_ranks, tmp_path, "fsdp" if num_ranks > 1 else "single"
+    )
 
     for step, message in results:
         assert "the checkpoint of step 6 couldn't be saved" in message
@@ -202,7 +206,7 @@ def test_a_failed_save_ends_the_run_on_all_ranks_if_asked(tmp_path: Path, num_ra
     assert steps(tmp_path) == [2, 4]
 
 
-def fails_beside(root: Path, layout: str) -> tuple[int, str]:
+def failing_save_async(root: Path, layout: str) -> tuple[int, str]:
     trainer = tiny(
         root,
         Limit(5, 5_000),
@@ -217,20 +221,20 @@ def fails_beside(root: Path, layout: str) -> tuple[int, str]:
 
 
 def test_a_failed_last_save_is_reported_at_the_end(tmp_path: Path) -> None:
-    (messages,) = run_on_ranks(last_one_fails, 1, tmp_path)
+    (messages,) = run_on_ranks(failing_last_save, 1, tmp_path)
 
-    assert len(messages) == 2, "it is tried once more at the end"
+    assert len(messages) == 2, "the last save is retried at the end"
     assert all("the checkpoint of step 16 couldn't be saved" in text for text in messages)
     assert steps(tmp_path) == [4, 8, 12]
 
 
-def last_one_fails(root: Path) -> list[str]:
-    # Full from step 14 on: what step 16 begins can't be finished.
+def failing_last_save(root: Path) -> list[str]:
+    # Full from step 14 on: the save that step 16 starts fails.
     return full_disk(root, Limit(14, 5_000), callback="async", every=Every(steps=4))
 
 
-def test_a_failed_save_is_reported_where_an_error_ends_the_run(tmp_path: Path) -> None:
-    (messages,) = run_on_ranks(crashes_beside, 1, tmp_path)
+def test_a_failed_save_is_reported_when_an_error_ends_the_run(tmp_path: Path) -> None:
+    (messages,) = run_on_ranks(crash_async, 1, tmp_path)
 
     (message,) = messages
     assert "the checkpoint of step 6 couldn't be saved" in message
@@ -238,15 +242,15 @@ def test_a_failed_save_is_reported_where_an_error_ends_the_run(tmp_path: Path) -
     assert steps(tmp_path) == [2, 4]
 
 
-def crashes_beside(root: Path) -> list[str]:
-    with heard(logging.WARNING) as messages, pytest.raises(PlannedError):
+def crash_async(root: Path) -> list[str]:
+    with captured_messages(logging.WARNING) as messages, pytest.raises(PlannedError):
         tiny(
             root, Limit(5, 5_000), CrashAt(7), callback="async", every=Every(steps=2), n_epochs=1
         ).fit()
     return messages
 
 
-def test_on_a_slow_disk_the_next_save_waits_and_it_is_said(
+def test_the_next_save_waits_for_a_slow_disk_and_logs_it(
     tmp_path: Path, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
 ) -> None:
     request.addfinalizer(slow_down(0.6))
@@ -261,7 +265,7 @@ def test_on_a_slow_disk_the_next_save_waits_and_it_is_said(
         assert re.search(rf"waited [1-9]\.\d s until step {step} was written", caplog.text)
 
 
-def test_memory_is_one_copy_however_many_saves(tmp_path: Path) -> None:
+def test_many_saves_use_the_memory_of_one_copy(tmp_path: Path) -> None:
     def copies() -> int:
         gc.collect()
         tensors = [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
@@ -310,13 +314,13 @@ def peak_bytes(root: Path, callback: str) -> int:
 
 def test_the_process_grows_by_one_copy(tmp_path: Path) -> None:
     (alone,) = run_on_ranks(peak_bytes, 1, tmp_path / "sync", "sync")
-    (beside,) = run_on_ranks(peak_bytes, 1, tmp_path / "async", "async")
+    (asynchronous,) = run_on_ranks(peak_bytes, 1, tmp_path / "async", "async")
 
     # 0.9 to 1.1 copies were measured; what the allocator keeps differs from run to run.
-    assert 0.7 * Heavy.num_bytes < beside - alone < 1.4 * Heavy.num_bytes
+    assert 0.7 * Heavy.num_bytes < asynchronous - alone < 1.4 * Heavy.num_bytes
 
 
-def test_a_copy_of_the_callback_is_one_of_its_own(tmp_path: Path) -> None:
+def test_a_copy_is_independent(tmp_path: Path) -> None:
     import copy
 
     trainer = make(tmp_path, kind=TinyTrainer, callback="async", every=Every(steps=4))

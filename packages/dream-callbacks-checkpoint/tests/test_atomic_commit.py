@@ -1,4 +1,4 @@
-"""A checkpoint gets its name when the disk has all of it, and not before."""
+"""A checkpoint gets its final name only after all of its files are on the disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dream_trainer.callbacks import Every
 
 
 class Syncs:
-    """Listens to the calls that matter; they do what they always do."""
+    """Records the calls of fsync and rename, and makes them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sizes: dict[str, int] = {}
@@ -42,7 +42,7 @@ class Syncs:
 
 
 @pytest.mark.parametrize("callback", ["sync", "async"])
-def test_every_file_is_synced_whole_before_the_checkpoint_gets_its_name(
+def test_every_file_is_synced_completely_before_the_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, callback: str
 ) -> None:
     syncs = Syncs(monkeypatch)
@@ -75,9 +75,7 @@ def test_the_directory_is_synced_after_each_rename(
     assert all(syncs.events[index + 1] == ("sync", root) for index in of_root)
 
 
-def test_the_directories_above_are_synced_where_they_are_new(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_new_parent_directories_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     syncs = Syncs(monkeypatch)
 
     trainer = tiny(tmp_path / "new")
@@ -88,9 +86,7 @@ def test_the_directories_above_are_synced_where_they_are_new(
         assert str(path) in syncs.sizes
 
 
-def test_what_is_moved_aside_is_synced_where_it_is_then(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_move_aside_syncs_the_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny(tmp_path, n_epochs=1).fit()
     syncs = Syncs(monkeypatch)
 
@@ -99,7 +95,7 @@ def test_what_is_moved_aside_is_synced_where_it_is_then(
     assert str(directory(tmp_path) / "before-1") in syncs.sizes
 
 
-def test_nothing_is_deleted_before_its_successor_lasts(
+def test_nothing_is_deleted_before_its_successor_is_durable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     syncs = Syncs(monkeypatch)
@@ -112,7 +108,7 @@ def test_nothing_is_deleted_before_its_successor_lasts(
     assert steps(tmp_path) == [16]
 
 
-def test_what_dcp_wrote_is_what_other_tools_read(tmp_path: Path) -> None:
+def test_other_tools_read_the_files_through_dcp(tmp_path: Path) -> None:
     trainer = tiny(tmp_path)
     trainer.fit()
 

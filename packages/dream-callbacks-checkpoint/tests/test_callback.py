@@ -1,4 +1,4 @@
-"""CheckpointCallback: when it saves, what it keeps, what it continues from."""
+"""CheckpointCallback: when it saves, what it keeps, what it resumes from."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from dream_trainer.trainer import WeightedMean
 STEPS_PER_EPOCH = 8
 
 
-# When
+# When it saves
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ STEPS_PER_EPOCH = 8
     ],
     ids=str,
 )
-def test_saves_come_when_they_were_asked_for(
+def test_saves_happen_at_the_requested_cadence(
     tmp_path: Path, cadence: dict[str, Any], expected: list[int]
 ) -> None:
     tiny(tmp_path, **cadence).fit()
@@ -72,7 +72,7 @@ def test_saves_come_when_they_were_asked_for(
     assert steps(tmp_path) == expected
 
 
-def test_validation_runs_of_their_own_count(tmp_path: Path) -> None:
+def test_validations_between_steps_count(tmp_path: Path) -> None:
     training = {"val_every_n_steps": 3}
 
     tiny(tmp_path, checkpoint_every_n_val_epochs=2, training=training).fit()
@@ -80,7 +80,7 @@ def test_validation_runs_of_their_own_count(tmp_path: Path) -> None:
     assert steps(tmp_path) == [6, 12, 16]
 
 
-def test_a_save_comes_only_between_two_steps(tmp_path: Path) -> None:
+def test_saves_happen_only_between_optimizer_steps(tmp_path: Path) -> None:
     training = {"gradient_accumulation_steps": 3}
 
     tiny(tmp_path, every=Every(seconds=1e-9), training=training, n_epochs=1).fit()
@@ -95,7 +95,7 @@ def state(checkpoint: Checkpoint, root: Path) -> Any:
     return json.loads((directory(root) / checkpoint.name / "state.json").read_text())
 
 
-def test_the_manifest_tells_why_it_was_saved(tmp_path: Path) -> None:
+def test_the_manifest_records_the_reason(tmp_path: Path) -> None:
     tiny(tmp_path, every=Every(steps=5, epochs=1)).fit()
 
     reasons = [checkpoint.manifest.reason for checkpoint in saved(tmp_path)]
@@ -123,7 +123,7 @@ def test_nothing_is_saved_before_the_first_step(tmp_path: Path) -> None:
     assert steps(tmp_path) == []
 
 
-def test_a_stop_saves_where_it_stopped(tmp_path: Path) -> None:
+def test_a_stop_saves_the_last_step(tmp_path: Path) -> None:
     class StopAt(Callback[Any]):
         def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
             if self.trainer.global_step == 3:
@@ -134,7 +134,7 @@ def test_a_stop_saves_where_it_stopped(tmp_path: Path) -> None:
     assert [(c.step, c.manifest.reason) for c in saved(tmp_path)] == [(3, "enough")]
 
 
-def test_a_finished_run_that_is_started_again_saves_nothing_new(tmp_path: Path) -> None:
+def test_restarting_a_finished_run_saves_nothing(tmp_path: Path) -> None:
     tiny(tmp_path).fit()
     before = saved(tmp_path)
 
@@ -149,7 +149,7 @@ def test_enable_false_does_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*")) == []
 
 
-def test_root_dir_is_the_root_of_another_run_directory(tmp_path: Path) -> None:
+def test_root_dir_is_the_parent_of_another_run_directory(tmp_path: Path) -> None:
     trainer = tiny(tmp_path / "runs", root_dir=tmp_path / "elsewhere")
 
     trainer.fit()
@@ -160,16 +160,16 @@ def test_root_dir_is_the_root_of_another_run_directory(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-# What stays
+# What it keeps
 
 
-def test_the_newest_three_stay_by_default(tmp_path: Path) -> None:
+def test_the_newest_three_are_kept_by_default(tmp_path: Path) -> None:
     tiny(tmp_path, every=Every(steps=2), keep_last=3).fit()
 
     assert steps(tmp_path) == [12, 14, 16]
 
 
-def test_the_best_are_saved_and_stay_whatever_the_cadence(tmp_path: Path) -> None:
+def test_the_best_are_saved_and_kept_at_any_cadence(tmp_path: Path) -> None:
     values = {2: 5.0, 4: 1.0, 6: 4.0, 8: 2.0, 10: 9.0, 12: 8.0, 14: 7.0, 16: 3.0}
 
     tiny(tmp_path, kind=scored(values), keep_top_k=2, keep_last=1, **SCORED).fit()
@@ -182,7 +182,7 @@ SCORED: dict[str, Any] = {"every": Every(steps=1000), "training": {"val_every_n_
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1.0], ids=str)
-def test_any_result_can_be_saved_and_found_again(tmp_path: Path, value: float) -> None:
+def test_any_metric_value_round_trips(tmp_path: Path, value: float) -> None:
     values = {4: 2.0, 8: value, 12: 3.0, 16: 4.0}
     fields: dict[str, Any] = {"every": Every(steps=4), "training": {"val_every_n_steps": 4}}
 
@@ -195,7 +195,7 @@ def test_any_result_can_be_saved_and_found_again(tmp_path: Path, value: float) -
     assert trainer.global_step == (8 if value < 2 else 4)
 
 
-def test_a_validation_after_the_save_belongs_to_it(tmp_path: Path) -> None:
+def test_a_validation_after_the_save_adds_its_metrics(tmp_path: Path) -> None:
     values = {2: 1.0, 4: 5.0}
     fields: dict[str, Any] = {"every": Every(steps=2), "training": SCORED["training"]}
 
@@ -206,7 +206,7 @@ def test_a_validation_after_the_save_belongs_to_it(tmp_path: Path) -> None:
     assert saved(tmp_path)[0].manifest.metrics == {}, "the folder never changes"
 
 
-def test_results_that_were_damaged_count_as_none_and_it_is_said(
+def test_damaged_metrics_are_ignored_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     values = dict.fromkeys(range(2, 17, 2), 1.0)
@@ -222,7 +222,7 @@ def test_results_that_were_damaged_count_as_none_and_it_is_said(
     assert "metrics-0000000004.json can't be used: its own checksum doesn't match" in caplog.text
 
 
-def test_an_unknown_monitor_is_an_error_that_lists_what_there_is(tmp_path: Path) -> None:
+def test_an_unknown_monitor_is_an_error_that_lists_the_metrics(tmp_path: Path) -> None:
     trainer = tiny(tmp_path, monitor="accuracy", keep_top_k=1)
 
     with pytest.raises(CheckpointError, match=r"monitor='accuracy'.*there are loss, val_loss"):
@@ -231,7 +231,7 @@ def test_an_unknown_monitor_is_an_error_that_lists_what_there_is(tmp_path: Path)
     assert trainer.global_step == STEPS_PER_EPOCH
 
 
-def test_a_monitor_that_nothing_depends_on_doesnt_matter(tmp_path: Path) -> None:
+def test_an_unused_monitor_is_not_checked(tmp_path: Path) -> None:
     tiny(tmp_path, monitor="accuracy").fit()
 
     assert steps(tmp_path) == [8, 16]
@@ -333,7 +333,7 @@ def test_numbers_of_any_kind_are_saved_as_metrics(tmp_path: Path) -> None:
     assert "text" not in checkpoint.metrics
 
 
-def test_what_a_user_deletes_meanwhile_neither_counts_nor_stops_the_tidying(tmp_path: Path) -> None:
+def test_a_checkpoint_deleted_by_the_user_does_not_affect_retention(tmp_path: Path) -> None:
     class DeletesOne(Callback[Any]):
         def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
             if self.trainer.global_step == 4:
@@ -344,7 +344,7 @@ def test_what_a_user_deletes_meanwhile_neither_counts_nor_stops_the_tidying(tmp_
     assert steps(tmp_path) == [7, 8]
 
 
-def test_what_is_being_read_stays_until_it_was_read(tmp_path: Path) -> None:
+def test_a_checkpoint_is_kept_while_it_is_read(tmp_path: Path) -> None:
     tiny(tmp_path, n_epochs=1, keep_last=1).fit()
     filesystem = LocalFilesystem(directory(tmp_path))
 
@@ -357,7 +357,7 @@ def test_what_is_being_read_stays_until_it_was_read(tmp_path: Path) -> None:
 
 
 class Disagreeing(TinyTrainer):
-    """Rank 0 says that step 4 is best, rank 1 that step 12 is."""
+    """Validation results by which step 4 is best on rank 0 and step 12 on rank 1."""
 
     def compute_metrics(self) -> dict[str, Any]:
         best = 4 if self.world.rank == 0 else 12
@@ -370,14 +370,14 @@ def fit_disagreeing(root: Path) -> None:
     tiny(root, kind=Disagreeing, layout="ddp", training=training, **fields).fit()
 
 
-def test_where_results_differ_across_ranks_that_of_rank_0_counts(tmp_path: Path) -> None:
+def test_metrics_of_rank_0_decide_if_ranks_differ(tmp_path: Path) -> None:
     run_on_ranks(fit_disagreeing, 2, tmp_path)
 
     assert steps(tmp_path) == [4, 16]
     assert saved(tmp_path)[0].metrics["score"] == 0.0
 
 
-def test_a_validation_without_the_result_is_never_best(tmp_path: Path) -> None:
+def test_a_validation_without_the_metric_is_never_best(tmp_path: Path) -> None:
     class Sometimes(TinyTrainer):
         def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
             has_score = self.global_step != 8
@@ -390,7 +390,7 @@ def test_a_validation_without_the_result_is_never_best(tmp_path: Path) -> None:
     assert steps(tmp_path) == [4, 12, 16]
 
 
-def test_a_try_of_validation_before_training_isnt_a_result(tmp_path: Path) -> None:
+def test_a_sanity_validation_is_not_a_metric(tmp_path: Path) -> None:
     trainer = tiny(tmp_path, keep_top_k=1, training={"num_sanity_val_steps": 1})
 
     trainer.fit()
@@ -398,7 +398,7 @@ def test_a_try_of_validation_before_training_isnt_a_result(tmp_path: Path) -> No
     assert steps(tmp_path) == [8, 16]
 
 
-def test_weights_with_nan_are_marked_and_the_run_goes_back_to_others(
+def test_nan_weights_are_marked_and_skipped_on_resume(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Spoil(Callback[Any]):
@@ -418,10 +418,10 @@ def test_weights_with_nan_are_marked_and_the_run_goes_back_to_others(
     assert "step-0000000016 has NaN in its weights" in caplog.text
 
 
-# What is resumed
+# What it resumes from
 
 
-def test_best_goes_back_and_last_then_means_the_new_branch(tmp_path: Path) -> None:
+def test_last_after_resuming_from_best_is_the_new_branch(tmp_path: Path) -> None:
     values = {4: 1.0, 8: 5.0, 12: 6.0, 16: 7.0}
     fields: dict[str, Any] = {
         "kind": scored(values),
@@ -440,7 +440,7 @@ def test_best_goes_back_and_last_then_means_the_new_branch(tmp_path: Path) -> No
     assert trainer.global_step == 6
 
 
-def test_a_clock_that_jumps_back_changes_nothing(
+def test_a_clock_set_back_does_not_change_the_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = itertools.count(2_000_000_000, -1000)
@@ -458,7 +458,7 @@ def test_a_clock_that_jumps_back_changes_nothing(
     assert trainer.global_step == 16
 
 
-def test_a_step_that_comes_again_replaces_the_one_of_the_old_branch(tmp_path: Path) -> None:
+def test_a_repeated_step_replaces_its_earlier_checkpoint(tmp_path: Path) -> None:
     tiny(tmp_path, every=Every(steps=4)).fit()
     old = {c.step: c.manifest.run for c in saved(tmp_path)}
 
@@ -470,7 +470,7 @@ def test_a_step_that_comes_again_replaces_the_one_of_the_old_branch(tmp_path: Pa
     assert all(new[step] != old[step] for step in (8, 12, 16))
 
 
-def test_resume_none_begins_from_scratch_and_loses_nothing(
+def test_resume_none_starts_from_scratch_and_keeps_old_checkpoints(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tiny(tmp_path, n_epochs=1).fit()
@@ -539,7 +539,7 @@ def test_strict_load_false_loads_what_matches(
     assert "of another shape: models.model.head.weight" in caplog.text
 
 
-def test_resume_data_false_begins_the_epoch_anew(tmp_path: Path) -> None:
+def test_resume_data_false_restarts_the_epoch(tmp_path: Path) -> None:
     history = History()
     with pytest.raises(PlannedError):
         tiny(tmp_path, history, CrashAt(11), every=Every(steps=2)).fit()
@@ -553,7 +553,7 @@ def test_resume_data_false_begins_the_epoch_anew(tmp_path: Path) -> None:
     assert trainer.global_step == 18
 
 
-def test_other_data_is_refused_where_the_position_cant_be_one_of_it(tmp_path: Path) -> None:
+def test_a_position_beyond_the_changed_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlannedError):
         tiny(tmp_path, CrashAt(7), every=Every(steps=2)).fit()
     trainer = tiny(tmp_path, training={"train_steps_per_epoch": 4})
@@ -562,11 +562,11 @@ def test_other_data_is_refused_where_the_position_cant_be_one_of_it(tmp_path: Pa
         trainer.setup()
 
 
-# Among other callbacks
+# With other callbacks
 
 
 @pytest.mark.parametrize("is_listed_after", [False, True], ids=["before", "after"])
-def test_weights_and_average_are_saved_each_under_its_name(
+def test_weights_and_moving_average_are_saved_separately(
     tmp_path: Path, is_listed_after: bool
 ) -> None:
     def averaged(n_epochs: int, root: Path) -> tuple[TinyTrainer, Average]:
@@ -580,8 +580,8 @@ def test_weights_and_average_are_saved_each_under_its_name(
             trainer.callbacks.append(callback)
         return trainer, average
 
-    whole, expected = averaged(2, tmp_path / "whole")
-    whole.fit()
+    uninterrupted, expected = averaged(2, tmp_path / "uninterrupted")
+    uninterrupted.fit()
     stopped, _ = averaged(1, tmp_path / "stopped")
     stopped.fit()
 
@@ -593,7 +593,7 @@ def test_weights_and_average_are_saved_each_under_its_name(
 
     assert found.steps == 16
     assert not different(found.average, expected.average)
-    assert not different(weights(trainer), weights(whole))
+    assert not different(weights(trainer), weights(uninterrupted))
 
 
 def averaging(layout: str, is_listed_after: bool) -> TinyTrainer:
@@ -606,7 +606,7 @@ def averaging(layout: str, is_listed_after: bool) -> TinyTrainer:
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
 @pytest.mark.parametrize("is_listed_after", [False, True], ids=["before", "after"])
-def test_weights_and_average_come_back_on_two_ranks(
+def test_weights_and_moving_average_are_restored_on_two_ranks(
     tmp_path: Path, layout: str, is_listed_after: bool
 ) -> None:
     make_trainer = functools.partial(averaging, layout, is_listed_after)
@@ -622,7 +622,7 @@ def test_weights_and_average_come_back_on_two_ranks(
     assert not torch.equal(weight, average)
 
 
-def test_it_runs_after_everyone_else(tmp_path: Path) -> None:
+def test_it_runs_after_all_other_callbacks(tmp_path: Path) -> None:
     trainer = tiny(tmp_path, Average(), History())
 
     plan = trainer.callbacks.plan()
@@ -631,7 +631,7 @@ def test_it_runs_after_everyone_else(tmp_path: Path) -> None:
     assert plan.hooks["post_setup"] == ("Average", "CheckpointCallback")
 
 
-def test_a_state_that_couldnt_be_loaded_isnt_saved(
+def test_a_state_that_cannot_be_loaded_is_not_saved(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Careless(Callback[Any]):
@@ -646,14 +646,14 @@ def test_a_state_that_couldnt_be_loaded_isnt_saved(
     assert "there is none yet; training continues" in caplog.text, "no advice about the disk"
 
 
-def test_two_of_them_in_one_directory_are_refused(tmp_path: Path) -> None:
+def test_two_callbacks_with_one_directory_are_refused(tmp_path: Path) -> None:
     trainer = tiny(tmp_path, CheckpointCallback(CheckpointParameters(every=Every(steps=5))))
 
     with pytest.raises(CheckpointError, match=r"CheckpointCallback_2 writes to .* too"):
         trainer.setup()
 
 
-def test_two_of_them_in_two_directories_are_fine(tmp_path: Path) -> None:
+def test_two_callbacks_with_different_directories_work(tmp_path: Path) -> None:
     second = CheckpointParameters(root_dir=tmp_path / "second", every=Every(steps=4))
 
     tiny(tmp_path / "first", CheckpointCallback(second)).fit()
@@ -666,10 +666,10 @@ def test_two_of_them_in_two_directories_are_fine(tmp_path: Path) -> None:
     ]
 
 
-# Life
+# Life cycle
 
 
-def test_fit_can_be_called_again(tmp_path: Path) -> None:
+def test_a_second_fit_continues(tmp_path: Path) -> None:
     trainer = tiny(tmp_path, n_epochs=1)
     trainer.fit()
     trainer.training_parameters.n_epochs = 3
@@ -679,7 +679,7 @@ def test_fit_can_be_called_again(tmp_path: Path) -> None:
     assert steps(tmp_path) == [8, 16, 24]
 
 
-def test_a_copy_is_a_callback_of_its_own(tmp_path: Path) -> None:
+def test_a_copy_is_independent(tmp_path: Path) -> None:
     callback = CheckpointCallback(CheckpointParameters(every=Every(steps=4)))
     trainer = tiny(tmp_path / "first", n_epochs=1, enable=False)
     trainer.callbacks["CheckpointCallback"] = callback
@@ -694,7 +694,7 @@ def test_a_copy_is_a_callback_of_its_own(tmp_path: Path) -> None:
         assert steps(tmp_path / "other") == [4, 8]
 
 
-def test_an_error_before_training_leaves_the_directory_to_others(tmp_path: Path) -> None:
+def test_an_error_before_training_releases_the_directory(tmp_path: Path) -> None:
     class Fails(Callback[Any]):
         after = {CheckpointCallback}
 
@@ -717,16 +717,16 @@ def test_a_second_trainer_in_the_same_directory_is_refused(tmp_path: Path) -> No
     tiny(tmp_path, StartsAnother(), training={"max_steps": 1}).fit()
 
 
-def test_a_run_that_was_overtaken_since_it_was_set_up_is_refused(tmp_path: Path) -> None:
+def test_a_run_overtaken_after_set_up_is_refused(tmp_path: Path) -> None:
     trainer = tiny(tmp_path)
     trainer.setup()
     tiny(tmp_path).fit()
 
-    with pytest.raises(CheckpointError, match="another run has saved there since"):
+    with pytest.raises(CheckpointError, match="another run has saved there after"):
         trainer.fit()
 
 
-def test_a_start_reads_each_manifest_once_unless_another_was_at_work(
+def test_manifests_are_read_once_unless_another_run_has_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny(tmp_path).fit()
@@ -767,7 +767,7 @@ def test_save_on_exception_saves_between_two_steps(tmp_path: Path) -> None:
     assert [(c.step, c.manifest.reason) for c in saved(tmp_path)] == [(8, "PlannedError")]
 
 
-def test_save_on_exception_saves_nothing_that_isnt_exact(
+def test_save_on_exception_never_saves_within_a_step(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class FailsInside(TinyTrainer):
@@ -804,18 +804,18 @@ class Unused(TinyTrainer):
         return super().training_step(batch, batch_idx)
 
 
-def test_a_parameter_without_gradients_resumes_as_if_nothing_had_been(tmp_path: Path) -> None:
+def test_a_parameter_without_gradients_resumes_exactly(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"kind": Unused, "every": Every(steps=5)}
-    whole = tiny(tmp_path / "whole", **fields)
-    whole.fit()
+    uninterrupted = tiny(tmp_path / "uninterrupted", **fields)
+    uninterrupted.fit()
     with pytest.raises(PlannedError):
         tiny(tmp_path / "stopped", CrashAt(7), **fields).fit()
 
     trainer = tiny(tmp_path / "stopped", **fields)
     trainer.fit()
 
-    assert not different(weights(trainer), weights(whole))
-    assert not different(moments(trainer), moments(whole))
+    assert not different(weights(trainer), weights(uninterrupted))
+    assert not different(moments(trainer), moments(uninterrupted))
 
 
 class Averaging(TinyTrainer):
@@ -834,28 +834,26 @@ class Averaging(TinyTrainer):
 
 
 @pytest.mark.parametrize("layout", ["single", "fsdp"])
-def test_states_that_appear_in_the_course_of_training_come_back(
-    tmp_path: Path, layout: str
-) -> None:
+def test_optimizer_state_created_during_training_is_restored(tmp_path: Path, layout: str) -> None:
     if layout == "fsdp":
         pairs = run_on_ranks(growing, 2, tmp_path, layout)
     else:
         pairs = [growing(tmp_path, layout)]
 
-    for whole, resumed in pairs:
-        assert not different(whole, resumed)
+    for uninterrupted, resumed in pairs:
+        assert not different(uninterrupted, resumed)
         assert "optimizer.embed.weight.kept" in resumed
 
 
 def growing(root: Path, layout: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     fields: dict[str, Any] = {"kind": Averaging, "every": Every(steps=5), "layout": layout}
-    whole = tiny(root / "whole", **fields)
-    whole.fit()
+    uninterrupted = tiny(root / "uninterrupted", **fields)
+    uninterrupted.fit()
     with pytest.raises(PlannedError):
         tiny(root / "stopped", CrashAt(7), **fields).fit()
     trainer = tiny(root / "stopped", **fields)
     trainer.fit()
-    return moments(whole), moments(trainer)
+    return moments(uninterrupted), moments(trainer)
 
 
 @pytest.mark.parametrize(
@@ -889,16 +887,16 @@ def test_every_optimizer_of_torch_resumes_bit_for_bit(tmp_path: Path, make_optim
             self.optimizer = make_optimizer(self.model.parameters())
 
     fields: dict[str, Any] = {"kind": Other, "every": Every(steps=5)}
-    whole = tiny(tmp_path / "whole", **fields)
-    whole.fit()
+    uninterrupted = tiny(tmp_path / "uninterrupted", **fields)
+    uninterrupted.fit()
     with pytest.raises(PlannedError):
         tiny(tmp_path / "stopped", CrashAt(7), **fields).fit()
 
     trainer = tiny(tmp_path / "stopped", **fields)
     trainer.fit()
 
-    assert not different(weights(trainer), weights(whole))
-    assert not different(moments(trainer), moments(whole))
+    assert not different(weights(trainer), weights(uninterrupted))
+    assert not different(moments(trainer), moments(uninterrupted))
 
 
 @pytest.mark.parametrize("name", ["with space", "ünï-cödé", "a'b\"c", "x" * 200])

@@ -1,4 +1,4 @@
-"""What is resumed: rules alone, no files."""
+"""Rules of resuming, without files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def order(
     return [c.step for c in candidates(catalog, mode, "val_loss", "min").checkpoints]
 
 
-def test_an_empty_directory_means_from_scratch() -> None:
+def test_an_empty_directory_has_no_candidates() -> None:
     assert order("last") == []
     assert order("best") == []
 
@@ -30,7 +30,7 @@ def test_last_means_written_last() -> None:
     assert order("last", *went_back) == [15, 20, 10]
 
 
-def test_one_with_nan_comes_last_and_it_is_said() -> None:
+def test_a_checkpoint_with_nan_comes_last_with_a_message() -> None:
     catalog = Catalog((checkpoint(10), checkpoint(20), checkpoint(30, has_nan=True)))
 
     found = candidates(catalog, "last", "val_loss", "min")
@@ -39,11 +39,11 @@ def test_one_with_nan_comes_last_and_it_is_said() -> None:
     assert "step-0000000030 has NaN" in found.passed_over[0]
 
 
-def test_one_with_nan_is_taken_if_there_is_no_other() -> None:
+def test_a_checkpoint_with_nan_is_used_if_there_is_no_other() -> None:
     assert order("last", checkpoint(30, has_nan=True)) == [30]
 
 
-def test_best_goes_by_the_result() -> None:
+def test_best_sorts_by_the_metric() -> None:
     values = {10: 3.0, 20: -math.inf, 30: 1.0, 40: math.nan, 50: None}
     checkpoints = [checkpoint(step, value) for step, value in values.items()]
 
@@ -52,28 +52,28 @@ def test_best_goes_by_the_result() -> None:
     assert order("max", *checkpoints) == [10, 30, 20]
 
 
-def test_best_without_any_result_is_an_error_that_lists_what_there_is() -> None:
+def test_best_without_the_metric_is_an_error_that_lists_the_metrics() -> None:
     known = checkpoint(10, metrics={"accuracy": 0.5})
 
     with pytest.raises(CheckpointError, match=r"'val_loss'.*they have accuracy"):
         order("best", known)
 
 
-def test_a_step_means_this_one_alone() -> None:
+def test_a_step_selects_only_its_checkpoint() -> None:
     assert order(20, *steps(10, 20, 30)) == [20]
 
 
-def test_a_step_that_isnt_there_is_an_error_that_lists_those_that_are() -> None:
-    with pytest.raises(CheckpointError, match=r"step-0000000025, which isn't there.*10, 20, 30"):
+def test_a_missing_step_is_an_error_that_lists_the_steps() -> None:
+    with pytest.raises(CheckpointError, match=r"step-0000000025, which doesn't exist.*10, 20, 30"):
         order(25, *steps(10, 20, 30))
 
 
-def test_a_damaged_step_is_an_error_that_says_what_is_wrong() -> None:
+def test_a_damaged_step_is_an_error_that_shows_the_damage() -> None:
     with pytest.raises(CheckpointError, match=r"which is damaged: MANIFEST.json is missing"):
         order(20, *steps(10), damaged={"step-0000000020": "MANIFEST.json is missing"})
 
 
-def test_a_damaged_one_that_is_newer_is_mentioned() -> None:
+def test_a_newer_damaged_checkpoint_is_mentioned() -> None:
     catalog = Catalog(tuple(steps(10, 20)), {"step-0000000015": "old", "step-0000000030": "torn"})
 
     found = candidates(catalog, "last", "val_loss", "min")
@@ -82,6 +82,6 @@ def test_a_damaged_one_that_is_newer_is_mentioned() -> None:
     assert found.passed_over == ("step-0000000030: torn",)
 
 
-def test_nothing_but_damage_is_an_error() -> None:
-    with pytest.raises(CheckpointError, match=r"none is whole .step-0000000030: torn"):
+def test_only_damaged_checkpoints_are_an_error() -> None:
+    with pytest.raises(CheckpointError, match=r"none is intact .step-0000000030: torn"):
         order("last", damaged={"step-0000000030": "torn"})

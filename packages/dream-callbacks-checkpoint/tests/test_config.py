@@ -1,4 +1,4 @@
-"""Parameters: what is accepted, and what contradicts itself."""
+"""CheckpointParameters: accepted values and contradictions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dream_callbacks.checkpoint import CheckpointParameters
 from dream_trainer.callbacks import Every
 
 
-def test_the_default_saves_each_epoch_and_each_half_hour() -> None:
+def test_the_default_saves_every_epoch_and_every_half_hour() -> None:
     assert CheckpointParameters().cadence == Every(epochs=1, seconds=1800)
 
 
@@ -32,11 +32,11 @@ def test_parameters_of_dream_trainer_1_are_accepted() -> None:
     assert parameters.best_mode == "min"
 
 
-def test_resume_max_means_that_high_is_good() -> None:
+def test_resume_max_ranks_high_values_best() -> None:
     assert CheckpointParameters(resume_mode="max").keep_rules.mode == "max"
 
 
-def test_the_best_one_stays_where_the_next_start_asks_for_it() -> None:
+def test_resuming_from_the_best_keeps_the_best() -> None:
     assert CheckpointParameters(resume_mode="best").keep_rules.top_k == 1
     assert CheckpointParameters(resume_mode="best", keep_top_k=4).keep_rules.top_k == 4
     assert CheckpointParameters().keep_rules.top_k == 0
@@ -69,7 +69,7 @@ def test_the_best_one_stays_where_the_next_start_asks_for_it() -> None:
     ],
     ids=str,
 )
-def test_bad_parameters_are_refused(fields: dict[str, Any], message: str) -> None:
+def test_invalid_parameters_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CheckpointParameters(**fields)
 

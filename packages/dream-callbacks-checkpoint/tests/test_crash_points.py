@@ -1,8 +1,7 @@
-"""A stop, or an error, at every call that changes the file system: nothing that was saved is lost.
+"""A crash or an error at every call that changes the file system: no reported save is lost.
 
-Python tells an audit hook of each such call before it is made; calls of pwrite and fsync, of which
-it doesn't, pass through functions that do. A process is forked for each of them, and ends there, or
-gets an error there.
+Python calls an audit hook before each such call; pwrite and fsync, which have no audit event, are
+wrapped. A process is forked for each of the calls, and exits there or gets an error there.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def is_change(event: str, args: tuple[Any, ...], root: str) -> bool:
 
 
 def at_change(root: Path, number: int, act: Callable[[], None]) -> list[int]:
-    """Do something before a change below a directory; the list counts the changes."""
+    """Call a function before each change below a directory; the list counts the changes."""
     count, counting = [0], threading.Lock()  # several files are synced at once
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
@@ -69,7 +68,7 @@ def at_change(root: Path, number: int, act: Callable[[], None]) -> list[int]:
 
 
 def run(root: Path, max_steps: int, **fields: Any) -> None:
-    """Save each step, and say so; keep two."""
+    """Train and save each step, and record each reported save; keep two."""
     import logging
 
     logger = logging.getLogger("dream_callbacks.checkpoint")
@@ -98,7 +97,7 @@ def fields_of(root: Path, callback: str) -> dict[str, Any]:
 
 
 def stopped_at(number: int, root: Path, max_steps: int, **fields: Any) -> int:
-    """Exit status of a run that is killed before one of its changes, if it has so many."""
+    """Exit status of a run that is killed before one of its changes, if it makes so many."""
 
     def stop() -> None:
         at_change(root, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -108,7 +107,7 @@ def stopped_at(number: int, root: Path, max_steps: int, **fields: Any) -> int:
 
 
 def stopped_everywhere(root: Path, callback: str, stride: int) -> int:
-    """Stop a run at each of its changes; how many there were."""
+    """Kill a run at each of its changes; returns the number of changes."""
     number = 1 - stride
     while True:
         number += stride
@@ -129,7 +128,7 @@ def stopped_everywhere(root: Path, callback: str, stride: int) -> int:
 
 
 def check_directory(root: Path, last: int) -> None:
-    """All checkpoints are whole, and nothing else is there."""
+    """Check that all checkpoints are intact, and that there are no other files."""
     filesystem = LocalFilesystem(training.directory(root))
     catalog = read_catalog(filesystem)
     assert not catalog.damaged
@@ -146,14 +145,14 @@ STRIDES = [
 
 @pytest.mark.parametrize("callback", [*training.CALLBACKS, "url"])
 @pytest.mark.parametrize("stride", STRIDES)
-def test_a_stop_at_any_change_loses_nothing(tmp_path: Path, callback: str, stride: int) -> None:
+def test_a_crash_at_any_change_loses_nothing(tmp_path: Path, callback: str, stride: int) -> None:
     (num_changes,) = run_on_ranks(stopped_everywhere, 1, tmp_path, callback, stride, timeout_s=850)
 
     assert num_changes > 60
 
 
 def failing_everywhere(root: Path, stride: int) -> tuple[int, list[int]]:
-    """Let each change of a run fail once; how many there were, and which ended the run."""
+    """Make each change of a run fail once; the number of changes, and those that ended the run."""
     number, ended = 1 - stride, []
     while True:
         number += stride
@@ -184,12 +183,12 @@ def test_an_error_at_any_change_is_survived(tmp_path: Path, stride: int) -> None
     ((num_changes, ended),) = run_on_ranks(failing_everywhere, 1, tmp_path, stride, timeout_s=850)
 
     assert num_changes > 150
-    # What is done before the first step ends the run, with a message; no save does.
+    # An error before the first step ends the run with a message; an error of a save doesn't.
     assert max(ended) < 30
 
 
 def replaced_everywhere(root: Path, callback: str, stride: int) -> int:
-    """Stop a run that replaces the checkpoints of an abandoned branch at each change."""
+    """Kill a run that replaces the checkpoints of an abandoned branch, at each change."""
     number = 1 - stride
     while True:
         number += stride
@@ -208,7 +207,7 @@ def replaced_everywhere(root: Path, callback: str, stride: int) -> int:
 
 @pytest.mark.parametrize("callback", ["sync", "url"])
 @pytest.mark.parametrize("stride", STRIDES)
-def test_a_stop_while_one_checkpoint_replaces_another_leaves_one_of_them(
+def test_a_crash_during_a_replacement_leaves_one_of_the_two(
     tmp_path: Path, callback: str, stride: int
 ) -> None:
     (num_changes,) = run_on_ranks(replaced_everywhere, 1, tmp_path, callback, stride, timeout_s=850)

@@ -1,4 +1,4 @@
-"""Whatever happens to a file of a checkpoint is seen before a tensor of the model is touched."""
+"""Damage to any file of a checkpoint is detected before the model is changed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def root(pristine: Path, tmp_path: Path) -> Path:
-    """A copy that may be damaged."""
+    """A copy to damage."""
     return Path(shutil.copytree(pristine, tmp_path / "root"))
 
 
@@ -55,7 +55,7 @@ def tiny(root: Path, *, n_epochs: int = 2, **checkpoint: Any) -> TinyTrainer:
 
 
 def problems(folder: Path) -> list[str]:
-    """What is found to be wrong with a checkpoint."""
+    """Problems found in a checkpoint."""
     filesystem = LocalFilesystem(folder.parent)
     catalog = read_catalog(filesystem)
     if folder.name in catalog.damaged:
@@ -64,7 +64,7 @@ def problems(folder: Path) -> list[str]:
     return damage_of(filesystem, checkpoint, checksums=True)
 
 
-def test_an_untouched_checkpoint_is_whole(root: Path) -> None:
+def test_an_unchanged_checkpoint_is_intact(root: Path) -> None:
     assert problems(directory(root) / NEWER) == []
 
 
@@ -72,60 +72,60 @@ FULL = [pytest.mark.full, pytest.mark.timeout(600)]
 
 
 @pytest.mark.parametrize("num_flips", [600, pytest.param(10_000, marks=FULL)])
-def test_any_flipped_bit_is_seen(root: Path, num_flips: int) -> None:
+def test_any_flipped_bit_is_detected(root: Path, num_flips: int) -> None:
     draw = random.Random(0)
     folder = directory(root) / NEWER
     files = files_of(folder)
     for file in files:
-        whole = file.read_bytes()
-        assert whole
+        original = file.read_bytes()
+        assert original
         for _ in range(-(-num_flips // len(files))):
-            bit = draw.randrange(len(whole) * 8)
-            flipped = bytearray(whole)
+            bit = draw.randrange(len(original) * 8)
+            flipped = bytearray(original)
             flipped[bit // 8] ^= 1 << bit % 8
             file.write_bytes(flipped)
 
             assert problems(folder), f"bit {bit} of {file.name}"
-        file.write_bytes(whole)
+        file.write_bytes(original)
     assert problems(folder) == []
 
 
-def test_every_bit_of_a_manifest_counts(root: Path) -> None:
+def test_any_flipped_bit_of_a_manifest_is_detected(root: Path) -> None:
     manifest = directory(root) / NEWER / "MANIFEST.json"
-    whole = manifest.read_bytes()
-    for bit in range(len(whole) * 8):
-        flipped = bytearray(whole)
+    original = manifest.read_bytes()
+    for bit in range(len(original) * 8):
+        flipped = bytearray(original)
         flipped[bit // 8] ^= 1 << bit % 8
         with pytest.raises(DamagedCheckpointError):
             unsealed(bytes(flipped))
 
 
 @pytest.mark.parametrize("num_lengths", [120, pytest.param(1000, marks=FULL)])
-def test_any_truncation_is_seen(root: Path, num_lengths: int) -> None:
+def test_any_truncation_is_detected(root: Path, num_lengths: int) -> None:
     draw = random.Random(1)
     folder = directory(root) / NEWER
     files = files_of(folder)
     for file in files:
-        whole = file.read_bytes()
-        drawn = (draw.randrange(len(whole)) for _ in range(-(-num_lengths // len(files))))
-        for length in {0, 1, len(whole) - 1, *drawn}:
-            file.write_bytes(whole[:length])
+        original = file.read_bytes()
+        drawn = (draw.randrange(len(original)) for _ in range(-(-num_lengths // len(files))))
+        for length in {0, 1, len(original) - 1, *drawn}:
+            file.write_bytes(original[:length])
 
             assert problems(folder), f"{length} bytes of {file.name}"
-        file.write_bytes(whole)
+        file.write_bytes(original)
 
 
-def test_a_missing_file_is_seen(root: Path) -> None:
+def test_a_missing_file_is_detected(root: Path) -> None:
     folder = directory(root) / NEWER
     for file in files_of(folder):
-        whole = file.read_bytes()
+        original = file.read_bytes()
         file.unlink()
 
         assert problems(folder), file.name
-        file.write_bytes(whole)
+        file.write_bytes(original)
 
 
-def test_a_link_in_place_of_a_file_is_refused(root: Path, tmp_path: Path) -> None:
+def test_a_symlink_instead_of_a_file_is_refused(root: Path, tmp_path: Path) -> None:
     folder = directory(root) / NEWER
     for file in files_of(folder):
         moved = file.rename(tmp_path / f"moved-{file.name}")
@@ -136,19 +136,19 @@ def test_a_link_in_place_of_a_file_is_refused(root: Path, tmp_path: Path) -> Non
         moved.rename(file)
 
 
-def test_a_pipe_in_place_of_a_file_is_refused_and_nobody_waits_for_it(root: Path) -> None:
+def test_a_pipe_instead_of_a_file_is_refused_without_blocking(root: Path) -> None:
     folder = directory(root) / NEWER
     for file in files_of(folder):
-        whole = file.read_bytes()
+        original = file.read_bytes()
         file.unlink()
         os.mkfifo(file)
 
         assert "regular file" in problems(folder)[0]
         file.unlink()
-        file.write_bytes(whole)
+        file.write_bytes(original)
 
 
-def test_a_link_in_place_of_a_checkpoint_is_refused(root: Path, tmp_path: Path) -> None:
+def test_a_symlink_instead_of_a_checkpoint_is_refused(root: Path, tmp_path: Path) -> None:
     folder = directory(root) / NEWER
     folder.symlink_to(folder.rename(tmp_path / "moved"))
 
@@ -156,7 +156,7 @@ def test_a_link_in_place_of_a_checkpoint_is_refused(root: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", "state.json", "rank-00000.json", "index.json"])
-def test_a_run_goes_on_from_the_newest_that_is_whole(
+def test_a_run_resumes_from_the_newest_intact_checkpoint(
     root: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     damage(directory(root) / NEWER / name)
@@ -168,15 +168,15 @@ def test_a_run_goes_on_from_the_newest_that_is_whole(
     assert f"{NEWER} is damaged: {NEWER}/{name}: its checksum doesn't match" in caplog.text
 
 
-def test_all_ranks_go_back_to_the_same_one_whoever_sees_the_damage(tmp_path: Path) -> None:
-    run_on_ranks(save_on_ranks, 2, tmp_path / "whole")
-    names = [path.name for path in files_of(directory(tmp_path / "whole") / NEWER)]
+def test_all_ranks_choose_the_same_checkpoint_if_one_detects_damage(tmp_path: Path) -> None:
+    run_on_ranks(save_on_ranks, 2, tmp_path / "original")
+    names = [path.name for path in files_of(directory(tmp_path / "original") / NEWER)]
     assert {"__0_0.distcp", "__1_0.distcp", "rank-00001.json"} <= set(names)
     for name in names:
-        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        shutil.copytree(tmp_path / "original", tmp_path / name)
         damage(directory(tmp_path / name) / NEWER / name)
 
-    results = run_on_ranks(steps_resumed, 2, [tmp_path / name for name in ("whole", *names)])
+    results = run_on_ranks(steps_resumed, 2, [tmp_path / name for name in ("original", *names)])
 
     assert results == [[8] + [4] * len(names)] * 2
 
@@ -192,7 +192,7 @@ def steps_resumed(roots: list[Path]) -> list[int]:
     return [trainer.global_step for trainer in trainers]
 
 
-def test_a_damaged_manifest_is_passed_over_with_a_word(
+def test_a_damaged_manifest_is_skipped_with_a_warning(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     damage(directory(root) / NEWER / "MANIFEST.json")
@@ -204,7 +204,7 @@ def test_a_damaged_manifest_is_passed_over_with_a_word(
     assert f"{NEWER}: MANIFEST.json: its own checksum doesn't match" in caplog.text
 
 
-def test_a_damaged_checkpoint_gives_way_when_its_step_comes_again(root: Path) -> None:
+def test_a_damaged_checkpoint_is_replaced_when_its_step_is_saved_again(root: Path) -> None:
     damage(directory(root) / NEWER / "__0_0.distcp")
 
     tiny(root).fit()
@@ -212,24 +212,24 @@ def test_a_damaged_checkpoint_gives_way_when_its_step_comes_again(root: Path) ->
     assert problems(directory(root) / NEWER) == []
 
 
-def test_a_run_never_begins_from_scratch_because_everything_is_damaged(root: Path) -> None:
+def test_a_run_is_refused_if_all_checkpoints_are_damaged(root: Path) -> None:
     damage(directory(root) / NEWER / "index.json")
     damage(directory(root) / OLDER / "index.json")
     trainer = tiny(root)
 
-    with pytest.raises(CheckpointError, match=r"is whole .*restore one from a copy"):
+    with pytest.raises(CheckpointError, match=r"is intact .*restore one from a copy"):
         trainer.setup()
 
 
-def test_without_a_single_manifest_a_run_is_refused(root: Path) -> None:
+def test_a_run_is_refused_if_no_manifest_is_valid(root: Path) -> None:
     for folder in directory(root).glob("step-*"):
         damage(folder / "MANIFEST.json")
 
-    with pytest.raises(CheckpointError, match="there are checkpoints, and none is whole"):
+    with pytest.raises(CheckpointError, match="there are checkpoints, and none is intact"):
         tiny(root).setup()
 
 
-def test_a_step_that_was_asked_for_has_no_substitute(root: Path) -> None:
+def test_a_damaged_checkpoint_of_a_requested_step_is_an_error(root: Path) -> None:
     damage(directory(root) / NEWER / "__0_0.distcp")
     trainer = tiny(root, resume_mode=8)
 
@@ -238,7 +238,7 @@ def test_a_step_that_was_asked_for_has_no_substitute(root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "index.json", "rank-00000.json"])
-def test_the_model_is_untouched_when_a_checkpoint_is_refused(root: Path, name: str) -> None:
+def test_the_model_is_unchanged_when_a_checkpoint_is_refused(root: Path, name: str) -> None:
     damage(directory(root) / NEWER / name)
     fresh = tiny(root.parent / "elsewhere")
     fresh.setup()
@@ -251,7 +251,7 @@ def test_the_model_is_untouched_when_a_checkpoint_is_refused(root: Path, name: s
     assert not trainer.optimizer.state
 
 
-# From here on someone means harm, and makes the checksums fit.
+# Malicious files, with correct checksums
 
 
 @pytest.fixture
@@ -265,7 +265,7 @@ def little_memory() -> Iterator[None]:
 
 
 class Attack:
-    """Leaves a trace when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -293,13 +293,13 @@ def test_a_planted_pickle_is_never_executed(root: Path, kind: Any, tmp_path: Pat
     assert trace.exists(), "the attack works where it is unpickled"
     trace.rmdir()
     for file in files_of(folder):
-        whole = file.read_bytes()
+        original = file.read_bytes()
         file.write_bytes(kind(Attack(trace)))
         if file.name != "MANIFEST.json":
             reseal(folder)
 
         trainer = tiny(root, resume_mode=8)
-        if file.name == ".metadata":  # nobody reads it
+        if file.name == ".metadata":  # no reader
             trainer.setup()
             assert trainer.global_step == 8
         else:
@@ -307,15 +307,15 @@ def test_a_planted_pickle_is_never_executed(root: Path, kind: Any, tmp_path: Pat
                 trainer.setup()
 
         assert not trace.exists(), file.name
-        file.write_bytes(whole)
+        file.write_bytes(original)
         reseal(folder)
 
 
 @pytest.mark.usefixtures("little_memory")
-def test_a_pickle_in_the_place_of_one_tensor_is_never_executed(
+def test_a_pickle_instead_of_a_tensor_is_never_executed(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Set by some: it must not matter.
+    # Users may set it; it must have no effect.
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     trace = tmp_path / "executed"
     folder = directory(root) / NEWER
@@ -342,7 +342,7 @@ def change_index(folder: Path, change: Any) -> None:
 
 
 @pytest.mark.usefixtures("little_memory")
-def test_nothing_outside_of_the_folder_is_read(root: Path) -> None:
+def test_nothing_outside_the_folder_is_read(root: Path) -> None:
     folder = directory(root) / NEWER
     change_index(folder, lambda index: index["files"].__setitem__(0, f"../{OLDER}/__0_0.distcp"))
 
@@ -351,7 +351,7 @@ def test_nothing_outside_of_the_folder_is_read(root: Path) -> None:
 
 
 @pytest.mark.usefixtures("little_memory")
-def test_a_manifest_that_names_a_file_outside_is_refused(root: Path) -> None:
+def test_a_manifest_that_names_a_file_outside_the_folder_is_refused(root: Path) -> None:
     path = directory(root) / NEWER / "MANIFEST.json"
     document = unsealed(path.read_bytes())
     document["files"][f"../{OLDER}/index.json"] = [1, 1]
@@ -378,7 +378,7 @@ def double(index: Any) -> None:
 
 @pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("change", [shrink, shift, double])
-def test_a_tensor_that_isnt_filled_exactly_is_refused(root: Path, change: Any) -> None:
+def test_a_tensor_whose_pieces_do_not_tile_it_is_refused(root: Path, change: Any) -> None:
     change_index(directory(root) / NEWER, change)
 
     with pytest.raises(CheckpointError, match=r"blocks.0.weight.*(don't fill|outside)"):
@@ -386,7 +386,7 @@ def test_a_tensor_that_isnt_filled_exactly_is_refused(root: Path, change: Any) -
 
 
 @pytest.mark.usefixtures("little_memory")
-def test_no_more_memory_is_taken_than_the_files_have_bytes(root: Path) -> None:
+def test_an_index_cannot_allocate_more_memory_than_the_files_have(root: Path) -> None:
     def blow_up(index: Any) -> None:
         tensor = index["tensors"]["rank-00000.trainer.random_state.torch"]
         tensor[1] = tensor[2][0][1] = [10**13]
@@ -398,7 +398,7 @@ def test_no_more_memory_is_taken_than_the_files_have_bytes(root: Path) -> None:
 
 
 @pytest.mark.usefixtures("little_memory")
-def test_a_state_nested_without_end_is_refused(root: Path) -> None:
+def test_a_deeply_nested_state_is_refused(root: Path) -> None:
     folder = directory(root) / NEWER
     (folder / "state.json").write_text('{"a":' * 200_000 + "1" + "}" * 200_000)
     reseal(folder)

@@ -1,4 +1,4 @@
-"""One run at a time writes into a directory."""
+"""Only one run at a time writes to a directory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dream_callbacks.checkpoint import CheckpointError
-from dream_callbacks.checkpoint.io.directory_lock import DirectoryLock
+from dream_callbacks.checkpoint.io.local_filesystem import DirectoryLock
 
 
 def in_child(function: object) -> int:
@@ -40,7 +40,7 @@ def test_another_process_is_refused_until_the_lock_is_released(tmp_path: Path) -
     assert in_child(DirectoryLock(path, "bb").acquire) == 0
 
 
-def test_the_error_says_who_has_it(tmp_path: Path) -> None:
+def test_the_error_names_the_holder(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     reading, writing = os.pipe()
     process = os.fork()
@@ -56,7 +56,7 @@ def test_the_error_says_who_has_it(tmp_path: Path) -> None:
 
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
-    DirectoryLock(path, "bb").acquire()  # the kernel let go of it
+    DirectoryLock(path, "bb").acquire()  # released by the kernel
 
 
 def test_another_object_of_the_same_process_is_refused(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_forked_child_doesnt_have_the_lock(tmp_path: Path) -> None:
     lock.release()
 
 
-def test_a_worker_that_outlives_its_run_doesnt_keep_the_lock(tmp_path: Path) -> None:
+def test_a_worker_that_outlives_its_run_does_not_hold_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     reading, writing = os.pipe()
     process = os.fork()
@@ -125,10 +125,10 @@ def test_a_holder_notices_that_the_lock_was_lost(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     lock = DirectoryLock(path, "aa")
     lock.acquire()
-    # As a network file system would let it happen.
+    # As may happen on a network file system.
     content = json.dumps({"pid": 1, "run": "bb", "fence": 9}).ljust(4096)
 
-    # In a child: closing the file here would let go of the lock.
+    # In a child: closing the file in this process would release the lock.
     assert in_child(lambda: path.write_text(content)) == 0
 
     with pytest.raises(CheckpointError, match="another run has taken over"):
@@ -137,7 +137,7 @@ def test_a_holder_notices_that_the_lock_was_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "not json", "[]", '{"fence": "x"}'])
-def test_nonsense_in_the_file_doesnt_matter(tmp_path: Path, content: str) -> None:
+def test_a_malformed_lock_file_is_ignored(tmp_path: Path, content: str) -> None:
     path = tmp_path / "run.lock"
     path.write_text(content)
     lock = DirectoryLock(path, "aa")

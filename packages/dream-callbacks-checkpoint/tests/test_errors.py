@@ -1,4 +1,4 @@
-"""Full disks, directories that can't be written to, leftovers: the run's data survives."""
+"""Full disks, directories that can't be written to, leftovers: no reported save is lost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dream_trainer.callbacks import Callback, Every
 from dream_trainer.testing import run_on_ranks
 
 
-def test_a_failed_save_doesnt_stop_training_and_loses_nothing(tmp_path: Path) -> None:
+def test_a_failed_save_does_not_stop_training(tmp_path: Path) -> None:
     ((*messages,),) = run_on_ranks(full_disk, 1, tmp_path)
 
     assert steps(tmp_path) == [2, 4, 10, 12, 14, 16]
@@ -30,12 +30,12 @@ def test_a_failed_save_doesnt_stop_training_and_loses_nothing(tmp_path: Path) ->
     assert "File too large" in messages[0]
     assert "__0_0.distcp" in messages[0]
     assert "the newest one is that of step 4" in messages[0]
-    assert "Make sure that there is room" in messages[0]
+    assert "Check the free space" in messages[0]
     assert not [p for p in directory(tmp_path).iterdir() if p.name.startswith(".")]
 
 
 @pytest.mark.parametrize("callback", ["sync", "async"])
-def test_nothing_is_called_saved_that_isnt(tmp_path: Path, callback: str) -> None:
+def test_only_durable_saves_are_reported(tmp_path: Path, callback: str) -> None:
     (messages,) = run_on_ranks(full_disk_aloud, 1, tmp_path, callback)
 
     said = [int(text.split()[2]) for text in messages if text.startswith("saved step ")]
@@ -80,7 +80,7 @@ def full_disk_raises(root: Path) -> str:
 
 
 class Fill(Callback[Any]):
-    """Fills the disk at step 5, and makes room again at step 9."""
+    """Fills the disk at step 5, and frees it at step 9."""
 
     def __init__(self, disk: Path, num_free: int) -> None:
         self.disk = disk
@@ -103,7 +103,7 @@ def on_small_disk(disk: Path, num_free: int) -> list[str]:
     return messages
 
 
-def test_room_is_looked_for_before_anything_is_written(tmp_path: Path) -> None:
+def test_free_space_is_checked_before_anything_is_written(tmp_path: Path) -> None:
     skip_unless_mountable(tmp_path, "tmpfs")
 
     (messages,) = run_on_ranks(on_small_disk, 1, tmp_path / "disk", 100_000)
@@ -136,7 +136,7 @@ def test_a_read_only_disk_is_refused_before_the_first_step(tmp_path: Path) -> No
 
 
 def as_nobody(function: Callable[[], object]) -> int:
-    """Exit status of a process without rights that calls a function."""
+    """Exit status of an unprivileged process that calls a function."""
     process = os.fork()
     if process == 0:
         try:
@@ -166,12 +166,12 @@ def unwritable(root: Path) -> int:
         if path.stat().st_uid == os.getuid() and path != Path("/") and path != Path("/tmp"):
             path.chmod(0o755)
     root.chmod(0o555)
-    # Imports what is imported on the way, which nobody may not be able to read.
+    # Import everything now: the user "nobody" may not be able to read the modules.
     trainer = tiny(root / "x", n_epochs=1, training={"max_steps": 1})
     return as_nobody(trainer.setup)
 
 
-def test_a_file_where_the_directory_should_be_is_refused(tmp_path: Path) -> None:
+def test_a_file_instead_of_the_directory_is_refused(tmp_path: Path) -> None:
     trainer = tiny(tmp_path)
     trainer.run_dir.parent.mkdir(parents=True)
     trainer.run_dir.write_text("a file")
@@ -183,7 +183,7 @@ def test_a_file_where_the_directory_should_be_is_refused(tmp_path: Path) -> None
 # Leftovers
 
 
-def test_what_an_earlier_run_left_unfinished_is_removed(tmp_path: Path) -> None:
+def test_unfinished_writes_of_an_earlier_run_are_removed(tmp_path: Path) -> None:
     tiny(tmp_path, n_epochs=1).fit()
     root = directory(tmp_path)
     unique = "0123456789abcdef" * 2
@@ -203,7 +203,7 @@ def test_what_an_earlier_run_left_unfinished_is_removed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("both", [False, True], ids=["between_the_renames", "after_them"])
-def test_a_replacement_that_was_cut_off_is_undone_or_finished(tmp_path: Path, both: bool) -> None:
+def test_an_interrupted_replacement_is_undone_or_finished(tmp_path: Path, both: bool) -> None:
     tiny(tmp_path, n_epochs=1).fit()
     root = directory(tmp_path)
     old = root / (".old-step-0000000008-" + "ab" * 16)
@@ -219,7 +219,7 @@ def test_a_replacement_that_was_cut_off_is_undone_or_finished(tmp_path: Path, bo
     assert {path.name for path in root.iterdir()} == {"step-0000000008", "run.lock"}
 
 
-def test_a_torn_folder_neither_counts_nor_is_deleted(tmp_path: Path) -> None:
+def test_an_incomplete_folder_neither_counts_nor_is_deleted(tmp_path: Path) -> None:
     tiny(tmp_path, n_epochs=1, every=Every(steps=2)).fit()
     torn = directory(tmp_path) / "step-0000000006" / "__0_0.distcp"
     torn.write_bytes(torn.read_bytes()[:-1])

@@ -1,4 +1,4 @@
-"""Stopped and resumed equals never stopped, bit for bit: `prove`, for every kind of run."""
+"""Stopped and resumed equals never stopped, bit for bit: `prove` for many kinds of runs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Run:
     def is_possible(self) -> bool:
         if self.loader == "persistent" and not self.num_workers:
             return False
-        # The state of their workers' random generators can't be had, or had again.
+        # The random state of their workers can't be saved or restored.
         keeps_to_itself = self.loader in ("persistent", "stateful")
         return not (keeps_to_itself and self.num_workers and self.augmentation)
 
@@ -70,7 +70,7 @@ AXES: dict[str, tuple[Any, ...]] = {
 
 
 def covering() -> list[Run]:
-    """Few runs in which each value of an axis meets each value of every other."""
+    """A small set of cells that has each pair of values of two axes."""
     draw = random.Random(0)
     missing = {
         frozenset((pair_a, pair_b))
@@ -97,7 +97,7 @@ def _met(run: Run) -> set[frozenset[tuple[str, Any]]]:
 
 
 def product() -> list[Run]:
-    """Every combination on the loader that most people use; one of the callbacks by lot."""
+    """All combinations with a plain DataLoader; callback and results are drawn at random."""
     axes = {**AXES, "stop": AXES["stop"][:3], "loader": ("plain",)}
     axes |= dict.fromkeys(("callback", "reports"), ("",))
     runs = [Run(*values) for values in itertools.product(*axes.values())]

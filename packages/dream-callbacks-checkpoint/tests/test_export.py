@@ -1,4 +1,4 @@
-"""Exported weights: a plain module of the same structure takes them."""
+"""Exported weights load into a plain module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
-def test_a_plain_module_takes_what_was_exported(tmp_path: Path, name: str) -> None:
+def test_exported_weights_load_into_a_plain_module(tmp_path: Path, name: str) -> None:
     kind: Any = "torch" if name.endswith(".pt") else "safetensors"
     trainer = tiny(tmp_path, ExportCallback(f"exports/{name}", kind))
 
@@ -34,7 +34,7 @@ def test_a_plain_module_takes_what_was_exported(tmp_path: Path, name: str) -> No
     )
 
 
-def test_the_checksum_beside_it_is_one_that_other_tools_know(tmp_path: Path) -> None:
+def test_the_checksum_file_is_read_by_sha256sum(tmp_path: Path) -> None:
     trainer = tiny(tmp_path, ExportCallback("model.safetensors"))
 
     trainer.fit()
@@ -45,7 +45,7 @@ def test_the_checksum_beside_it_is_one_that_other_tools_know(tmp_path: Path) -> 
     assert names == ["checkpoints", "model.safetensors", "model.safetensors.sha256"]
 
 
-def test_an_absolute_path_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_an_absolute_path_is_used_unchanged(tmp_path: Path) -> None:
     tiny(tmp_path / "runs", ExportCallback(tmp_path / "out" / "model.pt", "torch")).fit()
 
     assert (tmp_path / "out" / "model.pt").exists()
@@ -75,7 +75,7 @@ def test_several_models_in_one_file_are_refused_before_training(tmp_path: Path) 
         trainer.setup()
 
 
-def test_tied_weights_are_there_under_each_name(tmp_path: Path) -> None:
+def test_tied_weights_are_exported_under_each_name(tmp_path: Path) -> None:
     class Tied(TinyTrainer):
         def configure_models(self) -> None:
             super().configure_models()
@@ -119,14 +119,14 @@ def test_an_unknown_format_is_refused() -> None:
         ExportCallback("model.onnx", "onnx")  # type: ignore[arg-type]
 
 
-def test_it_runs_before_the_process_may_be_ended(tmp_path: Path) -> None:
+def test_it_exports_before_a_signal_ends_the_process(tmp_path: Path) -> None:
     trainer = tiny(tmp_path, Callback(), ExportCallback("exports"))
 
     assert trainer.callbacks.plan().hooks["post_fit"] == ("ExportCallback", "CheckpointCallback")
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-def test_sharded_weights_are_put_together(tmp_path: Path, layout: str) -> None:
+def test_sharded_weights_are_gathered(tmp_path: Path, layout: str) -> None:
     found = run_on_ranks(export_from, 2, tmp_path, layout)
 
     model = TinyModel(8, 2)

@@ -1,4 +1,4 @@
-"""Names: each has one meaning, and none leads out of the directory."""
+"""File names: each has one meaning, and none has path components."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dream_callbacks.checkpoint.format import file_names
 
 
 @pytest.mark.parametrize("step", [0, 1, 200, 9_999_999_999, 10_000_000_000, 10**15])
-def test_a_step_comes_back_from_its_name(step: int) -> None:
+def test_a_step_round_trips_through_its_name(step: int) -> None:
     assert file_names.step_of(file_names.checkpoint_name(step)) == step
     assert file_names.step_of_metrics(file_names.metrics_name(step)) == step
     assert file_names.step_of_replaced(file_names.replaced_name(step, "0f" * 16)) == step
 
 
-def test_names_sort_as_steps_do() -> None:
+def test_names_sort_in_the_order_of_steps() -> None:
     steps = [0, 9, 10, 99, 100, 12345, 9_999_999_999]
 
     names = [file_names.checkpoint_name(step) for step in steps]
@@ -39,11 +39,11 @@ def test_names_sort_as_steps_do() -> None:
         "",
     ],
 )
-def test_other_names_are_no_checkpoints(name: str) -> None:
+def test_other_names_are_not_checkpoints(name: str) -> None:
     assert file_names.step_of(name) is None
 
 
-def test_only_unfinished_things_are_leftovers() -> None:
+def test_only_interrupted_writes_are_leftovers() -> None:
     unique = "0123456789abcdef"
     leftovers = [
         file_names.temporary_name(3, unique),
@@ -65,11 +65,11 @@ def test_only_unfinished_things_are_leftovers() -> None:
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "", "a\\b", "a\0b", "é", "x" * 129])
-def test_a_file_name_leads_nowhere_else(name: str) -> None:
+def test_a_file_name_has_no_path_components(name: str) -> None:
     assert not file_names.is_file_name(name)
 
 
-def test_the_files_of_a_checkpoint_have_file_names() -> None:
+def test_names_of_checkpoint_files_are_valid() -> None:
     names = [
         file_names.MANIFEST,
         file_names.STATE,

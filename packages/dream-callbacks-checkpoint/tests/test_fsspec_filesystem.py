@@ -1,4 +1,4 @@
-"""Checkpoints behind a URL: the same guarantees where nothing can be renamed."""
+"""Checkpoints at a URL: the same guarantees without atomic rename."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from training import CrashAt, PlannedError, different, make, moments, weights
 
 from dream_callbacks.checkpoint import CheckpointError, LoadPartialCheckpointCallback
 from dream_callbacks.checkpoint.__main__ import main
-from dream_callbacks.checkpoint.catalog import read_catalog
-from dream_callbacks.checkpoint.io.filesystem import Filesystem, filesystem_at, is_url
+from dream_callbacks.checkpoint.catalog import filesystem_at, read_catalog
+from dream_callbacks.checkpoint.io.filesystem import Filesystem, is_url
 from dream_callbacks.checkpoint.io.fsspec_filesystem import FsspecFilesystem
 from dream_trainer.callbacks import Every
 from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
@@ -22,7 +22,7 @@ from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """URL of a bucket on a server of this process."""
+    """URL of a bucket on an S3 server in this process."""
     server = pytest.importorskip("moto.server", reason="needs moto[server] and s3fs")
     s3fs = pytest.importorskip("s3fs")
     running = server.ThreadedMotoServer(port=0)
@@ -60,17 +60,17 @@ def run(url: str, root: Path, *callbacks: Any, callback: str = "sync", **fields:
 
 
 @pytest.mark.parametrize("callback", ["sync", "async"])
-def test_a_run_goes_on_from_a_url_bit_for_bit(tmp_path: Path, url: str, callback: str) -> None:
-    whole = run(f"{url}/whole", tmp_path, callback=callback)
-    whole.fit()
+def test_a_run_resumes_from_a_url_bit_for_bit(tmp_path: Path, url: str, callback: str) -> None:
+    uninterrupted = run(f"{url}/uninterrupted", tmp_path, callback=callback)
+    uninterrupted.fit()
 
     with pytest.raises(PlannedError):
         run(f"{url}/stopped", tmp_path, CrashAt(9), callback=callback).fit()
     resumed = run(f"{url}/stopped", tmp_path, callback=callback)
     resumed.fit()
 
-    assert not different(weights(whole), weights(resumed))
-    assert not different(moments(whole), moments(resumed))
+    assert not different(weights(uninterrupted), weights(resumed))
+    assert not different(moments(uninterrupted), moments(resumed))
     assert steps(f"{url}/stopped") == [10, 12]
     filesystem = filesystem_at(checkpoints_at(f"{url}/stopped"))
     assert sorted(filesystem.entries()) == [
@@ -81,7 +81,7 @@ def test_a_run_goes_on_from_a_url_bit_for_bit(tmp_path: Path, url: str, callback
     ]
 
 
-def test_a_checkpoint_without_a_manifest_isnt_one_and_is_removed(tmp_path: Path, url: str) -> None:
+def test_a_folder_without_a_manifest_is_removed(tmp_path: Path, url: str) -> None:
     run(url, tmp_path, every=Every(steps=4)).fit()
     filesystem = filesystem_at(checkpoints_at(url))
     filesystem.unlink("step-0000000012/MANIFEST.json")
@@ -110,7 +110,7 @@ def test_the_manifest_is_written_last(
         assert [name for each, name in written if each == folder][-1] == "MANIFEST.json"
 
 
-def test_damage_is_seen(tmp_path: Path, url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_damage_is_detected(tmp_path: Path, url: str, caplog: pytest.LogCaptureFixture) -> None:
     run(url, tmp_path).fit()
     filesystem = filesystem_at(checkpoints_at(url))
     data = bytearray(filesystem.read("step-0000000012", "__0_0.distcp"))
@@ -124,7 +124,7 @@ def test_damage_is_seen(tmp_path: Path, url: str, caplog: pytest.LogCaptureFixtu
     assert "step-0000000012/__0_0.distcp: its checksum doesn't match" in caplog.text
 
 
-def test_a_run_that_was_taken_over_is_refused_at_its_next_save(tmp_path: Path, url: str) -> None:
+def test_the_next_save_of_an_overtaken_run_fails(tmp_path: Path, url: str) -> None:
     class TakenOver(CrashAt):
         def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
             if self.trainer.local_batches == self.batch:
@@ -138,7 +138,7 @@ def test_a_run_that_was_taken_over_is_refused_at_its_next_save(tmp_path: Path, u
     assert steps(url) == [2, 4]
 
 
-def test_two_ranks_write_to_a_url_and_one_goes_on(tmp_path: Path) -> None:
+def test_two_ranks_save_to_a_url_and_one_resumes(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/remote"
     run_on_ranks(fit_on_two, 2, url, tmp_path)
 
@@ -159,7 +159,7 @@ def catalog(url: str) -> Any:
     return read_catalog(filesystem_at(checkpoints_at(url)))
 
 
-def test_weights_are_taken_from_a_url(tmp_path: Path, url: str) -> None:
+def test_weights_are_loaded_from_a_url(tmp_path: Path, url: str) -> None:
     source = run(url, tmp_path, kind=TinyTrainer)
     source.fit()
     load = LoadPartialCheckpointCallback(checkpoints_at(url))
@@ -184,7 +184,7 @@ def test_the_commands_take_urls(
     assert main(["export", above, str(tmp_path / "model.pt")]) == 0
     assert main(["prune", above, "--keep-last", "1", "--dry-run"]) == 0
     text = capsys.readouterr().out
-    assert "step-0000000016  whole" in text
+    assert "step-0000000016  intact" in text
     assert "would delete 1 of 2" in text
 
     assert main(["prune", above, "--keep-last", "1"]) == 1
@@ -193,7 +193,7 @@ def test_the_commands_take_urls(
     assert "there are no checkpoints in" in capsys.readouterr().err
 
 
-def test_without_fsspec_a_url_is_an_error_that_says_what_to_install(
+def test_without_fsspec_a_url_is_an_error_that_names_the_extra(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "fsspec", None)
@@ -203,21 +203,21 @@ def test_without_fsspec_a_url_is_an_error_that_says_what_to_install(
 
 
 @pytest.mark.parametrize("path", ["s3://bucket/runs", "gs://bucket", "memory://x", "file:/x"])
-def test_a_url_is_told_from_a_path(path: str) -> None:
+def test_urls_are_recognized(path: str) -> None:
     assert is_url(path)
 
 
 @pytest.mark.parametrize("path", ["runs", "/a b/ü", "C:\\runs", "C:/runs", "a:b", "../x"])
-def test_a_path_is_no_url(path: str) -> None:
+def test_paths_are_not_urls(path: str) -> None:
     assert not is_url(path)
 
 
-def test_a_url_that_was_a_path_is_refused() -> None:
+def test_a_url_mangled_by_pathlib_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'s3:/bucket/runs' has one slash .* URL as text"):
         filesystem_at(Path("s3://bucket/runs"))
 
 
-def test_the_same_is_asked_of_disks_and_urls(tmp_path: Path, url: str) -> None:
+def test_both_file_systems_behave_the_same(tmp_path: Path, url: str) -> None:
     def use(filesystem: Filesystem) -> list[Any]:
         filesystem.make_root()
         filesystem.make("a")

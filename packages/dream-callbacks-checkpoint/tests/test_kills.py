@@ -1,4 +1,4 @@
-"""kill -9 at random moments of saves: no checkpoint is lost, mixed up or refused."""
+"""kill -9 at random times during saves: no checkpoint is lost, mixed or refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FULL = [pytest.mark.full, pytest.mark.timeout(1200)]
         pytest.param(2, 1, 50, marks=FULL),
     ],
 )
-def test_a_kill_at_any_moment_loses_nothing_that_was_called_saved(
+def test_a_kill_at_any_time_loses_no_reported_save(
     tmp_path: Path, callback: str, num_ranks: int, num_victims: int, num_kills: int
 ) -> None:
     (steps,) = run_on_ranks(
@@ -45,7 +45,7 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_called_saved(
     )
 
     assert len(steps) == num_kills
-    assert steps == sorted(set(steps)), "each run went on from the last"
+    assert steps == sorted(set(steps)), "each run resumed from the last"
     names = [path.name for path in training.directory(tmp_path).iterdir()]
     assert not [name for name in names if name.startswith(".")], "leftovers are removed"
 
@@ -53,7 +53,7 @@ def test_a_kill_at_any_moment_loses_nothing_that_was_called_saved(
 def kill_repeatedly(
     root: Path, num_kills: int, num_ranks: int, num_victims: int, callback: str
 ) -> list[int]:
-    """Body of a process that forks runs, kills ranks of them, and looks at what they leave."""
+    """Body of a process that forks runs, kills their ranks and checks the checkpoints left."""
     draw = random.Random(num_ranks)
     steps = []
     for _ in range(num_kills):
@@ -74,7 +74,7 @@ def kill_repeatedly(
             wait_for(process)
         acknowledged, found = last_acknowledged(root), resumed_step(root)
         assert acknowledged > before, "it trained"
-        # A kill may come between the commit and its announcement.
+        # The kill may come between the commit and its report.
         assert acknowledged <= found <= acknowledged + 1
         steps.append(found)
     return steps

@@ -1,4 +1,4 @@
-"""From one number of ranks and layout to another: the same weights, optimizer and samples."""
+"""Resuming on another number of ranks or layout: same weights, optimizer state and samples."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Plain(Everything):
     dropout = 0.0
 
     def apply_tensor_parallel(self, mesh: DeviceMesh) -> None:
-        whole = Replicate()
-        columns = ColwiseParallel(output_layouts=whole)
-        rows = RowwiseParallel(input_layouts=whole)
+        replicated = Replicate()
+        columns = ColwiseParallel(output_layouts=replicated)
+        rows = RowwiseParallel(input_layouts=replicated)
         parallelize_module(self.model, mesh, {"embed": columns, "blocks.*": columns, "head": rows})
 
 
@@ -70,10 +70,10 @@ WAYS = [
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(f"{x}{n}" for x, n, _ in way))
-def test_a_run_goes_on_in_another_layout(
+def test_a_run_resumes_in_another_layout(
     tmp_path: Path, way: list[tuple[str, int, int | None]]
 ) -> None:
-    (whole,) = run_on_ranks(part, 1, tmp_path / "whole", "single", None)
+    (uninterrupted,) = run_on_ranks(part, 1, tmp_path / "uninterrupted", "single", None)
     seen: dict[int, Any] = {}
     before = None
     for layout, num_ranks, until in way:
@@ -84,12 +84,12 @@ def test_a_run_goes_on_in_another_layout(
         before = results[0]["final"]
         seen |= results[0]["seen"]
 
-    assert seen.keys() == whole["seen"].keys()
-    for batch, (loss, inputs) in whole["seen"].items():
+    assert seen.keys() == uninterrupted["seen"].keys()
+    for batch, (loss, inputs) in uninterrupted["seen"].items():
         assert seen[batch][1] == pytest.approx(inputs, abs=1e-5), "the same samples"
         assert seen[batch][0] == pytest.approx(loss, rel=1e-4), "losses, to rounding"
-    assert results[0]["epochs"][1] == pytest.approx(whole["epochs"][1], rel=1e-4)
-    for name, tensor in whole["final"][0].items():
+    assert results[0]["epochs"][1] == pytest.approx(uninterrupted["epochs"][1], rel=1e-4)
+    for name, tensor in uninterrupted["final"][0].items():
         torch.testing.assert_close(before[0][name], tensor, rtol=1e-3, atol=1e-5)  # type: ignore[index]
 
 
@@ -106,7 +106,7 @@ def test_weights_and_optimizer_are_the_same_on_any_number_of_ranks(tmp_path: Pat
         before = results[0]["final"]
 
 
-def test_what_changes_with_the_number_of_ranks_is_said(
+def test_a_warning_names_the_saved_and_the_current_number_of_ranks(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_on_ranks(part, 2, tmp_path, "fsdp", 3)

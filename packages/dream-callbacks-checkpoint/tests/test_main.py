@@ -1,4 +1,4 @@
-"""The command line: what people and machines are told."""
+"""The command line: its text and JSON output."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from damaged_files import damage, reseal
 from tiny_runs import read_tensors, scored, steps, tiny
 from training import different, directory, weights
 
-from dream_callbacks.checkpoint.__main__ import main
+from dream_callbacks.checkpoint.__main__ import main, table
 from dream_callbacks.checkpoint.catalog import read_catalog
-from dream_callbacks.checkpoint.formatting import spelled_bytes, table
-from dream_callbacks.checkpoint.io.directory_lock import DirectoryLock
-from dream_callbacks.checkpoint.io.local_filesystem import LocalFilesystem
+from dream_callbacks.checkpoint.errors import format_bytes
+from dream_callbacks.checkpoint.io.local_filesystem import DirectoryLock, LocalFilesystem
 from dream_callbacks.checkpoint.retention import candidates
 from dream_trainer.callbacks import Every
 
@@ -50,7 +49,7 @@ def test_ls_shows_a_line_per_checkpoint(root: Path, capsys: pytest.CaptureFixtur
     assert max(map(len, lines[1:])) <= 100
 
 
-def test_ls_for_machines_is_strict_json(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ls_json_is_strict_json(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = output(capsys, "ls", "--json", directory(root).parent)
 
     document = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} isn't JSON"))
@@ -58,7 +57,7 @@ def test_ls_for_machines_is_strict_json(root: Path, capsys: pytest.CaptureFixtur
     assert [c["metrics"]["val_loss"] for c in document["checkpoints"]] == [2.0, "inf", 1.0, 3.0]
 
 
-def test_ls_says_what_is_damaged(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ls_reports_damage(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     damage(directory(root) / "step-0000000012" / "MANIFEST.json")
 
     text = output(capsys, "ls", directory(root))
@@ -66,10 +65,10 @@ def test_ls_says_what_is_damaged(root: Path, capsys: pytest.CaptureFixture[str])
     assert "step-0000000012 is damaged: MANIFEST.json: its own checksum doesn't match" in text
 
 
-def test_verify_passes_what_is_whole(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_accepts_intact_checkpoints(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = output(capsys, "verify", directory(root)).splitlines()
 
-    assert [line.split()[1] for line in lines] == ["whole"] * 4
+    assert [line.split()[1] for line in lines] == ["intact"] * 4
 
 
 def test_verify_finds_damage_and_fails(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,14 +78,14 @@ def test_verify_finds_damage_and_fails(root: Path, capsys: pytest.CaptureFixture
 
     assert "step-0000000008  damaged" in text
     assert "step-0000000008/__0_0.distcp: its checksum doesn't match" in text
-    assert text.count("whole") == 3
+    assert text.count("intact") == 3
     output(capsys, "verify", directory(root), "--step", 4)
     output(capsys, "verify", directory(root) / "step-0000000004")
     found = json.loads(output(capsys, "verify", "--json", directory(root), status=1))
     assert [bool(found["damage"][name]) for name in sorted(found["damage"])] == [0, 1, 0, 0]
 
 
-def test_show_tells_what_is_inside(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_lists_the_content(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = output(capsys, "show", directory(root))
 
     assert "global_step      16" in text
@@ -97,7 +96,7 @@ def test_show_tells_what_is_inside(root: Path, capsys: pytest.CaptureFixture[str
     assert document["tensors"]["models.model.head.weight"] == ["torch.float32", [1, 8]]
 
 
-def test_prune_deletes_what_no_rule_keeps(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_applies_the_retention_rules(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rules = ("--keep-last", 1, "--keep-top-k", 1)
 
     dry = output(capsys, "prune", directory(root), *rules, "--dry-run")
@@ -108,20 +107,22 @@ def test_prune_deletes_what_no_rule_keeps(root: Path, capsys: pytest.CaptureFixt
     assert steps(root) == [12, 16]
 
 
-def test_prune_never_deletes_the_last_one(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_never_deletes_the_newest(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output(capsys, "prune", directory(root), "--keep-last", 0)
 
     assert steps(root) == [16]
 
 
-def test_prune_leaves_what_is_being_read(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_keeps_a_checkpoint_that_is_being_read(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with LocalFilesystem(directory(root)).reading("step-0000000004"):
         output(capsys, "prune", directory(root), "--keep-last", 1)
 
     assert steps(root) == [4, 16]
 
 
-def test_prune_leaves_a_run_alone_that_is_going_on(
+def test_prune_is_refused_while_a_run_is_active(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lock = DirectoryLock(directory(root) / "run.lock", "aa")
@@ -150,7 +151,9 @@ def test_export_writes_weights_without_the_model(
     assert not different(found, weights(trainer))
 
 
-def test_export_refuses_what_is_damaged(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_refuses_a_damaged_checkpoint(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     damage(directory(root) / "step-0000000016" / "__0_0.distcp")
 
     text = output(capsys, "export", directory(root), root / "model.pt", status=1)
@@ -183,7 +186,7 @@ def test_a_directory_without_checkpoints_is_an_error(
     assert f"there are checkpoints in {directory(root)}" in text
 
 
-def test_it_runs_as_a_module_and_bears_a_closed_pipe(root: Path) -> None:
+def test_it_runs_as_a_module_and_survives_a_closed_pipe(root: Path) -> None:
     command = (
         f"{sys.executable} -m dream_callbacks.checkpoint ls --json {directory(root)} | head -1"
     )
@@ -194,10 +197,10 @@ def test_it_runs_as_a_module_and_bears_a_closed_pipe(root: Path) -> None:
     assert found.stderr == ""
 
 
-def test_looking_needs_no_torch(root: Path) -> None:
+def test_read_only_commands_do_not_import_torch(root: Path) -> None:
     program = """
 import sys
-from dream_callbacks.checkpoint.__main__ import main
+from dream_callbacks.checkpoint.__main__ import main, table
 
 status = main(sys.argv[1:])
 sys.exit(status or "torch" in sys.modules)
@@ -225,17 +228,17 @@ def test_ten_thousand_checkpoints_are_listed_and_chosen_from(
     ("num_bytes", "expected"),
     [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.0 KiB"), (2.5 * 2**30, "2.5 GiB")],
 )
-def test_sizes_are_spelled_for_people(num_bytes: float, expected: str) -> None:
-    assert spelled_bytes(num_bytes) == expected
+def test_sizes_have_readable_units(num_bytes: float, expected: str) -> None:
+    assert format_bytes(num_bytes) == expected
 
 
-def test_columns_of_numbers_are_flush_right() -> None:
+def test_numeric_columns_are_right_aligned() -> None:
     rows: list[Any] = [["a", "1", "x"], ["bb", "100", ""]]
 
     assert table(["n", "c", "t"], rows).splitlines() == ["n     c  t", "a     1  x", "bb  100"]
 
 
-def test_torch_isnt_asked_to_unpickle(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_never_unpickle(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pickle
 
     def refuse(*args: object, **kwargs: object) -> None:

@@ -1,4 +1,4 @@
-"""The manifest: it comes back as it was, or not at all."""
+"""The manifest round-trips or is refused."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from dream_callbacks.checkpoint import DamagedCheckpointError
 from dream_callbacks.checkpoint.format.manifest import FileSum, Manifest, sealed, unsealed
 
 
-def test_a_manifest_comes_back_as_it_was() -> None:
+def test_a_manifest_round_trips() -> None:
     assert Manifest.decode(manifest().encode()) == manifest()
     assert manifest().num_bytes == 40
 
 
-def test_a_metric_may_be_not_a_number() -> None:
+def test_a_metric_may_be_nan() -> None:
     found = Manifest.decode(manifest(metrics={"val_loss": math.nan}).encode())
 
     assert math.isnan(found.metrics["val_loss"])
 
 
-def test_a_manifest_is_json_for_other_tools() -> None:
+def test_a_manifest_is_plain_json() -> None:
     document = json.loads(manifest(metrics={"val_loss": math.nan}).encode(), parse_constant=refuse)
 
     assert document["step"] == 200
@@ -34,7 +34,7 @@ def refuse(name: str) -> None:
     raise AssertionError(f"{name} isn't JSON")
 
 
-def test_a_later_format_is_refused_with_a_hint() -> None:
+def test_a_newer_format_is_refused_with_a_hint() -> None:
     document = unsealed(manifest().encode())
     document["format"] = 2
 
@@ -42,7 +42,7 @@ def test_a_later_format_is_refused_with_a_hint() -> None:
         Manifest.decode(sealed(document))
 
 
-def test_fields_that_a_later_version_adds_dont_matter() -> None:
+def test_unknown_fields_are_ignored() -> None:
     document = unsealed(manifest().encode())
     document["later"] = {"a": 1}
 
@@ -63,7 +63,7 @@ def test_a_missing_field_is_named(name: str) -> None:
     [{"seq": "x"}, {"epoch": None}, {"created_unix": [1]}, {"shape": {"tp": math.inf}}],
     ids=str,
 )
-def test_another_kind_of_value_is_refused(change: dict[str, Any]) -> None:
+def test_a_value_of_the_wrong_type_is_refused(change: dict[str, Any]) -> None:
     document = unsealed(manifest().encode()) | change
 
     with pytest.raises(DamagedCheckpointError, match="has one of the wrong type"):
@@ -71,13 +71,13 @@ def test_another_kind_of_value_is_refused(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "/etc/passwd", "..", ""])
-def test_a_file_outside_of_the_folder_is_refused(name: str) -> None:
+def test_a_file_outside_the_folder_is_refused(name: str) -> None:
     with pytest.raises(DamagedCheckpointError, match="nothing outside of it is read"):
         Manifest.decode(manifest(files={name: FileSum(1, 1)}).encode())
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"null", b"\x80\x04}.", b'{"sha256":"', b"\0"])
-def test_anything_else_is_refused(data: bytes) -> None:
+def test_malformed_manifests_are_refused(data: bytes) -> None:
     with pytest.raises(DamagedCheckpointError):
         Manifest.decode(data)
 

@@ -1,4 +1,4 @@
-"""LoadPartialCheckpointCallback: the weights that match, and a report of the rest."""
+"""LoadPartialCheckpointCallback: loads matching weights and reports the rest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dream_trainer.testing import TinyTrainer, run_on_ranks
 
 
 class Finetuned(TinyTrainer):
-    """Another head, one block more, none of the last bias."""
+    """TinyModel with another head, an additional block and no bias in the last layer."""
 
     def configure_models(self) -> None:
         super().configure_models()
@@ -38,7 +38,7 @@ def source(tmp_path: Path) -> tuple[Path, TinyTrainer]:
     return directory(tmp_path / "source"), trainer
 
 
-def test_what_matches_is_loaded_and_the_rest_is_reported(
+def test_matching_weights_are_loaded_and_the_rest_is_reported(
     tmp_path: Path, source: tuple[Path, TinyTrainer], caplog: pytest.LogCaptureFixture
 ) -> None:
     path, first = source
@@ -59,12 +59,12 @@ def test_what_matches_is_loaded_and_the_rest_is_reported(
     assert report.missing == ("model.blocks.2.bias", "model.blocks.2.weight")
     assert report.unused == ("model.head.bias",)
     assert report.mismatched == {"model.head.weight": ((1, 8), (2, 8))}
-    untouched = [*report.missing, *report.mismatched]
-    assert all(torch.equal(found[name], weights(fresh)[name]) for name in untouched)
+    unchanged = [*report.missing, *report.mismatched]
+    assert all(torch.equal(found[name], weights(fresh)[name]) for name in unchanged)
     assert "model.head.weight [1, 8] → [2, 8]" in caplog.text
 
 
-def test_nothing_but_weights_is_loaded(tmp_path: Path, source: tuple[Path, TinyTrainer]) -> None:
+def test_only_weights_are_loaded(tmp_path: Path, source: tuple[Path, TinyTrainer]) -> None:
     trainer = tiny(tmp_path / "second", LoadPartialCheckpointCallback(source[0]))
 
     trainer.setup()
@@ -77,7 +77,7 @@ def test_nothing_but_weights_is_loaded(tmp_path: Path, source: tuple[Path, TinyT
 
 
 @pytest.mark.parametrize("way", ["checkpoints", "run", "one"])
-def test_a_path_may_be_any_of_three(
+def test_the_path_may_be_a_run_a_directory_or_a_checkpoint(
     tmp_path: Path, source: tuple[Path, TinyTrainer], way: str
 ) -> None:
     path = source[0]
@@ -92,7 +92,7 @@ def test_a_path_may_be_any_of_three(
 
 
 @pytest.mark.parametrize("mode", [4, "min", "max", "best"])
-def test_another_checkpoint_than_the_last_can_be_chosen(
+def test_any_checkpoint_can_be_chosen(
     tmp_path: Path, source: tuple[Path, TinyTrainer], mode: Any
 ) -> None:
     callback = LoadPartialCheckpointCallback(source[0], resume_mode=mode)
@@ -104,7 +104,7 @@ def test_another_checkpoint_than_the_last_can_be_chosen(
     assert callback.report.checkpoint.name == f"step-{expected:010d}"
 
 
-def test_a_run_that_goes_on_goes_on_with_its_own_weights(
+def test_a_resumed_run_keeps_its_own_weights(
     tmp_path: Path, source: tuple[Path, TinyTrainer]
 ) -> None:
     own = tiny(tmp_path / "second", LoadPartialCheckpointCallback(source[0]), n_epochs=1)
@@ -162,7 +162,7 @@ def test_a_single_model_may_have_another_name(
     assert not different(found, weights(source[1]))
 
 
-def test_a_damaged_checkpoint_is_passed_over(
+def test_a_damaged_checkpoint_is_skipped(
     tmp_path: Path, source: tuple[Path, TinyTrainer], caplog: pytest.LogCaptureFixture
 ) -> None:
     damage(source[0] / "step-0000000016" / "__0_0.distcp")
@@ -175,7 +175,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert "its checksum doesn't match" in caplog.text
 
 
-def test_a_model_that_has_nothing_in_common_is_an_error(
+def test_a_checkpoint_without_matching_weights_is_an_error(
     tmp_path: Path, source: tuple[Path, TinyTrainer]
 ) -> None:
     class Different(TinyTrainer):
@@ -192,7 +192,7 @@ def test_a_model_that_has_nothing_in_common_is_an_error(
         trainer.setup()
 
 
-def test_a_path_without_checkpoints_is_an_error_that_says_where_there_are(
+def test_a_path_without_checkpoints_is_an_error_that_suggests_others(
     tmp_path: Path, source: tuple[Path, TinyTrainer]
 ) -> None:
     callback = LoadPartialCheckpointCallback(tmp_path / "source")
@@ -219,7 +219,7 @@ def loaded(root: Path, path: Path, layout: str) -> dict[str, torch.Tensor]:
     return weights(trainer)
 
 
-def test_one_that_is_deleted_before_it_is_held_is_passed_over(
+def test_a_checkpoint_deleted_before_it_is_protected_is_skipped(
     tmp_path: Path,
     source: tuple[Path, TinyTrainer],
     monkeypatch: pytest.MonkeyPatch,
@@ -241,7 +241,7 @@ def test_one_that_is_deleted_before_it_is_held_is_passed_over(
     assert "step-0000000016 is no longer there" in caplog.text
 
 
-def test_none_is_deleted_between_being_verified_and_being_read(
+def test_a_checkpoint_is_protected_between_verification_and_reading(
     tmp_path: Path, source: tuple[Path, TinyTrainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []

@@ -1,7 +1,7 @@
-"""Power failures: what the disk has at any moment holds every checkpoint that was called saved.
+"""Power loss: the disk holds every reported checkpoint at any time.
 
-A file system in a file is the disk. The run on it is halted, the file is copied, as a computer
-that loses power would leave it, and the copy is mounted: its journal is replayed as at a start.
+The disk is a file system on an image file. The run is halted and the image is copied, which is the
+state after a power loss; the copy is mounted, which replays its journal as at boot.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def mounted(image: Path, folder: Path, options: str) -> Iterator[Path]:
 
 
 def power_lost_repeatedly(folder: Path, callback: str, options: str, times: int) -> list[int]:
-    """Steps that were resumed from what the disk had; each at least the last one called saved."""
+    """Steps resumed from the copied disk; each is at least the last reported one."""
     have_mounts_of_its_own()
     draw = random.Random(times)
     image, copy = new_image(folder / "disk.img", 256 << 20), folder / "copy.img"
@@ -51,7 +51,7 @@ def power_lost_repeatedly(folder: Path, callback: str, options: str, times: int)
     with mounted(image, folder / "disk", options) as disk:
         process = os.fork()
         if process == 0:
-            # What is called saved is written down on another disk.
+            # Reported saves are recorded on another disk.
             (disk / "acknowledged").symlink_to(outside / "acknowledged")
             with contextlib.suppress(BaseException):
                 training.train_until_killed(disk, callback)
@@ -86,7 +86,7 @@ def power_lost_repeatedly(folder: Path, callback: str, options: str, times: int)
         ),
     ],
 )
-def test_power_loss_loses_nothing_that_was_called_saved(
+def test_power_loss_loses_no_reported_save(
     tmp_path: Path, callback: str, options: str, times: int
 ) -> None:
     (steps,) = run_on_ranks(

@@ -15,7 +15,7 @@ from dream_trainer.world import World
 
 
 def errors(error: Exception) -> list[tuple[str, str]]:
-    """Message and type of the cause, for each way to act together; the last rank fails."""
+    """Message and type of the cause, for each method of Coordination; the last rank fails."""
     world = World(DeviceParameters(device="cpu"))
     world.launch()
     ranks = coordination(world)

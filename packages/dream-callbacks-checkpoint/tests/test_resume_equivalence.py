@@ -1,4 +1,4 @@
-"""prove names the first value that a killed and resumed run doesn't share with one that wasn't."""
+"""prove names the first value in which a killed and resumed run differs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def exact() -> TinyTrainer:
     return TinyTrainer(tiny_config())
 
 
-class Forgetful(TinyTrainer):
-    """Counts in an attribute that no checkpoint knows of, and goes by it on the last rank."""
+class WithHiddenState(TinyTrainer):
+    """Counts in an attribute that isn't in the state, and uses it on the last rank."""
 
     count = 0
 
@@ -33,24 +33,24 @@ class Forgetful(TinyTrainer):
         return super().training_step((x, y + is_last * self.count / 100), batch_idx)
 
 
-def forgetful() -> TinyTrainer:
-    return Forgetful(tiny_config())
+def with_hidden_state() -> TinyTrainer:
+    return WithHiddenState(tiny_config())
 
 
-class Restless(TinyTrainer):
-    """Draws from a generator that is another one each time."""
+class Nondeterministic(TinyTrainer):
+    """Draws from a generator that is seeded differently each time."""
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         x, y = batch
         return super().training_step((x, y + time.monotonic_ns() % 1000), batch_idx)
 
 
-def restless() -> TinyTrainer:
-    return Restless(tiny_config())
+def nondeterministic() -> TinyTrainer:
+    return Nondeterministic(tiny_config())
 
 
-class Meddler(Callback[Any]):
-    """Changes a weight of a run that goes on."""
+class ChangesAWeight(Callback[Any]):
+    """Changes a weight of a resumed run."""
 
     def post_setup(self) -> None:
         if self.trainer.global_step:
@@ -60,12 +60,12 @@ class Meddler(Callback[Any]):
     after = {"CheckpointCallback"}
 
 
-def meddled() -> TinyTrainer:
-    return TinyTrainer(tiny_config(callbacks=[Meddler()]))
+def changed_after_loading() -> TinyTrainer:
+    return TinyTrainer(tiny_config(callbacks=[ChangesAWeight()]))
 
 
 class LateOnRankOne(Callback[Any]):
-    """Comes to each step when rank 0 is there for long."""
+    """Reaches each step long after rank 0."""
 
     def pre_train_step(self, batch: Any, batch_idx: int) -> None:
         time.sleep(0.3 * self.trainer.world.rank)
@@ -87,36 +87,36 @@ def test_a_trainer_whose_state_is_complete_passes(tmp_path: Path) -> None:
     assert proof.num_values > 200
 
 
-def test_what_isnt_in_the_state_is_named_with_rank_and_step(tmp_path: Path) -> None:
-    proof = prove(forgetful, tmp_path, steps=3, num_ranks=2)
+def test_a_value_missing_from_the_state_is_named_with_rank_and_step(tmp_path: Path) -> None:
+    proof = prove(with_hidden_state, tmp_path, steps=3, num_ranks=2)
 
     assert proof.difference == Difference("result.loss", rank=1, step=4, when="resumed")
     with pytest.raises(AssertionError, match=r"step 4, rank 1: result.loss differs from the unint"):
         proof.check()
 
 
-def test_ranks_that_come_to_the_kill_at_different_times_are_all_killed(tmp_path: Path) -> None:
+def test_ranks_that_reach_the_kill_at_different_times_are_all_killed(tmp_path: Path) -> None:
     prove(late, tmp_path, steps=1, num_ranks=2).check()
 
     assert {f.name for f in (tmp_path / "stopped").glob("killed-*")} == {"killed-0", "killed-1"}
 
 
-def test_a_trainer_that_never_does_the_same_twice_is_told_apart(tmp_path: Path) -> None:
-    proof = prove(restless, tmp_path, steps=2)
+def test_a_nondeterministic_trainer_is_distinguished(tmp_path: Path) -> None:
+    proof = prove(nondeterministic, tmp_path, steps=2)
 
     assert proof.difference == Difference("result.loss", rank=0, step=1, when="repeated")
 
 
-def test_a_weight_that_isnt_what_was_saved_is_named(tmp_path: Path) -> None:
-    proof = prove(meddled, tmp_path, steps=2)
+def test_a_weight_that_differs_after_loading_is_named(tmp_path: Path) -> None:
+    proof = prove(changed_after_loading, tmp_path, steps=2)
 
     assert proof.difference == Difference("models.model.head.weight", 0, 2, "loaded")
 
 
-def test_what_may_differ_can_be_left_out(tmp_path: Path) -> None:
+def test_values_can_be_ignored(tmp_path: Path) -> None:
     ignored = ["result.*", "models.*", "optimizers.*", "*epoch_means*"]
 
-    prove(forgetful, tmp_path, steps=2, ignore=ignored).check()
+    prove(with_hidden_state, tmp_path, steps=2, ignore=ignored).check()
 
 
 def test_a_run_that_ends_before_the_kill_is_an_error(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ SCRIPT = """
 from dream_trainer.testing import TinyTrainer, tiny_config
 
 
-class Forgetful(TinyTrainer):
+class WithHiddenState(TinyTrainer):
     count = 0
 
     def training_step(self, batch, batch_idx):
@@ -141,12 +141,12 @@ def exact():
     return TinyTrainer(tiny_config())
 
 
-def forgetful():
-    return Forgetful(tiny_config())
+def with_hidden_state():
+    return WithHiddenState(tiny_config())
 """
 
 
-def test_the_command_proves_what_a_script_makes(
+def test_the_command_takes_a_trainer_from_a_script(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = tmp_path / "my_training.py"
@@ -154,7 +154,7 @@ def test_the_command_proves_what_a_script_makes(
 
     assert main(["prove", f"{script}:exact", "--steps", "2"]) == 0
     assert "are the same, bit for bit" in capsys.readouterr().out
-    assert main(["prove", f"{script}:forgetful", "--steps", "2", "--json"]) == 1
+    assert main(["prove", f"{script}:with_hidden_state", "--steps", "2", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["difference"]["name"] == "result.loss"
     assert main(["prove", str(script)]) == 1

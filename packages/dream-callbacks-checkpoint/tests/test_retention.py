@@ -1,4 +1,4 @@
-"""What is kept: rules alone, no files."""
+"""Rules of retention, without files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def kept(checkpoints: list[Checkpoint], **rules: Any) -> list[int]:
     return [c.step for c in checkpoints if c.name not in deleted]
 
 
-def test_the_last_ones_stay() -> None:
+def test_the_newest_are_kept() -> None:
     assert kept(steps(10, 20, 30, 40, 50), last=3) == [30, 40, 50]
 
 
@@ -26,7 +26,7 @@ def test_none_keeps_all() -> None:
     assert kept(steps(*range(100)), last=None) == list(range(100))
 
 
-def test_the_best_ones_stay_besides() -> None:
+def test_the_best_are_kept_in_addition() -> None:
     values = {10: 5.0, 20: 1.0, 30: 4.0, 40: 2.0, 50: 9.0}
     checkpoints = [checkpoint(step, value) for step, value in values.items()]
 
@@ -34,11 +34,11 @@ def test_the_best_ones_stay_besides() -> None:
     assert kept(checkpoints, last=1, top_k=2, mode="max") == [10, 50]
 
 
-def test_the_first_of_each_span_stays_besides() -> None:
+def test_the_first_of_each_interval_is_kept_in_addition() -> None:
     assert kept(steps(90, 110, 190, 210, 290, 300, 310), last=1, every=100) == [110, 210, 300, 310]
 
 
-def test_spans_dont_change_when_they_are_looked_at_again() -> None:
+def test_the_kept_intervals_do_not_change_with_later_saves() -> None:
     rules = KeepRules(last=2, every=100)
     checkpoints: list[Checkpoint] = []
     for step in range(7, 1000, 7):
@@ -50,27 +50,27 @@ def test_spans_dont_change_when_they_are_looked_at_again() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, None], ids=["nan", "missing"])
-def test_a_result_that_is_no_number_is_never_best(value: float | None) -> None:
+def test_nan_and_missing_metrics_are_never_best(value: float | None) -> None:
     checkpoints = [checkpoint(10, value), checkpoint(20, 3.0), checkpoint(30, 4.0)]
 
     assert kept(checkpoints, last=1, top_k=1) == [20, 30]
 
 
 @pytest.mark.parametrize("value", [-1.0, 0.0, -math.inf])
-def test_negative_zero_and_infinite_results_count(value: float) -> None:
+def test_negative_zero_and_infinite_metrics_count(value: float) -> None:
     checkpoints = [checkpoint(10, value), checkpoint(20, 3.0), checkpoint(30, 4.0)]
 
     assert kept(checkpoints, last=1, top_k=1) == [10, 30]
     assert best_first(checkpoints, "val_loss", "min")[0].step == 10
 
 
-def test_of_equal_results_the_newest_is_best() -> None:
+def test_the_newest_of_equal_metrics_is_best() -> None:
     checkpoints = [checkpoint(10, 1.0), checkpoint(20, 1.0), checkpoint(30, 2.0)]
 
     assert [c.step for c in best_first(checkpoints, "val_loss", "min")] == [20, 10, 30]
 
 
-def test_the_newest_without_nan_stays() -> None:
+def test_the_newest_without_nan_is_kept() -> None:
     checkpoints = [
         checkpoint(10),
         checkpoint(20),
@@ -80,7 +80,7 @@ def test_the_newest_without_nan_stays() -> None:
     assert kept(checkpoints, last=2) == [20, 40, 50]
 
 
-def test_newest_means_written_last_also_after_going_back() -> None:
+def test_newest_means_written_last_after_resuming_from_an_earlier_step() -> None:
     # Written to step 300, then continued from 100.
     checkpoints = [
         checkpoint(100, seq=1),
@@ -92,7 +92,7 @@ def test_newest_means_written_last_also_after_going_back() -> None:
     assert kept(checkpoints, last=2) == [300, 110]
 
 
-def test_no_rules_ever_lose_what_they_promise() -> None:
+def test_random_rules_keep_the_newest_the_best_and_one_without_nan() -> None:
     draw = random.Random(0)
     for _ in range(2000):
         checkpoints = [
@@ -123,7 +123,7 @@ def test_no_rules_ever_lose_what_they_promise() -> None:
         assert not to_delete(left, rules), "once is enough"
 
 
-def test_among_the_best_is_what_would_be_kept() -> None:
+def test_is_among_best_agrees_with_retention() -> None:
     draw = random.Random(1)
     for _ in range(500):
         values = [draw.choice([None, draw.randrange(5), math.nan]) for _ in range(6)]

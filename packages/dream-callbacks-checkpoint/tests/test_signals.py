@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGUSR1: saved between two steps, on all ranks, then delivered."""
+"""SIGTERM, SIGINT and SIGUSR1: all ranks save between two steps, then the signal is raised."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_sigterm_saves_and_then_ends_the_process(tmp_path: Path) -> None:
     assert [(c.step, c.manifest.reason) for c in saved(tmp_path)] == [(3, "SIGTERM")]
 
 
-def test_the_run_goes_on_by_the_same_command(tmp_path: Path) -> None:
+def test_the_same_command_resumes_the_run(tmp_path: Path) -> None:
     run_on_ranks(run_and_die, 1, tmp_path, int(signal.SIGTERM))
 
     tiny(tmp_path, every=Every(steps=100)).fit()
@@ -72,14 +72,14 @@ def test_a_second_ctrl_c_interrupts_at_once(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_sigusr1_saves_and_training_goes_on(tmp_path: Path) -> None:
+def test_sigusr1_saves_and_training_continues(tmp_path: Path) -> None:
     tiny(tmp_path, SendSignal(signal.SIGUSR1), every=Every(steps=100)).fit()
 
     assert [(c.step, c.manifest.reason) for c in saved(tmp_path)] == [(3, "SIGUSR1"), (16, "end")]
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
 
 
-def test_handlers_of_others_get_the_signal_afterwards(tmp_path: Path) -> None:
+def test_earlier_handlers_get_the_signal_after_the_run(tmp_path: Path) -> None:
     seen: list[int] = []
 
     def handler(number: int, frame: FrameType | None) -> None:
@@ -95,7 +95,7 @@ def test_handlers_of_others_get_the_signal_afterwards(tmp_path: Path) -> None:
     assert seen == [1], "once, with the checkpoint there"
 
 
-def test_save_on_signal_false_leaves_signals_alone(tmp_path: Path) -> None:
+def test_save_on_signal_false_does_not_save(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         tiny(tmp_path, SendSignal(signal.SIGINT), save_on_signal=False).fit()
 
@@ -124,7 +124,7 @@ def test_sigusr1_to_one_rank_saves_on_all(tmp_path: Path) -> None:
 
 
 def signalled(root: Path, number: int, layout: str) -> tuple[int, int]:
-    """Steps done, and how often the signal came through."""
+    """Steps done, and how often the user's handler was called."""
     seen: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
     trainer = tiny(
@@ -138,21 +138,21 @@ def signalled(root: Path, number: int, layout: str) -> tuple[int, int]:
     "num_signals",
     [4, pytest.param(100, marks=[pytest.mark.full, pytest.mark.timeout(1200)])],
 )
-def test_a_signal_at_any_moment_leaves_a_checkpoint_of_all_ranks(
+def test_a_signal_at_any_time_leaves_a_checkpoint_of_all_ranks(
     tmp_path: Path, num_signals: int
 ) -> None:
     (found,) = run_on_ranks(
         signal_repeatedly, 1, tmp_path, num_signals, timeout_s=100 + 5 * num_signals
     )
 
-    assert found == sorted(set(found)), "each run went on from the last"
+    assert found == sorted(set(found)), "each run resumed from the last"
     assert set(found) <= set(steps(tmp_path))
     reasons = {checkpoint.manifest.reason for checkpoint in saved(tmp_path)}
     assert reasons == {"SIGTERM", "SIGINT", "SIGUSR1"}
 
 
 def signal_repeatedly(root: Path, num_signals: int) -> list[int]:
-    """Body of a process that forks runs on two ranks and signals them; the steps they saved."""
+    """Body of a process that forks runs on two ranks and signals them; returns the saved steps."""
     draw = random.Random(num_signals)
     found = []
     for turn in range(num_signals):
@@ -180,7 +180,7 @@ def signal_repeatedly(root: Path, num_signals: int) -> list[int]:
 
 
 def train_until_signalled(root: Path, turn: int) -> None:
-    """Body of a rank: saves nothing unasked; its process ends as a script's would."""
+    """Body of a rank: saves only on request; its process exits as a script does."""
 
     class Mark(Callback[Any]):
         def pre_train_step(self, batch: Any, batch_idx: int) -> None:
@@ -210,7 +210,7 @@ class InterruptsAValidation(Callback[Any]):
     def post_validation_step(self, result: dict[str, Any], batch_idx: int) -> None:
         trainer = self.trainer
         if trainer.world.is_distributed:
-            time.sleep(0.1)  # the other rank knows within a second, which is ten batches
+            time.sleep(0.1)  # the other rank is told within a second, which is ten batches
         if (trainer.global_step, batch_idx, trainer.world.rank) == (self.step, 0, 0):
             signal.raise_signal(signal.SIGINT)
 
@@ -225,7 +225,7 @@ class ManyValidationBatches(Everything):
 def interrupted_and_resumed(
     root: Path, training: dict[str, Any], layout: str, num_workers: int
 ) -> Any:
-    """What a run gave that never stopped, and one that was stopped in a validation and resumed."""
+    """Results of an uninterrupted run, and of one stopped in a validation and resumed."""
     found = []
     for name, interrupted in (("straight", [False]), ("resumed", [True, False])):
         history, evaluated = History(), 0

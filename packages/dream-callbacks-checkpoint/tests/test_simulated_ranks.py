@@ -1,4 +1,4 @@
-"""In a simulated world one process resumes as any of its ranks, and waits for nobody."""
+"""In a simulated world one process resumes as any of its ranks, without blocking."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Sharded(TinyTrainer):
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-def test_the_others_do_what_this_rank_does(rank: int) -> None:
+def test_coordination_assumes_that_simulated_ranks_equal_this_one(rank: int) -> None:
     with SimulatedWorld(FSDP, rank=rank, world_size=4) as world:
         world.launch()
         ranks = coordination(world)

@@ -1,4 +1,4 @@
-"""A state as JSON and tensors, and back."""
+"""Encoding a state as JSON and tensors, and decoding it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dream_callbacks.checkpoint.format.state_codec import (
 from dream_trainer.callbacks import RankLocal
 
 
-def there_and_back(state: Any) -> Any:
+def round_trip(state: Any) -> Any:
     parts = encode(state, rank=0)
     document = json.loads(json.dumps({"shared": parts.shared, "local": parts.local}))
     return decode(document["shared"], parts.tensors, document["local"])
@@ -51,15 +51,15 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("value", PLAIN.values(), ids=PLAIN)
-def test_plain_data_comes_back_as_it_was(value: Any) -> None:
-    found = there_and_back(value)
+def test_plain_data_round_trips(value: Any) -> None:
+    found = round_trip(value)
 
     assert found == value
     assert types(found) == types(value)
 
 
 def types(value: Any) -> Any:
-    """The kinds in a structure: 1 == True == 1.0 would hide a change."""
+    """Types in a structure: 1 == True == 1.0 would hide a difference."""
     if isinstance(value, dict):
         return type(value), [(types(k), types(v)) for k, v in value.items()]
     if isinstance(value, (list, tuple)):
@@ -67,32 +67,32 @@ def types(value: Any) -> Any:
     return type(value), math.copysign(1, value) if isinstance(value, float) else None
 
 
-def test_not_a_number_comes_back() -> None:
-    assert math.isnan(there_and_back({"loss": math.nan})["loss"])
+def test_nan_round_trips() -> None:
+    assert math.isnan(round_trip({"loss": math.nan})["loss"])
 
 
-def test_made_up_states_come_back_as_they_were() -> None:
+def test_random_states_round_trip() -> None:
     draw = random.Random(0)
     for _ in range(300):
-        state = made_up(draw, depth=5)
+        state = random_value(draw, depth=5)
 
-        assert there_and_back(state) == state
-        assert types(there_and_back(state)) == types(state)
+        assert round_trip(state) == state
+        assert types(round_trip(state)) == types(state)
 
 
-def made_up(draw: random.Random, depth: int) -> Any:
+def random_value(draw: random.Random, depth: int) -> Any:
     kind = draw.randrange(10 if depth else 5)
     if kind < 5:
         text = "".join(draw.choices(string.printable + "$é", k=3))
         return draw.choice([None, True, draw.randrange(-9, 9), draw.random(), text, text.encode()])
-    items = [made_up(draw, depth - 1) for _ in range(draw.randrange(4))]
+    items = [random_value(draw, depth - 1) for _ in range(draw.randrange(4))]
     if kind < 9:
         keys = [draw.choice(["$", ""]) + str(draw.random()) for _ in items]
         return draw.choice([list(items), tuple(items), dict(zip(keys, items, strict=True))])
     return {draw.randrange(99): item for item in items}
 
 
-def test_tensors_are_taken_out_and_put_back() -> None:
+def test_tensors_are_replaced_by_their_names_and_restored() -> None:
     weight, step = torch.randn(2, 3), torch.tensor(3.0)
     state = {"models": {"m": {"w": weight}}, "list": [step, (weight,)]}
 
@@ -103,7 +103,7 @@ def test_tensors_are_taken_out_and_put_back() -> None:
     assert decode(parts.shared, parts.tensors, {})["list"][1][0].data_ptr() == weight.data_ptr()
 
 
-def test_values_of_one_rank_come_back_bare() -> None:
+def test_rank_local_values_are_decoded_unwrapped() -> None:
     state = {"position": RankLocal({"at": 3, "noise": torch.ones(2)}), "epoch": 1}
 
     parts = encode(state, rank=12)
@@ -128,12 +128,12 @@ def test_values_of_one_rank_come_back_bare() -> None:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_anything_else_is_refused_with_its_place(value: Any) -> None:
+def test_other_values_are_refused_with_their_path(value: Any) -> None:
     with pytest.raises(TypeError, match=r"state\['a'\]\[1\].*plain data"):
         encode({"a": [0, value]}, rank=0)
 
 
-def test_two_tensors_of_one_name_are_refused() -> None:
+def test_two_tensors_with_one_name_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'a\.b'"):
         encode({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, rank=0)
 
@@ -155,12 +155,12 @@ def test_two_tensors_of_one_name_are_refused() -> None:
     ],
     ids=str,
 )
-def test_a_document_that_makes_no_sense_is_refused(document: Any) -> None:
+def test_a_malformed_document_is_refused(document: Any) -> None:
     with pytest.raises(DamagedCheckpointError):
         decode({"a": [document]}, {}, {})
 
 
-def test_metrics_need_no_tensors() -> None:
+def test_plain_data_has_no_tensors() -> None:
     assert decode_plain(encode_plain({"a": 1.5, "b": math.inf})) == {"a": 1.5, "b": math.inf}
     with pytest.raises(TypeError, match="tensor"):
         encode_plain({"a": torch.ones(1)})

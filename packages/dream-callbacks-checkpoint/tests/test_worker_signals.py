@@ -1,4 +1,4 @@
-"""Stop signals with loader workers: saved and resumable, whoever gets the signal."""
+"""Stop signals with loader workers: the run is saved and resumes, whichever process gets it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ LIMIT_S = 60.0
 
 
 class Cell(NamedTuple):
-    """One way to get a signal.
+    """A way in which a run gets a signal.
 
     Args:
         context: How workers start; None for no workers.
-        persistent: Whether they stay from epoch to epoch.
+        persistent: Whether workers persist over epochs.
         number: The signal.
         num_ranks: 1 without torchrun.
         target: "process", which is torchrun's agent where there is one, or the "group" of each
@@ -91,7 +91,7 @@ class Script:
             )
 
     def kill(self) -> None:
-        """End all that is left of it, after a test that failed."""
+        """Kill the remaining processes, after a test that failed."""
         marks = (mark.read_text() for mark in self.root.glob("ready-*"))
         for leader in {self.process.pid, *map(int, marks)}:
             with contextlib.suppress(ProcessLookupError):
@@ -105,7 +105,7 @@ class Script:
         return [int(mark.read_text()) for mark in marks]
 
     def status(self) -> int:
-        """Exit status, once it has ended."""
+        """Exit status; waits for it."""
         try:
             return self.process.wait(LIMIT_S)
         except subprocess.TimeoutExpired:
@@ -141,7 +141,7 @@ Start = Callable[..., Script]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts the script in `tmp_path`; whatever becomes of the test, it doesn't outlive it."""
+    """Starts the script in `tmp_path`; kills it after the test."""
     started: list[Script] = []
 
     def start_script(cell: Cell, **options: Any) -> Script:
@@ -158,7 +158,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     "cell",
     [pytest.param(c, id=str(c), marks=() if str(c) in QUICK else pytest.mark.full) for c in CELLS],
 )
-def test_a_run_that_is_signalled_is_saved_by_all_ranks_and_resumed(
+def test_a_signalled_run_is_saved_by_all_ranks_and_resumed(
     tmp_path: Path, start: Start, cell: Cell
 ) -> None:
     script = start(cell)
@@ -186,7 +186,7 @@ def test_a_run_that_is_signalled_is_saved_by_all_ranks_and_resumed(
     assert resumed.steps() == [[checkpoint.step, checkpoint.step + 2]] * cell.num_ranks
 
 
-def test_workers_of_a_loader_inside_another_are_protected(tmp_path: Path, start: Start) -> None:
+def test_workers_of_a_nested_loader_are_protected(tmp_path: Path, start: Start) -> None:
     cell = Cell("fork", False, signal.SIGTERM, 1, "group")
     script = start(cell, wrapped=True)
 
@@ -200,12 +200,12 @@ def test_workers_of_a_loader_inside_another_are_protected(tmp_path: Path, start:
 @pytest.mark.parametrize(
     "context", ["fork", pytest.param("spawn", marks=pytest.mark.full), "forkserver"]
 )
-def test_workers_end_when_their_main_process_is_killed(start: Start, context: str) -> None:
+def test_workers_exit_when_their_main_process_is_killed(start: Start, context: str) -> None:
     script = start(Cell(context, False, signal.SIGKILL, 1, "process"))
     (main_process,) = script.ranks()
 
     script.process.kill()
     script.process.wait()
 
-    # torch's workers look for their parent every five seconds.
+    # torch's workers check for their parent every five seconds.
     wait_until(lambda: group_is_gone(main_process), None, script.log)

@@ -1,4 +1,4 @@
-"""Short runs of TinyTrainer with checkpoints, and what they leave on the disk."""
+"""Short runs of TinyTrainer with checkpoints, and the files that they write."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def steps(root: Path) -> list[int]:
 
 
 def scored(values: dict[int, float]) -> type[TinyTrainer]:
-    """A trainer whose validation gives what was planned for the step."""
+    """A trainer whose validation result is given for each step."""
 
     class Scored(TinyTrainer):
         def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def scored(values: dict[int, float]) -> type[TinyTrainer]:
 
 
 class Average(Callback[Any]):
-    """A moving average of the weights, made after each step, and sharded as they are."""
+    """A moving average of the weights, updated after each step, and sharded like them."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -68,7 +68,7 @@ class Average(Callback[Any]):
 
 
 class SendSignal(Callback[Any]):
-    """Sends this process a signal inside a step, on one rank."""
+    """Sends this process a signal during a step, on one rank."""
 
     def __init__(self, number: int, step: int = 3, rank: int = 0) -> None:
         self.number = number

@@ -1,4 +1,4 @@
-"""Runs for the tests: a trainer with everything that makes exactness hard, on any layout."""
+"""Runs for tests: a trainer with everything that makes exact resuming hard, on any layout."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ LAYOUTS: dict[str, Callable[[], DeviceParameters]] = {
 
 
 class Augmented(Dataset[Any]):
-    """Vectors that tell their index, with noise from Python's, numpy's and torch's generators."""
+    """Vectors that hold their index, with noise from Python's, numpy's and torch's generators."""
 
     def __init__(self, num_samples: int, noise: float) -> None:
         self.num_samples = num_samples
@@ -155,7 +155,7 @@ LOADERS: dict[str, Callable[..., Iterable[Any]]] = {
 
 
 class History(Callback[Any]):
-    """What each batch gave, by its number in the run; batches done again replace those before."""
+    """The result of each batch, by its number in the run; repeated batches replace earlier ones."""
 
     def __init__(self) -> None:
         self.batches: dict[int, tuple[float, float]] = {}
@@ -174,7 +174,7 @@ class History(Callback[Any]):
 
 
 class PlannedError(Exception):
-    """Ends a run as a crash would: nothing is saved any more."""
+    """Ends a run as a crash does: nothing more is saved."""
 
 
 class CrashAt(Callback[Any]):
@@ -214,7 +214,7 @@ def make(
 
 
 class Filled(TinyTrainer):
-    """Every number of the model and its optimizer is the step: a mixture of two steps shows.
+    """Every value of the model and its optimizer is the step, so that a mix of two steps shows.
 
     With 8 MB of them, files have a full chunk and more, on each of two ranks too.
     """
@@ -238,7 +238,7 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 class Acknowledged(logging.Handler):
-    """Writes down each step that is called saved, so that it outlives the process."""
+    """Writes each reported step to a file, which outlives the process."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(logging.INFO)
@@ -251,7 +251,7 @@ class Acknowledged(logging.Handler):
 
 
 def train_until_killed(root: Path, callback: str) -> None:
-    """Body of a process: saves each step, and says which are saved."""
+    """Body of a process: saves each step, and records the reported steps."""
     layout = "fsdp" if os.environ["WORLD_SIZE"] != "1" else "single"
     logger = logging.getLogger("dream_callbacks.checkpoint")
     logger.setLevel(logging.INFO)
@@ -268,7 +268,7 @@ def train_until_killed(root: Path, callback: str) -> None:
 
 
 def weights(trainer: Any) -> dict[str, Tensor]:
-    """Whole weights of all models. Collective where they are sharded."""
+    """Unsharded weights of all models. Collective where they are sharded."""
     found = {}
     for name, model in trainer.named_models().items():
         for key, tensor in model.state_dict().items():
@@ -278,7 +278,7 @@ def weights(trainer: Any) -> dict[str, Tensor]:
 
 
 def moments(trainer: Any) -> dict[str, Tensor]:
-    """Whole tensors of all optimizers. Collective where they are sharded."""
+    """Unsharded tensors of all optimizers. Collective where they are sharded."""
     found = {}
     for name, optimizer in trainer.state_dict()["optimizers"].items():
         for parameter, state in optimizer["state"].items():

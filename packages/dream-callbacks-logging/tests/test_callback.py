@@ -67,7 +67,7 @@ def fitted(tmp_path, *callbacks: Callback[Any], **training: Any) -> TinyTrainer:
 
 def test_json_lines_in_the_run_directory_are_the_default(tmp_path):
     recorder = Recorder()
-    trainer = fitted(tmp_path, recorder, LoggerCallback(), n_epochs=2)
+    trainer = fitted(tmp_path, recorder, LoggerCallback(1), n_epochs=2)
 
     rows = read_jsonl(trainer.run_dir)
     assert series(rows, "train/loss") == (list(range(1, 17)), recorder.losses)
@@ -76,6 +76,32 @@ def test_json_lines_in_the_run_directory_are_the_default(tmp_path):
     assert series(rows, "epoch/loss")[1][0] == pytest.approx(sum(recorder.losses[:8]) / 8)
     assert all(rate > 0 for rate in series(rows, "steps_per_s")[1])
     assert [path.name for path in trainer.run_dir.iterdir()] == ["log.jsonl"]
+
+
+def test_by_default_the_first_batch_and_every_50th_are_logged(tmp_path):
+    trainer = fitted(tmp_path, LoggerCallback(), LRLoggerCallback(), n_epochs=13)
+
+    rows = read_jsonl(trainer.run_dir)
+    assert trainer.global_step == 104
+    assert series(rows, "train/loss")[0] == series(rows, "lr")[0] == [1, 50, 100]
+
+
+def test_by_default_the_step_that_contains_the_first_batch_is_logged(tmp_path):
+    accumulation = {"gradient_accumulation_steps": 3, "n_epochs": 7}
+    trainer = fitted(tmp_path, LoggerCallback(), LRLoggerCallback(), **accumulation)
+
+    rows = read_jsonl(trainer.run_dir)
+    # 8 batches make 3 steps; batch 50 is the second of the 7th epoch.
+    assert series(rows, "train/loss")[0] == series(rows, "lr")[0] == [1, 19]
+
+
+def test_by_default_the_first_batch_of_a_continued_run_is_not_logged(tmp_path):
+    trainer = fitted(tmp_path, LoggerCallback(), max_steps=3)
+    trainer.config.training_parameters.max_steps = 60
+    trainer.config.training_parameters.n_epochs = 8
+    trainer.fit()
+
+    assert series(read_jsonl(trainer.run_dir), "train/loss")[0] == [1, 50]
 
 
 def test_every_nth_batch_is_logged_over_epochs(tmp_path):
@@ -94,7 +120,7 @@ def test_none_disables_logging_of_batches(tmp_path):
 
 def test_an_accumulated_step_logs_the_mean_of_its_batches(tmp_path):
     recorder = Recorder()
-    trainer = fitted(tmp_path, recorder, LoggerCallback(), gradient_accumulation_steps=3)
+    trainer = fitted(tmp_path, recorder, LoggerCallback(1), gradient_accumulation_steps=3)
 
     steps, losses = series(read_jsonl(trainer.run_dir), "train/loss")
     parts = [recorder.losses[0:3], recorder.losses[3:6], recorder.losses[6:8]]
@@ -121,7 +147,7 @@ class LastBatchNorm(TinyTrainer):
 
 
 def test_a_value_of_some_batches_of_a_step_is_averaged_over_those_batches(tmp_path):
-    config = tiny_config(tmp_path, [LoggerCallback()], gradient_accumulation_steps=2)
+    config = tiny_config(tmp_path, [LoggerCallback(1)], gradient_accumulation_steps=2)
     trainer = LastBatchNorm(config)
     trainer.fit()
 
@@ -141,7 +167,7 @@ def test_validation_batches_have_their_own_index(tmp_path):
 
 
 def test_a_sanity_validation_is_not_logged(tmp_path):
-    callbacks = LoggerCallback(log_every_n_val_batches=1), MetricLoggerCallback()
+    callbacks = LoggerCallback(1, log_every_n_val_batches=1), MetricLoggerCallback()
     trainer = fitted(tmp_path, *callbacks, num_sanity_val_steps=2, max_steps=2)
 
     assert series(read_jsonl(trainer.run_dir), "val_loss")[0] == [2]
@@ -149,7 +175,7 @@ def test_a_sanity_validation_is_not_logged(tmp_path):
 
 
 def test_two_fits_write_one_history_without_gaps(tmp_path):
-    trainer = fitted(tmp_path, LoggerCallback(), LRLoggerCallback(), max_steps=3)
+    trainer = fitted(tmp_path, LoggerCallback(1), LRLoggerCallback(), max_steps=3)
     trainer.config.training_parameters.max_steps = 7
     trainer.fit()
 
@@ -170,12 +196,12 @@ def test_a_run_that_crashed_and_resumed_has_one_history(tmp_path):
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fitted(tmp_path, LoggerCallback(), LRLoggerCallback(), Crash())
-    resumed = TinyTrainer(tiny_config(tmp_path, [LoggerCallback(), LRLoggerCallback()]))
+        fitted(tmp_path, LoggerCallback(1), LRLoggerCallback(), Crash())
+    resumed = TinyTrainer(tiny_config(tmp_path, [LoggerCallback(1), LRLoggerCallback()]))
     resumed.setup()
     resumed.load_state_dict(states[0])
     resumed.fit()
-    whole = fitted(tmp_path / "whole", LoggerCallback())
+    whole = fitted(tmp_path / "whole", LoggerCallback(1))
 
     rows = read_jsonl(resumed.run_dir)
     assert series(rows, "train/loss") == series(read_jsonl(whole.run_dir), "train/loss")
@@ -188,7 +214,7 @@ def test_a_run_that_crashed_and_resumed_has_one_history(tmp_path):
 
 def test_a_sink_that_is_already_open_is_not_closed(tmp_path):
     sink = MemorySink()
-    trainer = fitted(tmp_path, LoggerCallback(sinks=[sink]), max_steps=2)
+    trainer = fitted(tmp_path, LoggerCallback(1, sinks=[sink]), max_steps=2)
 
     assert [step for values, step in sink.scalars if "train/loss" in values] == [1, 2]
     assert sink.num_closed == 0
@@ -215,7 +241,7 @@ def test_ctrl_c_while_a_sink_is_closed_closes_the_others(tmp_path):
             if self.name == "second":
                 raise KeyboardInterrupt
 
-    callback = LoggerCallback(sinks=[Tracker("first"), Tracker("second"), Tracker("third")])
+    callback = LoggerCallback(1, sinks=[Tracker("first"), Tracker("second"), Tracker("third")])
 
     with pytest.raises(KeyboardInterrupt):
         fitted(tmp_path, callback, max_steps=1)
@@ -230,8 +256,8 @@ def test_json_lines_are_added_to_a_sink_that_does_not_survive_a_crash(tmp_path):
         def open(self, run: LoggedRun) -> OpenedSink:
             return MemorySink()
 
-    alone = fitted(tmp_path / "alone", LoggerCallback(sinks=[Tracker()]), max_steps=2)
-    beside = LoggerCallback(sinks=[Tracker(), JSONLinesSink("own.jsonl")])
+    alone = fitted(tmp_path / "alone", LoggerCallback(1, sinks=[Tracker()]), max_steps=2)
+    beside = LoggerCallback(1, sinks=[Tracker(), JSONLinesSink("own.jsonl")])
     other = fitted(tmp_path / "other", beside, max_steps=2)
 
     assert [path.name for path in alone.run_dir.iterdir()] == ["log.jsonl"]
@@ -249,7 +275,7 @@ def test_the_config_and_the_code_are_logged(tmp_path):
 
 
 def test_wandb_is_not_used_unless_the_config_enables_it(tmp_path):
-    config = tiny_config(tmp_path, [LoggerCallback()])
+    config = tiny_config(tmp_path, [LoggerCallback(1)])
     config.logging_parameters = WandbLoggingParameters(enabled=False)
     trainer = TinyTrainer(config)
     trainer.fit()
@@ -260,7 +286,7 @@ def test_wandb_is_not_used_unless_the_config_enables_it(tmp_path):
 def test_a_sink_that_cannot_be_opened_ends_the_run_before_the_first_batch(tmp_path):
     recorder = Recorder()
     memory = MemorySink()
-    logger = LoggerCallback(sinks=[memory, FailingSink()])
+    logger = LoggerCallback(1, sinks=[memory, FailingSink()])
     trainer = TinyTrainer(tiny_config(tmp_path, [logger, recorder]))
 
     with pytest.raises(PermissionError, match="not here"):
@@ -275,7 +301,7 @@ def test_an_error_before_its_pre_fit_is_reported(tmp_path):
             raise RuntimeError("first")
 
     with pytest.raises(RuntimeError, match="first"):
-        fitted(tmp_path, Failing(), LoggerCallback())
+        fitted(tmp_path, Failing(), LoggerCallback(1))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -297,6 +323,7 @@ def test_a_copy_made_during_a_run_logs_independently(tmp_path, copied):
     ("arguments", "error", "message"),
     [
         ({"log_every_n_train_batches": 0}, ValueError, "log_every_n_train_batches=0"),
+        ({"log_every_n_train_batches": "all"}, ValueError, "log_every_n_train_batches='all'"),
         ({"log_every_n_val_batches": 1.5}, ValueError, "log_every_n_val_batches=1.5"),
         ({"reduce": "sum"}, ValueError, "reduce='sum': \"mean\" or None"),
         ({"sinks": [JSONLinesSink]}, TypeError, r"isn't a sink; it is a class, add \(\)"),
@@ -384,13 +411,13 @@ def test_steps_that_do_not_log_run_no_tensor_operation(tmp_path):
 
 def train_on_ranks(directory, reduce):
     recorder = Recorder()
-    trainer = fitted(directory, LoggerCallback(reduce=reduce), recorder)
+    trainer = fitted(directory, LoggerCallback(1, reduce=reduce), recorder)
     return trainer.run_dir, recorder.losses, len(trainer.sinks)
 
 
 @pytest.mark.parametrize("reduce", ["mean", None])
 def test_the_loss_of_two_ranks_is_the_loss_of_the_global_batch(tmp_path, reduce):
-    whole = fitted(tmp_path / "whole", LoggerCallback())
+    whole = fitted(tmp_path / "whole", LoggerCallback(1))
     (run_dir, own, _), (_, others, _) = run_on_ranks(train_on_ranks, 2, tmp_path / "ranks", reduce)
 
     steps, losses = series(read_jsonl(run_dir), "train/loss")
@@ -433,7 +460,7 @@ class CountingWorld(Callback[TinyTrainer]):
 
 def train_tasks(directory):
     counting = CountingWorld()
-    trainer = TaskTrainer(tiny_config(directory, [counting, LoggerCallback()]))
+    trainer = TaskTrainer(tiny_config(directory, [counting, LoggerCallback(1)]))
     trainer.fit()
     return trainer.run_dir, counting.counts
 
@@ -469,7 +496,7 @@ class TokenTrainer(TinyTrainer):
 
 
 def train_tokens(directory):
-    config = tiny_config(directory, [LoggerCallback()], gradient_accumulation_steps=2)
+    config = tiny_config(directory, [LoggerCallback(1)], gradient_accumulation_steps=2)
     trainer = TokenTrainer(config)
     trainer.fit()
     return trainer.run_dir
@@ -510,7 +537,7 @@ class NumpyTrainer(TinyTrainer):
 
 
 def train_numpy(directory):
-    trainer = NumpyTrainer(tiny_config(directory, [LoggerCallback()]))
+    trainer = NumpyTrainer(tiny_config(directory, [LoggerCallback(1)]))
     trainer.fit()
     return trainer.run_dir
 
@@ -538,7 +565,7 @@ class AlternatingTrainer(TinyTrainer):
 
 def train_alternating(directory):
     trainer = AlternatingTrainer(
-        tiny_config(directory, [LoggerCallback(log_every_n_val_batches=1)])
+        tiny_config(directory, [LoggerCallback(1, log_every_n_val_batches=1)])
     )
     trainer.fit()
     return trainer.run_dir
@@ -554,7 +581,7 @@ def test_values_that_all_ranks_report_in_some_steps_are_reduced(tmp_path):
 
 
 def open_badly(directory):
-    trainer = TinyTrainer(tiny_config(directory, [LoggerCallback(sinks=[FailingSink()])]))
+    trainer = TinyTrainer(tiny_config(directory, [LoggerCallback(1, sinks=[FailingSink()])]))
     trainer.fit()
 
 
@@ -573,7 +600,7 @@ def test_a_non_finite_loss_is_logged_unchanged(tmp_path):
             super().training_step(batch, batch_idx)
             return {"loss": torch.tensor(math.inf), "nan": math.nan}
 
-    trainer = Infinite(tiny_config(tmp_path, [LoggerCallback()], max_steps=1))
+    trainer = Infinite(tiny_config(tmp_path, [LoggerCallback(1)], max_steps=1))
     trainer.fit()
 
     text = (trainer.run_dir / "log.jsonl").read_text()

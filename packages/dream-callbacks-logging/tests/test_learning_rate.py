@@ -44,14 +44,14 @@ def rows(trainer: TinyTrainer) -> list[dict[str, Any]]:
 
 
 def test_the_learning_rate_of_a_step_is_the_one_it_used(tmp_path):
-    callbacks = [LoggerCallback(), LRLoggerCallback()]
+    callbacks = [LoggerCallback(1), LRLoggerCallback()]
     trainer = ScheduledTrainer(tiny_config(tmp_path, callbacks, max_steps=4))
 
     assert series(rows(trainer), "lr") == ([1, 2, 3, 4], [0.01, 0.005, 0.0025, 0.00125])
 
 
 def test_optimizers_and_groups_have_their_names_in_the_key(tmp_path):
-    callbacks = [LoggerCallback(), LRLoggerCallback()]
+    callbacks = [LoggerCallback(1), LRLoggerCallback()]
     trainer = TwoOptimizersTrainer(tiny_config(tmp_path, callbacks, max_steps=1))
     (row,) = [row for row in rows(trainer) if any(name.startswith("lr") for name in row)]
 
@@ -90,7 +90,7 @@ def test_the_cadence_restarts_in_each_fit_and_in_each_copy(tmp_path):
 
 
 def on_ranks(directory):
-    config = tiny_config(directory, [LoggerCallback(), LRLoggerCallback()])
+    config = tiny_config(directory, [LoggerCallback(1), LRLoggerCallback()])
     config.debug = True  # a collective in a hook of rank 0 alone would raise
     return series(rows(TinyTrainer(config)), "lr")[0]
 

@@ -131,7 +131,7 @@ def test_a_killed_process_loses_at_most_the_last_seconds(tmp_path):
 
 
 def test_two_fits_write_one_history(tmp_path):
-    logger = LoggerCallback(sinks=[JSONLinesSink(), TensorBoardSink()])
+    logger = LoggerCallback(1, sinks=[JSONLinesSink(), TensorBoardSink()])
     trainer = TinyTrainer(tiny_config(tmp_path, [logger], max_steps=3))
     trainer.fit()
     trainer.config.training_parameters.max_steps = 6

@@ -49,7 +49,7 @@ class AtStep(Callback[Any]):
 
 
 def logger(mode: Any = "offline") -> LoggerCallback:
-    return LoggerCallback(sinks=[JSONLinesSink(), WandBSink(mode)])
+    return LoggerCallback(1, sinks=[JSONLinesSink(), WandBSink(mode)])
 
 
 def run_dir_in(directory: Path) -> Path:
@@ -301,7 +301,7 @@ def train_with_the_mixin(directory: Path) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     look = AtStep(1, lambda trainer: seen.update(during=trainer.wandb_run.id))
     os.environ["WANDB_MODE"] = "offline"
-    trainer = MixinTrainer(tiny_config(directory, [LoggerCallback(), look], max_steps=3))
+    trainer = MixinTrainer(tiny_config(directory, [LoggerCallback(1), look], max_steps=3))
     trainer.fit()
     return seen | {"after": trainer.wandb_run}
 

@@ -51,7 +51,7 @@ def report(**values: Any) -> None:
 
 
 def logger(**options: Any) -> LoggerCallback:
-    return LoggerCallback(sinks=[JSONLinesSink(), WandBSink(**{"mode": "offline", **options})])
+    return LoggerCallback(1, sinks=[JSONLinesSink(), WandBSink(**{"mode": "offline", **options})])
 
 
 def offline(directory: Path) -> None:

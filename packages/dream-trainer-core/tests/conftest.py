@@ -1,4 +1,4 @@
-"""Tests find the modules beside them, and write nothing into the checkout."""
+"""Makes the helper modules of this folder importable; tests run in a temporary directory."""
 
 from __future__ import annotations
 

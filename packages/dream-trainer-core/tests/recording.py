@@ -1,4 +1,4 @@
-"""A callback that writes down every hook that is called."""
+"""A callback that records every hook that is called."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _context(name: str) -> Any:
 
 
 class Recorder(Callback[Any]):
-    """Keeps the names of hooks in `events` and their arguments in `arguments`."""
+    """Records the names of hooks in `events` and their arguments in `arguments`."""
 
     def __init__(self, *, fail_in: str | None = None, error: BaseException | None = None) -> None:
         self.events: list[str] = []

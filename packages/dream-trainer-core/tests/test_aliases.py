@@ -43,7 +43,7 @@ CONTRACT = {
     "fsdp": {"OptimizeFSDP"},
 }
 
-# Prints, for each name of argv, what importing it gives.
+# Prints, for each name in argv, the result of importing it.
 ASK = """
 import importlib, json, sys, warnings
 warnings.simplefilter("error")
@@ -66,7 +66,7 @@ print(json.dumps(answers))
 
 
 def environment(folder: Path) -> Path:
-    """A folder with links to everything but dream_callbacks."""
+    """A folder with links to all importable modules except dream_callbacks."""
     standard = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib")}
     folder.mkdir()
     for path in (Path(entry) for entry in sys.path if entry and entry not in standard):
@@ -79,7 +79,7 @@ def environment(folder: Path) -> Path:
 
 
 def install(folder: Path, package: str, source: str, version: str | None = None) -> None:
-    """Put a package of the namespace there, with the metadata of a version if it has one."""
+    """Write a package of the namespace to the folder, with metadata if it has a version."""
     home = folder / "dream_callbacks" / package
     home.mkdir(parents=True)
     (home / "__init__.py").write_text(source)
@@ -92,7 +92,7 @@ def install(folder: Path, package: str, source: str, version: str | None = None)
 
 
 def ask(folder: Path, *targets: str) -> dict[str, Any]:
-    """What a new interpreter, which sees only that folder, gets for names such as `a.b.Name`."""
+    """Results of importing names such as `a.b.Name` in a new interpreter with only that folder."""
     done = subprocess.run(
         [sys.executable, "-S", "-c", ASK, *targets],
         env={**os.environ, "PYTHONPATH": str(folder)},
@@ -110,7 +110,7 @@ def named(name: str) -> str:
     return f"dream_trainer.callbacks.{name}"
 
 
-def test_the_table_is_that_of_the_contract() -> None:
+def test_the_table_matches_the_contract() -> None:
     table = _aliases._NAMES_BY_PACKAGE  # noqa: SLF001  # it is what the test is about
 
     assert {k: set(v) for k, v in table["dream_trainer.callbacks"].items()} == CONTRACT
@@ -118,7 +118,7 @@ def test_the_table_is_that_of_the_contract() -> None:
     assert table["dream_trainer.configs"] == {"checkpoint": ("CheckpointParameters",)}
 
 
-def test_type_checkers_are_told_of_exactly_these_names() -> None:
+def test_type_checkers_see_exactly_these_names() -> None:
     source = Path(callbacks.__file__).read_text()
     block = source.partition("if TYPE_CHECKING:")[2].partition("__all__")[0]
     told = {
@@ -128,7 +128,7 @@ def test_type_checkers_are_told_of_exactly_these_names() -> None:
     assert told == set.union(*CONTRACT.values())
 
 
-def test_what_isnt_installed_is_an_import_error_that_names_the_distribution(tmp_path: Path) -> None:
+def test_a_missing_package_is_an_import_error_that_names_it(tmp_path: Path) -> None:
     targets = [named(name) for names in CONTRACT.values() for name in sorted(names)]
     others = [
         "dream_trainer.trainer.mixins.WandBLoggerMixin",
@@ -149,7 +149,7 @@ def test_what_isnt_installed_is_an_import_error_that_names_the_distribution(tmp_
     assert answers["imported"] == []
 
 
-def test_each_state_of_a_package_is_told_apart(tmp_path: Path) -> None:
+def test_missing_old_and_broken_packages_are_distinguished(tmp_path: Path) -> None:
     folder = environment(tmp_path / "mixed")
     install(folder, "checkpoint", "class CheckpointCallback: ...", version="0.0.1")  # too old
     install(folder, "logging", "import a_library_that_is_missing", version="1.0")  # broken inside
@@ -233,7 +233,7 @@ def test_dir_lists_what_can_be_imported_and_never_raises(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("package", CONTRACT)
-def test_the_names_of_an_installed_package_are_its_own(package: str) -> None:
+def test_names_resolve_to_the_installed_package(package: str) -> None:
     module = pytest.importorskip(f"dream_callbacks.{package}", exc_type=ModuleNotFoundError)
     for name in CONTRACT[package]:
         assert getattr(callbacks, name) is getattr(module, name)

@@ -35,7 +35,7 @@ class Letters:
         return iter("ab")
 
 
-def test_a_loader_with_a_length_begins_anew_with_each_epoch() -> None:
+def test_a_loader_with_a_length_restarts_with_each_epoch() -> None:
     stream = BatchStream([1, 2, 3], "training")
     seen = []
     for epoch in range(2):
@@ -45,7 +45,7 @@ def test_a_loader_with_a_length_begins_anew_with_each_epoch() -> None:
     assert seen == [1, 2, 1, 2]
 
 
-def test_a_loader_without_a_length_goes_on() -> None:
+def test_a_loader_without_a_length_continues() -> None:
     stream = BatchStream(Letters(), "training")
     seen = []
     for epoch in range(3):
@@ -69,7 +69,7 @@ def test_set_epoch_is_called_on_the_sampler() -> None:
     assert orders[0] != orders[1]
 
 
-def test_workers_that_stay_take_no_random_numbers_in_their_first_epoch() -> None:
+def test_persistent_workers_draw_no_random_number_in_their_first_epoch() -> None:
     def order_of_second_epoch(*, is_first_of_loader: bool) -> list[int]:
         loader = DataLoader(range(8), shuffle=True, num_workers=1, persistent_workers=True)
         stream = BatchStream(loader, "training")
@@ -85,7 +85,7 @@ def test_workers_that_stay_take_no_random_numbers_in_their_first_epoch() -> None
     )
 
 
-def test_a_loader_that_keeps_its_position_is_told_the_epoch_before_it_gets_it_back() -> None:
+def test_a_stateful_loader_gets_the_epoch_before_its_position() -> None:
     class Stateful(list[int]):
         calls: list[tuple[str, Any]] = []
 
@@ -122,7 +122,7 @@ def test_a_loader_that_ends_before_its_length_is_refused() -> None:
         stream.next_batch()
 
 
-def test_an_iterator_that_cannot_begin_anew_is_refused_at_its_end() -> None:
+def test_an_iterator_that_cannot_restart_is_refused_at_its_end() -> None:
     stream = BatchStream(iter([1, 2]), "training")
     stream.start_epoch(0)
     assert [stream.next_batch(), stream.next_batch()] == [1, 2]
@@ -151,7 +151,7 @@ def test_a_position_is_continued_with_the_same_order() -> None:
     assert sorted(first + rest) == list(range(10))
 
 
-def test_a_loader_that_keeps_its_own_position_is_set_to_it() -> None:
+def test_a_stateful_loader_loads_its_position() -> None:
     class Stateful:
         def __init__(self) -> None:
             self.next = 0
@@ -222,9 +222,7 @@ class Slow:
 
 
 @pytest.mark.parametrize("which", ["training", "validation"])
-def test_a_batch_that_does_not_come_is_warned_of(
-    which: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_batch_that_does_not_arrive_warns(which: str, caplog: pytest.LogCaptureFixture) -> None:
     watch = LoaderWatch(rank=3, patience_s=0.2)
     stream = BatchStream(Slow(), "training", watch)
     with caplog.at_level(logging.WARNING), watch.watching():
@@ -243,7 +241,7 @@ def test_a_batch_that_does_not_come_is_warned_of(
     assert "loader-watch" not in {thread.name for thread in threading.enumerate()}
 
 
-def test_nobody_is_warned_of_a_loop_that_takes_its_time(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_slow_loop_does_not_warn(caplog: pytest.LogCaptureFixture) -> None:
     watch = LoaderWatch(patience_s=0.1)
     stream = BatchStream([1, 2], "training", watch)
     with caplog.at_level(logging.WARNING), watch.watching():
@@ -283,12 +281,12 @@ class Dies(torch.utils.data.Dataset[int]):
 
     def __getitem__(self, index: int) -> int:
         if index == 5:
-            time.sleep(0.2)  # until the main process waits: SIGCHLD raises wherever it is
+            time.sleep(0.2)  # until the main process waits: SIGCHLD's handler raises at any place
             os.kill(os.getpid(), signal.SIGKILL)
         return index
 
 
-def test_a_killed_worker_is_told_with_the_batches_that_may_have_killed_it() -> None:
+def test_the_error_of_a_killed_worker_names_its_batches() -> None:
     stream = BatchStream(DataLoader(Dies(), batch_size=2, num_workers=1), "training")
     stream.start_epoch(7)
     with pytest.raises(RuntimeError, match="DataLoader worker") as raised:
@@ -305,7 +303,7 @@ def test_a_killed_worker_is_told_with_the_batches_that_may_have_killed_it() -> N
 
 
 class DiesOnTheWay:
-    """Its worker dies while it hands a batch over, which breaks the connection to it first."""
+    """Its worker dies while it sends a batch, which breaks the connection first."""
 
     num_workers = 1
     prefetch_factor = 2
@@ -317,7 +315,7 @@ class DiesOnTheWay:
 
 
 @pytest.mark.parametrize("which", ["training", "validation"])
-def test_a_worker_killed_while_it_hands_a_batch_over_is_the_error_that_is_raised(
+def test_the_death_of_a_worker_while_it_sends_a_batch_is_raised(
     which: str,
 ) -> None:
     def as_torch_does(number: int, frame: Any) -> None:

@@ -1,4 +1,4 @@
-"""Every: how often, whichever comes first; Cadence: said once."""
+"""Every and Cadence."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from dream_trainer.testing import TinyTrainer, tiny_config
     ],
     ids=str,
 )
-def test_what_would_never_happen_is_an_error(fields: dict[str, Any], message: str) -> None:
+def test_a_cadence_that_never_happens_is_an_error(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Every(**fields)
 
@@ -52,7 +52,7 @@ def test_due_in_steps_is_true_for_multiples() -> None:
 
 
 @pytest.mark.parametrize("every", [Every(epochs=1), Every(seconds=1), Every(steps=1, epochs=1)])
-def test_due_without_a_start_is_for_steps_alone(every: Every) -> None:
+def test_due_without_start_needs_steps_alone(every: Every) -> None:
     with pytest.raises(ValueError, match=r"isn't in steps alone; call start\(\)"):
         every.due(1)
 
@@ -65,11 +65,11 @@ def test_a_cadence_in_steps_is_due_once_at_each_multiple() -> None:
     assert due_steps(Every(steps=3).start(), [0, 1, 2, 3, 3, 3, 4, 5, 6, 6]) == [3, 6]
 
 
-def test_a_cadence_that_is_asked_late_is_due_when_a_multiple_was_passed() -> None:
+def test_a_cadence_checked_late_is_due_after_a_passed_multiple() -> None:
     assert due_steps(Every(steps=3).start(), [2, 4, 5, 7, 20, 21]) == [4, 7, 20, 21]
 
 
-def test_a_cadence_started_later_keeps_to_the_multiples() -> None:
+def test_a_cadence_started_later_is_due_at_multiples() -> None:
     assert due_steps(Every(steps=5).start(step=7), range(7, 21)) == [10, 15, 20]
 
 
@@ -92,7 +92,7 @@ def test_a_cadence_in_seconds_counts_from_the_last_time() -> None:
     assert cadence.due(1)
 
 
-def test_of_several_whichever_comes_first() -> None:
+def test_of_several_units_the_first_is_due() -> None:
     cadence = Every(steps=10, epochs=1, seconds=0.05).start()
     assert cadence.due(4, 1)
     assert not cadence.due(5, 1)

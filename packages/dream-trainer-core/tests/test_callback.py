@@ -1,4 +1,4 @@
-"""Callback: whatever is overridden is called, whoever defines it; copies belong to nobody."""
+"""Callback: overridden hooks are called, wherever they are defined; copies are not attached."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dream_trainer.callbacks import Callback, CallbackCollection, RankZeroCallba
 from dream_trainer.callbacks.callback import HOOKS
 from dream_trainer.testing import TinyTrainer, tiny_config
 
-# What is overridden
+# Overridden hooks
 
 
 def test_a_users_class_called_callback_runs(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_hook_assigned_to_an_instance_runs(tmp_path: Path) -> None:
     assert seen == [0, 1]
 
 
-def test_a_hook_given_back_to_callback_is_not_called() -> None:
+def test_a_hook_restored_to_that_of_callback_is_not_called() -> None:
     class Mine(Callback[Any]):
         def post_fit(self) -> None: ...
 
@@ -117,7 +117,7 @@ def test_the_annotated_loop_shows_every_hook() -> None:
 
 
 def replacing(hook: str, replacement: Any) -> Callback[Any]:
-    """A callback whose one hook gives `replacement(batch)`."""
+    """A callback with one hook that returns `replacement(batch)`."""
 
     def replace(self: Any, batch: Any, batch_idx: int) -> Any:
         return replacement(batch)
@@ -130,9 +130,7 @@ def replacing(hook: str, replacement: Any) -> Callback[Any]:
     ("hook", "step"),
     [("pre_train_step", "training_step"), ("pre_validation_step", "validation_step")],
 )
-def test_a_batch_that_a_hook_returns_replaces_it_for_the_next_and_for_the_step(
-    tmp_path: Path, hook: str, step: str
-) -> None:
+def test_a_batch_returned_by_a_hook_replaces_it(tmp_path: Path, hook: str, step: str) -> None:
     seen: list[Any] = []
 
     def see(self: Any, batch: Any, batch_idx: int) -> Any:
@@ -152,7 +150,7 @@ def test_a_batch_that_a_hook_returns_replaces_it_for_the_next_and_for_the_step(
 # Copies
 
 
-def test_copies_and_pickles_of_an_attached_callback_are_attached_to_nobody(tmp_path: Path) -> None:
+def test_copies_and_pickles_are_not_attached(tmp_path: Path) -> None:
     recorder = Recorder()
     TinyTrainer(tiny_config(tmp_path, [recorder], max_steps=1)).setup()
 

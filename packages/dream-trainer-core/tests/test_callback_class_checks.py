@@ -1,4 +1,4 @@
-"""A callback class that can't work is refused where it is written."""
+"""A callback class that can't work is refused when it is defined."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_misspelt_hook_of_a_mixin_is_refused_too() -> None:
         class Mine(Timing, Callback[Any]): ...
 
 
-def test_methods_of_ones_own_are_free_unless_they_look_like_hooks() -> None:
+def test_other_methods_are_allowed_unless_they_look_like_hooks() -> None:
     class Mine(Callback[Any]):
         before_all = "data"
 
@@ -71,7 +71,7 @@ def test_methods_of_ones_own_are_free_unless_they_look_like_hooks() -> None:
     assert Derived.requirements() == ()
 
 
-def test_methods_of_a_foreign_base_are_free() -> None:
+def test_methods_of_a_foreign_base_are_allowed() -> None:
     class Client:
         def on_message(self) -> None: ...
 
@@ -117,7 +117,7 @@ def define(name: str, function: Any) -> Any:
         ),
     ],
 )
-def test_a_signature_that_cant_take_the_arguments_is_refused(
+def test_a_signature_that_cannot_take_the_arguments_is_refused(
     name: str, function: Any, found: str
 ) -> None:
     arguments = {**HOOKS, "state_dict": (), "load_state_dict": ("state_dict", "trainer")}[name]
@@ -208,7 +208,7 @@ def test_a_generator_is_refused(hook: str, hint: str) -> None:
 
 
 @pytest.mark.parametrize("value", [None, 3, property(lambda self: None)])
-def test_a_hook_that_isnt_a_method_is_refused(value: Any) -> None:
+def test_a_hook_that_is_not_a_method_is_refused(value: Any) -> None:
     with pytest.raises(TypeError, match=r"Mine\.pre_fit is a \w+, not a method; write def pre_fit"):
         define("pre_fit", value)
 
@@ -241,6 +241,6 @@ def test_a_hook_hidden_behind_callback_is_refused() -> None:
     ids=["string", "class", "number"],
 )
 @pytest.mark.parametrize("name", ["before", "after"])
-def test_wishes_that_cant_be_looked_for_are_refused(name: str, value: Any, found: str) -> None:
+def test_invalid_constraints_are_refused(name: str, value: Any, found: str) -> None:
     with pytest.raises(TypeError, match=rf"Mine\.{name} {found}"):
         define(name, value)

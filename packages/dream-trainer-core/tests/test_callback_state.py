@@ -1,4 +1,4 @@
-"""States of callbacks: by name, plain, kept when nobody claims them, with or without a trainer."""
+"""States of callbacks: by name, plain, kept if no callback claims them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
 
 
 class Holds(Callback[Any]):
-    """Has a value for its state, and remembers the trainer that it was loaded with."""
+    """Has a value as its state, and records the trainer that it was loaded with."""
 
     loaded_with: Any = "nobody"
 
@@ -48,7 +48,7 @@ def test_two_callbacks_of_a_class_have_their_own_states() -> None:
     assert [collection["Holds"].value, collection["Holds_2"].value] == [1, 2]
 
 
-def test_a_state_follows_the_name_and_not_the_order() -> None:
+def test_a_state_is_loaded_by_name_not_by_order() -> None:
     state = CallbackCollection({"slow": Holds(1), "fast": Holds(2)}).state_dict()
     collection = CallbackCollection({"fast": Holds(), "slow": Holds()})
     collection.load_state_dict(state)
@@ -59,7 +59,7 @@ def test_a_state_follows_the_name_and_not_the_order() -> None:
 # With and without the trainer
 
 
-def test_a_callback_is_loaded_with_the_trainer_if_it_wants_it(tmp_path: Path) -> None:
+def test_load_state_dict_gets_the_trainer_if_it_takes_it(tmp_path: Path) -> None:
     collection = CallbackCollection([Holds(), HoldsWithoutTrainer()])
     trainer = TinyTrainer(tiny_config(tmp_path, collection))
     collection.load_state_dict({"Holds": {"value": 1}, "HoldsWithoutTrainer": {"value": 2}})
@@ -68,7 +68,7 @@ def test_a_callback_is_loaded_with_the_trainer_if_it_wants_it(tmp_path: Path) ->
     assert (collection["Holds"].value, collection["HoldsWithoutTrainer"].value) == (1, 2)
 
 
-def test_the_trainer_can_be_given() -> None:
+def test_the_trainer_can_be_passed() -> None:
     collection = CallbackCollection([Holds()])
     trainer: Any = object()
     collection.load_state_dict({"Holds": {"value": 1}}, trainer)
@@ -78,7 +78,7 @@ def test_the_trainer_can_be_given() -> None:
     assert collection["Holds"].loaded_with is None
 
 
-def test_an_option_with_a_default_isnt_taken_for_the_trainer() -> None:
+def test_an_option_with_a_default_is_not_the_trainer() -> None:
     class Module(Callback[Any]):
         seen: Any = None
 
@@ -116,14 +116,14 @@ def test_unknown_and_missing_names_warn_and_list_both_sides() -> None:
     assert (collection["new"].value, collection["kept"].value) == (5, 2)
 
 
-def test_only_what_happens_is_said() -> None:
+def test_the_warning_lists_only_what_applies() -> None:
     with pytest.warns(UserWarning, match=r": Holds will start without a state; give callbacks"):
         CallbackCollection([Holds()]).load_state_dict({})
     with pytest.warns(UserWarning, match=r": Gone will be kept for a later run; give callbacks"):
         CallbackCollection().load_state_dict({"Gone": {}})
 
 
-def test_a_state_that_nobody_claims_is_saved_again() -> None:
+def test_an_unclaimed_state_is_saved_again() -> None:
     collection = CallbackCollection([Holds(1)])
     with pytest.warns(UserWarning, match="Gone will be kept"):
         collection.load_state_dict({"Gone": {"n": 7}, "Holds": {"value": 2}})
@@ -135,7 +135,7 @@ def test_a_state_that_nobody_claims_is_saved_again() -> None:
     assert again.state_dict()["Gone"] == {"value": 8}
 
 
-def test_a_state_whose_callback_no_longer_has_one_is_kept_too() -> None:
+def test_a_state_of_a_callback_without_state_is_kept() -> None:
     collection = CallbackCollection({"x": Stateless()})
     with pytest.warns(UserWarning, match="x will be kept"):
         collection.load_state_dict({"x": {"n": 1}})
@@ -143,7 +143,7 @@ def test_a_state_whose_callback_no_longer_has_one_is_kept_too() -> None:
     assert collection.state_dict() == {"x": {"n": 1}}
 
 
-def test_a_state_that_a_newcomer_has_replaces_the_one_that_nobody_claimed() -> None:
+def test_the_state_of_an_added_callback_replaces_an_unclaimed_one() -> None:
     collection = CallbackCollection()
     with pytest.warns(UserWarning, match="Holds will be kept"):
         collection.load_state_dict({"Holds": {"value": 1}})
@@ -161,7 +161,7 @@ def test_strict_raises_before_anything_is_loaded(saved: dict[str, Any]) -> None:
     assert collection["Holds"].value == 5
 
 
-def test_names_that_match_dont_warn() -> None:
+def test_matching_names_do_not_warn() -> None:
     collection = CallbackCollection([Holds(), Stateless()])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -184,13 +184,13 @@ class Opaque: ...
     ],
     ids=["object", "nested", "path", "function"],
 )
-def test_a_state_that_isnt_plain_is_refused_with_callback_and_key(value: Any, place: str) -> None:
+def test_a_state_that_is_not_plain_is_refused_with_callback_and_key(value: Any, place: str) -> None:
     with pytest.raises(TypeError, match=f"state of callback mine holds {place}.*return plain data"):
         CallbackCollection({"mine": Holds(value)}).state_dict()
 
 
 @pytest.mark.parametrize("returned", [None, [("n", 1)], 3])
-def test_a_state_that_isnt_a_dict_is_refused(returned: Any) -> None:
+def test_a_state_that_is_not_a_dict_is_refused(returned: Any) -> None:
     class Forgets(Callback[Any]):
         def state_dict(self) -> Any:
             return returned
@@ -199,7 +199,7 @@ def test_a_state_that_isnt_a_dict_is_refused(returned: Any) -> None:
         CallbackCollection([Forgets()]).state_dict()
 
 
-def test_a_saved_state_can_be_loaded_safely() -> None:
+def test_a_saved_state_loads_with_weights_only() -> None:
     value = {"n": 1, "best": float("inf"), "names": ("a", None), "average": torch.ones(2)}
     file = io.BytesIO()
     torch.save(CallbackCollection([Holds(value)]).state_dict(), file)
@@ -214,7 +214,7 @@ def test_a_saved_state_can_be_loaded_safely() -> None:
 # Errors
 
 
-def test_an_error_in_a_state_method_says_whose_it_is(tmp_path: Path) -> None:
+def test_an_error_in_a_state_method_names_the_callback(tmp_path: Path) -> None:
     class Broken(Callback[Any]):
         def state_dict(self) -> dict[str, Any]:
             raise ZeroDivisionError
@@ -246,7 +246,7 @@ class Position(Callback[Any]):
         self.value = state_dict["position"] + state_dict["deep"][0]["n"]
 
 
-def test_rank_local_values_come_back_bare() -> None:
+def test_rank_local_values_are_loaded_unwrapped() -> None:
     collection = CallbackCollection([Position(3)])
     state = collection.state_dict()
     collection.load_state_dict(state)
@@ -269,7 +269,7 @@ def states_on_rank(root: str) -> tuple[list[str], list[str], int]:
         return own, again, collection["RankZeroHolds"].value + trainer.world.rank
 
 
-def test_the_state_of_a_rank_zero_callback_is_rank_0s(tmp_path: Path) -> None:
+def test_the_state_of_a_rank_zero_callback_is_that_of_rank_0(tmp_path: Path) -> None:
     zero, one = run_on_ranks(states_on_rank, 2, str(tmp_path))
 
     assert zero == (["Holds", "RankZeroHolds"], ["Holds", "RankZeroHolds"], 6)

@@ -18,7 +18,7 @@ from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
 
 
 class Notes(Callback[Any]):
-    """Writes its name into a list that it shares with others, in three hooks."""
+    """Appends its name to a shared list in three hooks."""
 
     def __init__(self, name: str, calls: list[str]) -> None:
         self.name = name
@@ -55,7 +55,7 @@ def test_attaching_gives_each_callback_the_trainer(tmp_path: Path) -> None:
     assert all(callback.trainer is trainer for callback in callbacks)
 
 
-def test_a_collection_can_be_called_before_it_is_attached() -> None:
+def test_hooks_can_be_called_before_attaching() -> None:
     recorder = Recorder()
     collection = CallbackCollection([recorder])
     collection.post_train_step({}, 3)
@@ -63,7 +63,7 @@ def test_a_collection_can_be_called_before_it_is_attached() -> None:
     assert recorder.arguments["post_train_step"] == [({}, 3)]
 
 
-def test_a_collection_may_go_on_to_the_next_trainer(tmp_path: Path) -> None:
+def test_a_collection_can_be_used_by_the_next_trainer(tmp_path: Path) -> None:
     recorder = Recorder()
     config = tiny_config(tmp_path, [recorder], max_steps=1)
     TinyTrainer(config).fit()
@@ -75,7 +75,7 @@ def test_a_collection_may_go_on_to_the_next_trainer(tmp_path: Path) -> None:
     assert recorder.trainer is trainer
 
 
-def test_trainers_that_share_a_collection_each_have_it_while_they_work(tmp_path: Path) -> None:
+def test_trainers_that_share_a_collection_attach_it_while_they_run(tmp_path: Path) -> None:
     seen: list[Any] = []
 
     class Sees(Recorder):
@@ -90,7 +90,7 @@ def test_trainers_that_share_a_collection_each_have_it_while_they_work(tmp_path:
         assert set(seen) == {second if work == second.fit or work == second.configure else first}
 
 
-def test_a_collection_that_is_assigned_later_is_attached(tmp_path: Path) -> None:
+def test_a_collection_assigned_later_is_attached(tmp_path: Path) -> None:
     recorder = Recorder()
     trainer = TinyTrainer(tiny_config(tmp_path, max_steps=1))
     trainer.callbacks = CallbackCollection([recorder])
@@ -101,7 +101,7 @@ def test_a_collection_that_is_assigned_later_is_attached(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("share", ["collection", "callback"])
-def test_a_callback_at_work_is_refused_by_another_trainer(tmp_path: Path, share: str) -> None:
+def test_a_callback_in_use_is_refused_by_another_trainer(tmp_path: Path, share: str) -> None:
     class BuildsAnother(Callback[Any]):
         def pre_train_epoch(self) -> None:
             mine = self.trainer.callbacks
@@ -115,7 +115,7 @@ def test_a_callback_at_work_is_refused_by_another_trainer(tmp_path: Path, share:
 # Changes while it runs
 
 
-def test_a_callback_that_removes_itself_doesnt_skip_the_next(tmp_path: Path) -> None:
+def test_a_callback_that_removes_itself_does_not_skip_the_next(tmp_path: Path) -> None:
     calls: list[str] = []
 
     class Once(Notes):
@@ -136,7 +136,7 @@ def test_a_callback_that_removes_itself_doesnt_skip_the_next(tmp_path: Path) -> 
     assert "once post_fit" not in calls
 
 
-def test_one_that_is_removed_by_another_is_still_called_in_that_hook(tmp_path: Path) -> None:
+def test_a_removed_callback_is_still_called_in_that_hook(tmp_path: Path) -> None:
     calls: list[str] = []
     remover = Changes("post_train_step", lambda callbacks: callbacks.pop("Notes"))
     TinyTrainer(tiny_config(tmp_path, [remover, Notes("late", calls)], max_steps=3)).fit()
@@ -144,7 +144,7 @@ def test_one_that_is_removed_by_another_is_still_called_in_that_hook(tmp_path: P
     assert calls == ["late pre_fit", "late 0"]
 
 
-def test_a_newcomer_is_attached_at_once_and_called_from_the_next_hook_on(tmp_path: Path) -> None:
+def test_an_added_callback_is_called_from_the_next_hook_on(tmp_path: Path) -> None:
     newcomer = Recorder()
 
     def add(callbacks: CallbackCollection) -> None:
@@ -159,9 +159,7 @@ def test_a_newcomer_is_attached_at_once_and_called_from_the_next_hook_on(tmp_pat
 
 
 @pytest.mark.parametrize("hook", ["pre_fit", "post_train_step"])
-def test_post_fit_of_a_newcomer_runs_unless_it_has_a_pre_fit_that_didnt(
-    tmp_path: Path, hook: str
-) -> None:
+def test_post_fit_of_an_added_callback_needs_its_pre_fit(tmp_path: Path, hook: str) -> None:
     calls: list[str] = []
 
     class OnlyPostFit(Callback[Any]):
@@ -208,7 +206,7 @@ def test_clearing_the_collection_while_it_runs(tmp_path: Path) -> None:
     assert len(trainer.callbacks) == 0
 
 
-def test_a_newcomer_whose_requirements_arent_met_changes_nothing(tmp_path: Path) -> None:
+def test_adding_a_callback_with_unmet_requirements_changes_nothing(tmp_path: Path) -> None:
     class Other(TinyTrainer): ...
 
     class NeedsOther(Callback[Other]): ...
@@ -235,7 +233,7 @@ def test_a_removed_callback_can_be_freed(tmp_path: Path) -> None:
     assert callback() is None
 
 
-def test_refresh_takes_in_a_hook_that_was_assigned_later(tmp_path: Path) -> None:
+def test_refresh_finds_a_hook_assigned_later(tmp_path: Path) -> None:
     seen: list[int] = []
     callback: Any = Callback()
     collection = CallbackCollection([callback])
@@ -289,13 +287,13 @@ def test_every_callback_cleans_up_and_the_first_error_is_returned(
 
     assert repr(error) == "KeyboardInterrupt('one')"
     assert all(callback.events == ["pre_fit", "post_fit"] for callback in callbacks)
-    # Ctrl-C and SystemExit are raised, and are no failures to be logged.
+    # Ctrl-C and SystemExit are raised, but not logged as failures.
     assert [record.message for record in caplog.records] == [
         "Recorder_3.post_fit failed during clean-up"
     ]
 
 
-def test_every_callback_is_told_of_an_error(caplog: pytest.LogCaptureFixture) -> None:
+def test_every_callback_gets_on_exception(caplog: pytest.LogCaptureFixture) -> None:
     callbacks = [Recorder(fail_in="on_exception", error=KeyError()), Recorder()]
     collection = CallbackCollection(callbacks)
     error = ValueError()
@@ -305,7 +303,7 @@ def test_every_callback_is_told_of_an_error(caplog: pytest.LogCaptureFixture) ->
     assert "Recorder.on_exception failed" in caplog.text
 
 
-def test_post_fit_is_for_those_whose_pre_fit_ran() -> None:
+def test_post_fit_is_called_if_pre_fit_ran() -> None:
     callbacks = [Recorder(), Recorder(fail_in="pre_fit"), Recorder()]
     collection = CallbackCollection(callbacks)
     with pytest.raises(ValueError, match="planned"):
@@ -316,7 +314,7 @@ def test_post_fit_is_for_those_whose_pre_fit_ran() -> None:
     assert [callback.events.count("post_fit") for callback in callbacks] == [1, 0, 0]
 
 
-def test_the_collection_knows_whether_fit_runs() -> None:
+def test_is_fitting_is_true_during_fit() -> None:
     seen: list[bool] = []
     asker = Changes("pre_fit", lambda callbacks: None)
     collection = CallbackCollection([asker])
@@ -337,7 +335,7 @@ def copies(collection: CallbackCollection) -> list[CallbackCollection]:
     return [copy.deepcopy(collection), pickle.loads(pickle.dumps(collection))]
 
 
-def test_copies_keep_names_order_and_what_wasnt_claimed(tmp_path: Path) -> None:
+def test_copies_keep_names_order_and_unclaimed_states(tmp_path: Path) -> None:
     collection = CallbackCollection({"b": Recorder(), "a": Recorder()})
     with pytest.warns(UserWarning, match="gone will be kept"):
         collection.load_state_dict({"gone": {"n": 1}})
@@ -351,7 +349,7 @@ def test_copies_keep_names_order_and_what_wasnt_claimed(tmp_path: Path) -> None:
         assert each.state_dict() == {"gone": {"n": 1}}
 
 
-def test_a_copy_trains_in_a_trainer_of_its_own_while_the_first_is_at_work(tmp_path: Path) -> None:
+def test_a_copy_trains_in_another_trainer_at_the_same_time(tmp_path: Path) -> None:
     class TrainsACopy(Recorder):
         def __init__(self, depth: int) -> None:
             super().__init__()
@@ -371,7 +369,7 @@ def test_a_copy_trains_in_a_trainer_of_its_own_while_the_first_is_at_work(tmp_pa
     assert len(callback.arguments["post_train_step"]) == 1
 
 
-def test_a_shallow_copy_has_the_same_callbacks_and_changes_alone() -> None:
+def test_a_shallow_copy_shares_callbacks_but_not_changes() -> None:
     collection = CallbackCollection({"a": Recorder()})
     other = copy.copy(collection)
     other["b"] = Recorder()

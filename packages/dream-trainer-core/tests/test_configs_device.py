@@ -1,4 +1,4 @@
-"""DeviceParameters: presets, degrees, and combinations that can't work."""
+"""DeviceParameters: presets, degrees, and invalid combinations."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_any_one_degree_may_be_auto(degree: str) -> None:
     assert 6 in parameters.mesh_shape(6).sizes
 
 
-def test_ranks_that_cant_be_divided_are_refused_with_the_numbers() -> None:
+def test_indivisible_ranks_are_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match="can't be divided") as caught:
         DeviceParameters.FSDP(tensor_parallel=3).mesh_shape(8)
 
@@ -108,7 +108,7 @@ def test_ranks_that_cant_be_divided_are_refused_with_the_numbers() -> None:
     )
 
 
-def test_degrees_that_dont_make_the_ranks_are_refused_with_the_command() -> None:
+def test_degrees_with_another_product_are_refused_with_the_command() -> None:
     with pytest.raises(ValueError, match=r"multiply to 1 .*, but 4 ranks were started; start 1 ra"):
         DeviceParameters.SINGLE_DEVICE().mesh_shape(4)
     with pytest.raises(ValueError, match="torchrun --nproc-per-node=6") as caught:
@@ -116,7 +116,7 @@ def test_degrees_that_dont_make_the_ranks_are_refused_with_the_command() -> None
     assert "multiply to 6" in str(caught.value)
 
 
-# What can't be
+# Invalid values
 
 
 @pytest.mark.parametrize("name", DEGREES)
@@ -153,6 +153,34 @@ def test_timeouts_are_above_zero(name: str, value: float) -> None:
         DeviceParameters(**{name: value})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("parameters", "num_devices", "num_ranks"),
+    [
+        (DeviceParameters(), 8, 8),
+        (DeviceParameters.FSDP(tensor_parallel=2), 8, 8),
+        (DeviceParameters(tensor_parallel=3), 8, 8),  # refused by mesh_shape, with the numbers
+        (DeviceParameters(dp_replicate=2, dp_shard=2), 8, 4),
+        (DeviceParameters(dp_replicate=16), 8, 1),
+        (DeviceParameters.SINGLE_DEVICE(), 8, 1),
+        (DeviceParameters(device="cpu"), 8, 1),
+        (DeviceParameters(device="cuda"), 1, 1),
+        (DeviceParameters(), 0, 1),
+    ],
+)
+def test_entrypoint_starts_as_many_ranks_as_the_layout_wants(
+    parameters: DeviceParameters, num_devices: int, num_ranks: int
+) -> None:
+    assert parameters.num_ranks(num_devices) == num_ranks
+
+
+def test_only_gradients_that_will_be_sharded_may_be_reduced_every_batch() -> None:
+    message = r"reduce_every_batch=True with dp_shard=1.*FSDP\(reduce_every_batch=True\)"
+    with pytest.raises(ValueError, match=message):
+        DeviceParameters.DDP(reduce_every_batch=True)
+
+    assert DeviceParameters.FSDP(reduce_every_batch=True).reduce_every_batch
+
+
 def test_only_sharded_parameters_can_be_offloaded() -> None:
     with pytest.raises(ValueError, match=r"cpu_offload=True with dp_shard=1.*FSDP\(cpu_offload=Tr"):
         DeviceParameters.DDP(cpu_offload=True)
@@ -162,7 +190,7 @@ def test_only_sharded_parameters_can_be_offloaded() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_a_device_that_isnt_there_is_refused_by_the_trainer(tmp_path: Path) -> None:
+def test_a_missing_device_is_refused_by_the_trainer(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r'no CUDA device: 0 are visible.*device="cpu"'):
         TinyTrainer(tiny_config(tmp_path, device=DeviceParameters(device="cuda")))
 
@@ -178,7 +206,7 @@ def refusal(root: str) -> str:
     return "accepted"
 
 
-def test_a_layout_that_doesnt_fit_is_refused_before_anything_is_launched(tmp_path: Path) -> None:
+def test_a_layout_that_does_not_fit_is_refused_before_launch(tmp_path: Path) -> None:
     for text in run_on_ranks(refusal, 2, str(tmp_path)):
         assert "2 ranks were started" in text
         assert text.endswith("False")

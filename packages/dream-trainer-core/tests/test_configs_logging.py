@@ -1,4 +1,4 @@
-"""LoggingParameters: whether a run goes to an experiment tracker."""
+"""LoggingParameters: whether a run uses an experiment tracker."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dream_trainer.configs import LoggingParameters, WandbLoggingParameters
 from dream_trainer.testing import TinyTrainer, tiny_config
 
 
-def test_the_spelling_of_dream_trainer_1() -> None:
+def test_names_of_dream_trainer_1_work() -> None:
     parameters = WandbLoggingParameters(enabled=False)
 
     assert isinstance(parameters, LoggingParameters)
@@ -16,7 +16,7 @@ def test_the_spelling_of_dream_trainer_1() -> None:
     assert WandbLoggingParameters().enabled is True
 
 
-def test_a_run_without_logging_parameters_goes_nowhere(tmp_path: Path) -> None:
+def test_by_default_no_tracker_is_used(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     assert type(config.logging_parameters) is LoggingParameters
 

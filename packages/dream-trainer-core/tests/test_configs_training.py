@@ -1,4 +1,4 @@
-"""TrainingParameters: numbers that can't work are refused before anything is launched."""
+"""TrainingParameters: invalid numbers are refused before launch."""
 
 from __future__ import annotations
 
@@ -65,13 +65,13 @@ def test_counts_have_a_lowest_value(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["gradient_accumulation_steps", "num_sanity_val_steps"])
-def test_none_is_refused_where_it_says_nothing(name: str) -> None:
+def test_none_is_refused_for_fields_without_that_default(name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}=None: a whole number of at least"):
         TrainingParameters(**{name: None})
 
 
 @pytest.mark.parametrize("name", ["max_time", "gradient_clip_val"])
-def test_amounts_are_above_zero(name: str) -> None:
+def test_max_time_and_clip_are_above_zero(name: str) -> None:
     assert getattr(TrainingParameters(**{name: 0.5}), name) == 0.5
     assert getattr(TrainingParameters(**{name: 1}), name) == 1
 
@@ -125,7 +125,7 @@ def test_a_field_that_was_assigned_later_is_checked_before_anything_is_launched(
     assert callback.launched
 
 
-def test_a_config_that_was_spoilt_is_refused_by_the_trainer(tmp_path: Path) -> None:
+def test_an_invalid_assigned_field_is_refused_by_the_trainer(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     config.training_parameters.n_epochs = -1
 

@@ -26,7 +26,7 @@ NAMES = [check.name for check in CHECKS]
 
 
 class Good(Callback[Any]):
-    """Counts, averages, writes a file, runs a thread, installs a hook: and puts all away."""
+    """Counts, averages, writes a file, runs a thread, installs a hook, and cleans everything up."""
 
     def __init__(self, every: Every = Every(steps=2)) -> None:  # noqa: B008  # it is frozen
         self.every = every
@@ -77,7 +77,7 @@ def test_a_good_callback_passes_each_check(check: Check, tmp_path: Path) -> None
     assert check.rule.endswith(".")
 
 
-def test_a_good_callback_passes_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+def test_check_callback_passes_a_good_callback(capfd: pytest.CaptureFixture[str]) -> None:
     check_callback(lambda: Good(every=Every(steps=3)))
 
     assert capfd.readouterr() == ("", "")
@@ -106,7 +106,7 @@ def test_a_callback_is_checked_in_a_trainer_with_what_it_requires(tmp_path: Path
         CHECKS[NAMES.index("plans")](NeedsBoth, tmp_path)
 
 
-# Callbacks that break a rule, each with the check that must catch it and what it must say
+# Callbacks that break a rule, each with the check that must catch it and its message
 
 BAD: list[tuple[str, Callable[[], Any], str]] = []
 
@@ -214,14 +214,14 @@ class WorksOnce(Good):
         super().pre_fit()
 
 
-@bad("trains_twice", "is in this trainer for good")
+@bad("trains_twice", "stays in this trainer")
 class BelongsToOneTrainer(Good):
     mine: Any = None
 
     def pre_epoch(self) -> None:
         self.mine = self.mine or self.trainer
         if self.mine is not self.trainer:
-            raise RuntimeError("is in this trainer for good")
+            raise RuntimeError("stays in this trainer")
 
 
 @bad("state_round_trip", r"holds a PosixPath at state_dict\(\)\['path'\]")
@@ -476,7 +476,7 @@ def test_each_check_catches_something() -> None:
 # What is allowed
 
 
-def test_a_callback_may_change_training_if_it_says_so(tmp_path: Path) -> None:
+def test_a_callback_may_change_training_with_changes_training(tmp_path: Path) -> None:
     for check in CHECKS:
         if check.name in ("constructs", "trains", "works_on_two_ranks"):
             folder = tmp_path / check.name
@@ -484,7 +484,7 @@ def test_a_callback_may_change_training_if_it_says_so(tmp_path: Path) -> None:
             check(ScalesGradients, folder, changes_training=True)
 
 
-def test_a_callback_that_cant_be_pickled_passes(tmp_path: Path) -> None:
+def test_a_callback_that_cannot_be_pickled_passes(tmp_path: Path) -> None:
     class Local(Good): ...
 
     CHECKS[NAMES.index("pickles")](Local, tmp_path)
@@ -505,7 +505,7 @@ def test_all_broken_rules_are_reported_together() -> None:
 class ChangesTheReasonAndStates(ChangesTheReason, CountsSaves): ...
 
 
-def test_a_check_to_skip_must_exist() -> None:
+def test_an_unknown_check_to_skip_is_refused() -> None:
     with pytest.raises(ValueError, match="no check is called 'stop'; there are constructs, plans"):
         check_callback(Good, skip={"stop"})
 
@@ -518,7 +518,7 @@ def test_the_error_of_the_callback_is_the_cause(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("module", [checks, conformance], ids=lambda module: module.__name__)
-def test_checks_are_made_under_python_optimized_too(module: Any) -> None:
+def test_checks_work_under_python_optimized(module: Any) -> None:
     nodes = ast.walk(ast.parse(Path(module.__file__).read_text()))
 
     assert not any(isinstance(node, ast.Assert) for node in nodes)

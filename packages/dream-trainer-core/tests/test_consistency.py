@@ -1,4 +1,4 @@
-"""Ranks that disagree: an error on all of them that shows who said what, never a hang."""
+"""Ranks that disagree: an error on all of them with the values by rank, never a hang."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class OnRankZero(RankZeroCallback[TinyTrainer]):
 
 
 class NoLength:
-    """Batches without a number of them.
+    """An iterable of batches without length.
 
     Args:
-        batches: What it gives.
-        at_most: How many.
+        batches: The batches.
+        at_most: Largest number of batches.
     """
 
     def __init__(self, batches: Iterable[Any], at_most: int) -> None:
@@ -49,7 +49,7 @@ class SaysTooMuch(NoLength):
 
 
 class Dissenter(TinyTrainer):
-    """Does one thing otherwise on the last rank."""
+    """Differs in one respect on the last rank."""
 
     about = ""
 
@@ -197,7 +197,7 @@ ON_FOUR = ("training", "layout", "callbacks", "shapes", "results")
     ("about", "num_ranks"),
     [*((about, 2) for about in SAYS), *((about, 4) for about in ON_FOUR)],
 )
-def test_ranks_that_disagree_are_told_who_said_what(
+def test_an_error_shows_the_different_values_by_rank(
     tmp_path: Path, about: str, num_ranks: int
 ) -> None:
     with pytest.raises(RankError) as caught:
@@ -211,11 +211,11 @@ def test_ranks_that_disagree_are_told_who_said_what(
             assert said.format(others=others, last=num_ranks - 1) in text
 
 
-def test_a_rank_zero_callback_may_be_there_on_some_ranks_alone(tmp_path: Path) -> None:
+def test_a_rank_zero_callback_may_exist_on_some_ranks_only(tmp_path: Path) -> None:
     assert run_on_ranks(train, 2, str(tmp_path), "rank_zero_callbacks") == [(2, 2)] * 2
 
 
-def test_loaders_without_a_length_end_where_the_shortest_does(tmp_path: Path) -> None:
+def test_loaders_without_length_end_with_the_shortest(tmp_path: Path) -> None:
     assert run_on_ranks(train, 2, str(tmp_path), "validation_without_length") == [(2, 1)] * 2
 
 

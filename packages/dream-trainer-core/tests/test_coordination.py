@@ -1,4 +1,4 @@
-"""Ranks act together: an error of one is raised on all, and none waits forever."""
+"""Coordination: an error of one rank is raised on all, and none waits forever."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def errors_of_the_world() -> list[tuple[str, str]]:
     ]
 
 
-def test_the_world_raises_an_error_of_one_rank_on_all_too() -> None:
+def test_the_world_raises_an_error_of_one_rank_on_all() -> None:
     assert run_on_ranks(errors_of_the_world, 2) == [
         [(f"rank 1: {NO_SPACE}", "NoneType"), (f"rank 0: {NO_SPACE}", "OSError")],
         [(f"rank 1: {NO_SPACE}", "OSError"), (f"rank 0: {NO_SPACE}", "NoneType")],
@@ -88,7 +88,7 @@ def test_in_a_world_of_one_the_message_names_no_rank() -> None:
     assert found == [(NO_SPACE, "OSError")] * 5
 
 
-def test_in_a_world_of_one_the_world_just_calls_the_function() -> None:
+def test_in_a_world_of_one_the_world_calls_the_function_directly() -> None:
     world = World(DeviceParameters(device="cpu"))
     value = object()
 
@@ -111,7 +111,7 @@ def errors_of_several() -> list[str]:
     ]
 
 
-def test_the_message_says_which_ranks_failed_how() -> None:
+def test_the_message_has_the_errors_by_rank() -> None:
     results = run_on_ranks(errors_of_several, 6)
 
     assert all(found == results[0] for found in results)
@@ -145,7 +145,7 @@ def with_what_cannot_be_pickled() -> list[tuple[str, str]]:
     return found
 
 
-def test_what_cannot_be_pickled_is_an_error_on_all_ranks() -> None:
+def test_a_value_that_cannot_be_pickled_is_an_error_on_all_ranks() -> None:
     first, second = run_on_ranks(with_what_cannot_be_pickled, 2)
 
     assert [text for text, _ in first] == [text for text, _ in second]
@@ -182,7 +182,7 @@ def results() -> list[Any]:
     ]
 
 
-def test_each_way_returns_what_it_says() -> None:
+def test_each_method_returns_the_documented_result() -> None:
     found = run_on_ranks(results, 2)
 
     both = [{"rank": 0}, {"rank": 1}]
@@ -204,7 +204,7 @@ def test_in_a_world_of_one_nothing_is_pickled() -> None:
 
 
 def slow_rank() -> float:
-    """Rank 1 takes longer than a collective may."""
+    """Rank 1 takes longer than the timeout of collectives."""
     world, ranks = launched(train_timeout_s=1.0)
     world.barrier()  # both have started
     world.tighten_timeouts()
@@ -222,7 +222,7 @@ def test_a_slow_function_may_take_longer_than_a_collective() -> None:
 
 
 def two_threads() -> list[int]:
-    """A thread and the main thread, each with a group of its own, in another order on each rank."""
+    """A thread and the main thread with a group each, in another order on each rank."""
     world, ranks = launched()
     in_thread = Coordination(world, "in a thread")
     found: list[int] = []
@@ -244,7 +244,7 @@ def test_each_thread_has_its_own_group() -> None:
 
 
 class Sent:
-    """Counts the collectives of this process, and the bytes that a rank gives to them."""
+    """Counts the collectives of this process, and the bytes that a rank sends."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
@@ -276,7 +276,7 @@ def exchanges() -> dict[str, Any]:
 
     note("each", lambda: ranks.each(lambda: large))
     note("equal", lambda: world.agree(large))
-    # Each rank fills it in another order; sets of text have an order of their own in each process.
+    # Each rank fills it in another order; sets of text are ordered differently in each process.
     names = list(large)[:: 1 if world.rank else -1]
     note("other order", lambda: world.agree({"d": dict.fromkeys(names), "s": set(names)}))
     note("equal, of other types", lambda: world.agree(1 if world.rank else 1.0))
@@ -284,7 +284,7 @@ def exchanges() -> dict[str, Any]:
     return found
 
 
-def test_equal_values_are_compared_by_their_digests_alone() -> None:
+def test_equal_values_are_compared_only_by_digests() -> None:
     for found in run_on_ranks(exchanges, 2):
         digests = [("all_reduce", 72)]
         assert found["equal"] == digests
@@ -333,7 +333,7 @@ def disagreements() -> list[str]:
     return messages
 
 
-def test_ranks_that_disagree_say_who_said_what() -> None:
+def test_disagreement_is_an_error_with_the_values_by_rank() -> None:
     first, second = run_on_ranks(disagreements, 2)
 
     assert first == second

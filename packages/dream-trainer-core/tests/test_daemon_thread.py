@@ -1,4 +1,4 @@
-"""A thread that doesn't keep its process from exiting."""
+"""call_in_daemon_thread: a thread that doesn't delay the exit of its process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loaders: what is refused, how long an epoch is, and that ranks agree."""
+"""Loaders: invalid ones, the length of an epoch, and agreement between ranks."""
 
 from __future__ import annotations
 
@@ -53,14 +53,12 @@ LOADER: Any = DataLoader([BATCH])  # type: ignore[arg-type]  # a list will do as
         *("list", "dict", "three", "several_validation"),
     ],
 )
-def test_loaders_that_cannot_be_trained_on_are_refused(
-    tmp_path: Path, loaders: Any, message: str
-) -> None:
+def test_unusable_loaders_are_refused(tmp_path: Path, loaders: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         set_up(tmp_path, loaders)
 
 
-def test_a_trainer_without_loaders_says_what_to_write(tmp_path: Path) -> None:
+def test_a_trainer_without_configure_dataloaders_is_refused(tmp_path: Path) -> None:
     class Without(TinyTrainer):
         configure_dataloaders = TinyTrainer.__mro__[3].configure_dataloaders  # type: ignore[attr-defined]
 
@@ -68,7 +66,7 @@ def test_a_trainer_without_loaders_says_what_to_write(tmp_path: Path) -> None:
         Without(tiny_config(tmp_path)).setup()
 
 
-def test_a_schedule_may_be_as_long_as_the_epochs(tmp_path: Path) -> None:
+def test_a_scheduler_can_read_the_length_of_an_epoch(tmp_path: Path) -> None:
     class Scheduled(TinyTrainer):
         def configure_schedulers(self) -> None:
             num_batches = self.num_train_batches
@@ -83,7 +81,7 @@ def test_a_schedule_may_be_as_long_as_the_epochs(tmp_path: Path) -> None:
     assert trainer.scheduler.get_last_lr() == [0.0]
 
 
-def test_an_epoch_is_one_pass_or_what_was_asked_for(tmp_path: Path) -> None:
+def test_an_epoch_is_one_pass_or_train_steps_per_epoch(tmp_path: Path) -> None:
     loaders = ([BATCH] * 6, [BATCH] * 5)
 
     assert set_up(tmp_path, loaders).num_train_batches == 6
@@ -97,7 +95,7 @@ def test_an_epoch_is_one_pass_or_what_was_asked_for(tmp_path: Path) -> None:
     assert (shorter.num_train_batches, shorter.num_val_batches) == (4, 3)
 
 
-def test_asking_for_more_than_there_is_warns(
+def test_a_longer_epoch_than_the_loader_warns(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = set_up(tmp_path, [BATCH] * 6, train_steps_per_epoch=9)
@@ -114,7 +112,7 @@ def test_a_loader_without_length_needs_the_number_of_steps(tmp_path: Path) -> No
     assert set_up(tmp_path, endless, train_steps_per_epoch=4).num_train_batches == 4
 
 
-def test_a_validation_loader_without_length_is_used_to_its_end(tmp_path: Path) -> None:
+def test_a_validation_loader_without_length_is_read_to_its_end(tmp_path: Path) -> None:
     class Three:
         def __iter__(self) -> Any:
             return iter([BATCH] * 3)
@@ -132,7 +130,7 @@ def test_a_validation_loader_without_length_is_used_to_its_end(tmp_path: Path) -
     assert Counts.seen == 3
 
 
-def test_a_validation_loader_that_gives_nothing_is_refused(tmp_path: Path) -> None:
+def test_a_validation_loader_without_batches_is_refused(tmp_path: Path) -> None:
     class Empty:
         def __iter__(self) -> Any:
             return iter(())
@@ -191,7 +189,7 @@ def warned(root: str, *, sampler: bool) -> list[str]:
     return messages
 
 
-def test_a_sampler_that_ignores_the_ranks_is_warned_of(tmp_path: Path) -> None:
+def test_a_sampler_that_ignores_the_ranks_warns(tmp_path: Path) -> None:
     without = run_on_ranks(_without_sampler, 2, str(tmp_path))[0]
     assert "RandomSampler doesn't know that there are 2 data-parallel ranks" in without[0]
     assert run_on_ranks(_with_sampler, 2, str(tmp_path))[0] == []

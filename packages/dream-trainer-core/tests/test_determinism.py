@@ -1,4 +1,4 @@
-"""Random state: saved, restored, and initial weights that no layout changes."""
+"""Random state: saved and restored; initial weights that are equal in every layout."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_state_is_plain_data_and_restores(tmp_path: Any) -> None:
     assert draw() == first
 
 
-def test_what_is_drawn_inside_leaves_no_trace() -> None:
+def test_random_numbers_drawn_inside_have_no_effect_outside() -> None:
     seed_all(7)
     first = draw()
     seed_all(7)
@@ -68,7 +68,7 @@ class Model(nn.Module):
         self.noise = torch.randn_like(self.noise)
 
 
-def test_building_on_meta_leaves_the_generators_where_building_for_real_does() -> None:
+def test_building_on_meta_advances_generators_as_building_on_the_device() -> None:
     torch.manual_seed(3)
     Model()
     expected = torch.rand(3)
@@ -95,7 +95,7 @@ def sharded_weights() -> list[torch.Tensor]:
     return [p.full_tensor().detach() for p in model.parameters()]  # type: ignore[attr-defined]
 
 
-def test_sharded_weights_are_those_of_one_process() -> None:
+def test_sharded_weights_equal_those_of_one_process() -> None:
     torch.manual_seed(3)
     with torch.device("meta"):
         model = Model()
@@ -111,7 +111,7 @@ def test_sharded_weights_are_those_of_one_process() -> None:
 
 
 class Draws(Callback[TinyTrainer]):
-    """What each rank draws once training has begun, as dropout would."""
+    """Random numbers that each rank draws during training, as dropout does."""
 
     def pre_fit(self) -> None:
         self.drawn = torch.rand(3).tolist()
@@ -156,7 +156,7 @@ def deterministic(root: str) -> tuple[bool, str, str]:
     )
 
 
-def test_deterministic_mode_refuses_what_may_differ_from_run_to_run(tmp_path: Any) -> None:
+def test_deterministic_mode_refuses_nondeterministic_operations(tmp_path: Any) -> None:
     [(is_on, cublas, refused)] = run_on_ranks(deterministic, 1, str(tmp_path))
 
     assert is_on

@@ -22,7 +22,7 @@ from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
 
 @pytest.mark.parametrize("hook", [hook for hook in HOOKS if hook not in (*CONTEXTS, "post_fit")])
 @pytest.mark.parametrize("num_callbacks", [0, 1, 3])
-def test_each_hook_hands_its_arguments_to_each_callback(hook: str, num_callbacks: int) -> None:
+def test_each_hook_passes_its_arguments_to_each_callback(hook: str, num_callbacks: int) -> None:
     arguments = tuple(object() for _ in HOOKS[hook])
     recorders = [Recorder() for _ in range(num_callbacks)]
     getattr(CallbackCollection(recorders), hook)(*arguments)
@@ -81,7 +81,7 @@ def test_contexts_nest_with_the_first_outermost(names: str) -> None:
     assert events == once * 2
 
 
-def test_without_contexts_there_is_none_to_enter() -> None:
+def test_without_context_hooks_the_context_is_none() -> None:
     collection = CallbackCollection([Recorder()])
     assert collection.train_context is not None
 
@@ -128,7 +128,7 @@ def test_a_context_hook_that_returns_no_context_is_refused(num_others: int) -> N
 
 @pytest.mark.parametrize("when", ["call", "enter", "exit"])
 @pytest.mark.parametrize("num_others", [0, 1])
-def test_an_error_in_a_context_says_whose_it_is(tmp_path: Path, when: str, num_others: int) -> None:
+def test_an_error_in_a_context_names_it(tmp_path: Path, when: str, num_others: int) -> None:
     class Mine(Callback[Any]):
         def train_context(self) -> Any:
             if when == "call":
@@ -181,7 +181,7 @@ class RaisesAgain(contextlib.AbstractContextManager[None]):
 
 
 @pytest.mark.parametrize("context_of_b", [contextlib.nullcontext, RaisesAgain])
-def test_an_error_of_the_step_isnt_blamed_on_a_context(context_of_b: Any) -> None:
+def test_an_error_of_the_step_is_not_attributed_to_a_context(context_of_b: Any) -> None:
     b = Around("b", [])
     b.train_context = context_of_b  # type: ignore[method-assign]
     context = CallbackCollection([Around("a", []), b]).train_context
@@ -199,7 +199,7 @@ def test_an_error_of_the_step_isnt_blamed_on_a_context(context_of_b: Any) -> Non
     "hook", [hook for hook in HOOKS if hook not in (*CONTEXTS, "on_exception", "post_fit")]
 )
 @pytest.mark.parametrize("position", [0, 1, 2])
-def test_an_error_says_whose_hook_it_came_from(tmp_path: Path, hook: str, position: int) -> None:
+def test_an_error_names_the_callback_and_the_hook(tmp_path: Path, hook: str, position: int) -> None:
     recorders = [Recorder(fail_in=hook if n == position else None) for n in range(3)]
     with pytest.raises(ValueError, match="planned") as caught:
         TinyTrainer(tiny_config(tmp_path, recorders, num_sanity_val_steps=1)).fit()
@@ -208,7 +208,7 @@ def test_an_error_says_whose_hook_it_came_from(tmp_path: Path, hook: str, positi
     assert caught.value.__notes__[0].startswith(f"raised in {name}.{hook} on rank 0 at step ")
 
 
-def test_the_note_tells_step_and_epoch(tmp_path: Path) -> None:
+def test_the_note_has_step_and_epoch(tmp_path: Path) -> None:
     class Fails(Callback[Any]):
         def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
             if self.trainer.global_step == 11:
@@ -222,7 +222,7 @@ def test_the_note_tells_step_and_epoch(tmp_path: Path) -> None:
     ]
 
 
-def test_a_function_that_two_callbacks_share_is_blamed_on_the_right_one() -> None:
+def test_an_error_in_a_shared_function_names_the_right_callback() -> None:
     num_calls = 0
 
     def fails_the_second_time() -> None:
@@ -240,7 +240,7 @@ def test_a_function_that_two_callbacks_share_is_blamed_on_the_right_one() -> Non
     assert caught.value.__notes__ == ["raised in Mine_2.pre_launch"]
 
 
-def test_an_error_in_clean_up_gets_its_note_too(tmp_path: Path) -> None:
+def test_an_error_in_clean_up_gets_a_note(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="planned") as caught:
         TinyTrainer(tiny_config(tmp_path, [Recorder(fail_in="post_fit")], max_steps=2)).fit()
 
@@ -283,7 +283,7 @@ def full_tensor(world: Any) -> Any:
 
 
 class Calls(RankZeroCallback[Any]):
-    """Calls a collective in one hook, and keeps the error."""
+    """Calls a collective in one hook, and records the error."""
 
     def __init__(self, hook: str, collective: str) -> None:
         self.collective = {**COLLECTIVES, **TORCH_COLLECTIVES}[collective]
@@ -323,7 +323,7 @@ def refused_on_rank(root: str) -> list[list[str]]:
     return [callback.errors for callback in callbacks]
 
 
-def test_in_debug_mode_collectives_of_a_rank_zero_hook_raise_and_dont_hang(tmp_path: Path) -> None:
+def test_in_debug_mode_collectives_of_a_rank_zero_hook_raise(tmp_path: Path) -> None:
     zero, one = run_on_ranks(refused_on_rank, 2, str(tmp_path))
 
     assert one == [[]] * len(zero)
@@ -335,9 +335,7 @@ def test_in_debug_mode_collectives_of_a_rank_zero_hook_raise_and_dont_hang(tmp_p
 
 
 @pytest.mark.parametrize("hook", [hook for hook in HOOKS if hook != "on_exception"])
-def test_in_debug_mode_every_hook_is_guarded_in_a_world_of_one_too(
-    tmp_path: Path, hook: str
-) -> None:
+def test_in_debug_mode_every_hook_is_guarded_in_a_world_of_one(tmp_path: Path, hook: str) -> None:
     callback = Calls(hook, "world.all_reduce")
     config = tiny_config(tmp_path, [callback])
     config.debug = True
@@ -347,7 +345,7 @@ def test_in_debug_mode_every_hook_is_guarded_in_a_world_of_one_too(
     assert f"all_reduce in Calls.{hook} of a RankZeroCallback" in callback.errors[0]
 
 
-def test_a_guarded_context_leaves_the_step_alone(tmp_path: Path) -> None:
+def test_a_guarded_context_does_not_guard_the_step(tmp_path: Path) -> None:
     class Reduces(TinyTrainer):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             self.world.all_reduce(1.0)
@@ -362,7 +360,7 @@ def test_a_guarded_context_leaves_the_step_alone(tmp_path: Path) -> None:
     Reduces(config).fit()
 
 
-def test_the_state_of_a_rank_zero_callback_is_guarded_too(tmp_path: Path) -> None:
+def test_state_methods_of_a_rank_zero_callback_are_guarded(tmp_path: Path) -> None:
     class Gathers(RankZeroCallback[Any]):
         def state_dict(self) -> dict[str, Any]:
             return {"all": self.trainer.world.all_gather(1)}

@@ -1,4 +1,4 @@
-"""Weights that are no longer finite end a run; a mean that is only odd doesn't."""
+"""Non-finite weights end a run; a non-finite mean with finite weights doesn't."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Epochs(Callback[TinyTrainer]):
         self.seen.append("validation")
 
 
-def test_broken_weights_end_the_run_before_callbacks_see_the_epoch(tmp_path: Path) -> None:
+def test_non_finite_weights_end_the_run_before_post_train_epoch(tmp_path: Path) -> None:
     epochs = Epochs()
     trainer = TinyTrainer(tiny_config(tmp_path, [Breaks(), epochs], n_epochs=2))
     with pytest.raises(FloatingPointError) as caught:
@@ -60,13 +60,13 @@ def test_broken_weights_end_the_run_before_callbacks_see_the_epoch(tmp_path: Pat
     assert epochs.seen == []
 
 
-def test_validation_notices_it_where_epochs_are_long(tmp_path: Path) -> None:
+def test_validation_detects_it_within_long_epochs(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, [Breaks()], max_steps=8, val_every_n_steps=5)
     with pytest.raises(FloatingPointError, match=r"at step 5 .* validation_step reports val_loss"):
         TinyTrainer(config).fit()
 
 
-def test_an_odd_mean_is_a_warning_while_weights_are_finite(
+def test_a_non_finite_mean_warns_if_weights_are_finite(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = OddOnce(tiny_config(tmp_path, n_epochs=2))
@@ -82,7 +82,7 @@ def break_one_shard(root: str) -> None:
     TinyTrainer(tiny_config(root, [Breaks(step=7)], device=device, n_epochs=2)).fit()
 
 
-def test_a_broken_shard_of_one_rank_ends_all(tmp_path: Path) -> None:
+def test_a_non_finite_shard_of_one_rank_ends_all(tmp_path: Path) -> None:
     with pytest.raises(RankError) as caught:
         run_on_ranks(break_one_shard, 2, str(tmp_path))
 

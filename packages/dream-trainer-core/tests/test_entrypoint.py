@@ -1,4 +1,4 @@
-"""entrypoint, run as a script."""
+"""entrypoint, in scripts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if __name__ == "__main__":
 """
 
 
-def test_it_runs_in_place_without_several_gpus(tmp_path: Path) -> None:
+def test_it_runs_in_this_process_without_several_gpus(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     done = subprocess.run(
@@ -44,7 +44,7 @@ def test_it_runs_in_place_without_several_gpus(tmp_path: Path) -> None:
     assert done.stdout == "main alone --lr 1\n"
 
 
-def test_ctrl_c_ends_with_130_and_one_line(tmp_path: Path) -> None:
+def test_ctrl_c_exits_with_130_and_one_line(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     with subprocess.Popen(
@@ -63,59 +63,93 @@ def test_ctrl_c_ends_with_130_and_one_line(tmp_path: Path) -> None:
     assert stderr == "interrupted\n"
 
 
-# What `entrypoint` does where there are several GPUs, without them.
-BECOMES_TORCHRUN = """
+# A machine with four GPUs, as far as `entrypoint` looks. The ranks are on the CPU.
+FOUR_GPUS = """
 import os, sys
-from dream_trainer.entrypoint import _become_torchrun, entrypoint
+import torch
+from dream_trainer.configs import DeviceParameters
+from dream_trainer.entrypoint import entrypoint
+from dream_trainer.testing import TinyTrainer, tiny_config
 
 @entrypoint
 def main():
-    rank, size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    device = eval(os.environ["LAYOUT"])
+    sys.stdout.write("begins\\n")
+    trainer = TinyTrainer(tiny_config(os.environ["ROOT"], device=device))
+    trainer.configure()
+    trainer.world.barrier()
+    rank, size = trainer.world.rank, trainer.world.world_size
     sys.stdout.write(f"{rank} of {size}, {sys.argv[1:]}, {__name__}\\n")
+    TinyTrainer(tiny_config(os.environ["ROOT"]))  # a second one doesn't start ranks
+    sys.stdout.write("ends\\n")
 
 if __name__ == "__main__":
-    if "RANK" not in os.environ:
-        sys.stdout.write("first\\n")
-        _become_torchrun(2)
+    torch.cuda.device_count = lambda: 4
     main()
 """
 
 
-@pytest.mark.parametrize(
-    "as_module", [False, pytest.param(True, marks=pytest.mark.full)], ids=["script", "module"]
-)
-def test_it_starts_the_script_again_with_its_arguments(tmp_path: Path, as_module: bool) -> None:
-    folder = tmp_path / "package"
-    folder.mkdir()
-    (folder / "train.py").write_text(BECOMES_TORCHRUN)
-    start = ["-m", "package.train"] if as_module else ["package/train.py"]
+def output_on_four_gpus(folder: Path, layout: str, *start: str) -> list[str]:
+    (folder / "package").mkdir()
+    (folder / "package/train.py").write_text(FOUR_GPUS)
     done = subprocess.run(
         [sys.executable, *start, "--name", "two words"],
-        cwd=tmp_path,
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "LAYOUT": layout, "ROOT": str(folder)},
     )
-
     assert done.returncode == 0, done.stderr
+    return sorted(done.stdout.splitlines())
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        ["package/train.py"],
+        pytest.param(["-m", "package.train"], marks=pytest.mark.full),
+    ],
+    ids=["script", "module"],
+)
+def test_the_trainer_starts_the_script_again_on_each_rank(tmp_path: Path, start: list[str]) -> None:
+    layout = "DeviceParameters(dp_replicate=1, dp_shard=2)"  # of the four
+
     rest = "of 2, ['--name', 'two words'], __main__"
-    assert sorted(done.stdout.splitlines()) == [f"0 {rest}", f"1 {rest}", "first"]
+    expected = [f"0 {rest}", f"1 {rest}", *["begins"] * 3, *["ends"] * 2]
+    assert output_on_four_gpus(tmp_path, layout, *start) == expected
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["DeviceParameters.SINGLE_DEVICE()", "DeviceParameters(device='cpu')"],
+    ids=["single", "cpu"],
+)
+def test_a_trainer_for_one_rank_starts_none(tmp_path: Path, layout: str) -> None:
+    expected = ["0 of 1, ['--name', 'two words'], __main__", "begins", "ends"]
+    assert output_on_four_gpus(tmp_path, layout, "package/train.py") == expected
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_it_uses_every_visible_gpu(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
+    num_devices = torch.cuda.device_count()
+    without_pretence = FOUR_GPUS.replace("torch.cuda.device_count = lambda: 4", "")
+    assert without_pretence != FOUR_GPUS
+    (tmp_path / "train.py").write_text(without_pretence)
     done = subprocess.run(
-        [sys.executable, script, "--lr", "1"], capture_output=True, text=True, check=True
+        [sys.executable, "train.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "LAYOUT": "DeviceParameters()", "ROOT": str(tmp_path)},
     )
 
-    assert done.stdout == "main alone --lr 1\n" * torch.cuda.device_count()
+    assert done.stdout.count("ends") == num_devices
 
 
-def test_torchrun_is_told_of_an_error_outside_of_training(tmp_path: Path) -> None:
+def test_torchrun_gets_an_error_outside_of_training(tmp_path: Path) -> None:
     script, error_file = tmp_path / "train.py", tmp_path / "error.json"
     script.write_text(SCRIPT)
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Who a run is and where it writes."""
+"""Names and directory of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dream_trainer.callbacks import Callback
 from dream_trainer.testing import TinyTrainer, tiny_config
 
 
-def test_the_run_directory_is_made_of_the_names(tmp_path: Path) -> None:
+def test_the_run_directory_consists_of_the_names(tmp_path: Path) -> None:
     config = tiny_config(tmp_path)
     config.project, config.group, config.experiment = "p", "g", "e"
 
@@ -29,7 +29,7 @@ def test_names_that_would_leave_the_run_directory_are_refused(name: str) -> None
 
 
 @pytest.mark.parametrize("field", ["project", "group", "experiment"])
-def test_a_name_that_was_assigned_later_is_refused_too(tmp_path: Path, field: str) -> None:
+def test_an_invalid_name_assigned_later_is_refused(tmp_path: Path, field: str) -> None:
     trainer = TinyTrainer(tiny_config(tmp_path))
     setattr(trainer.config, field, "../../elsewhere")
 
@@ -39,18 +39,18 @@ def test_a_name_that_was_assigned_later_is_refused_too(tmp_path: Path, field: st
 
 
 @pytest.mark.parametrize("name", ["run 1", "größe", "..a", "v1.2-β"])
-def test_ordinary_and_unicode_names_are_taken(name: str) -> None:
+def test_ordinary_and_unicode_names_are_accepted(name: str) -> None:
     assert DreamTrainerConfig(experiment=name).experiment == name
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/runs", Path("s3://bucket/runs"), "file:///runs"])
-def test_a_url_is_no_directory_of_runs(url: str | Path) -> None:
+def test_a_url_is_refused_as_root_dir(url: str | Path) -> None:
     with pytest.raises(ValueError, match=r"root_dir='\w+:/.*' is a URL; a directory is required"):
         DreamTrainerConfig(root_dir=url)
 
 
 @pytest.mark.parametrize("path", ["runs", "/data/a:b", "C:/runs", Path("x") / "s3:"])
-def test_any_directory_may_have_runs(path: str | Path) -> None:
+def test_any_directory_is_accepted_as_root_dir(path: str | Path) -> None:
     assert DreamTrainerConfig(root_dir=path).root_dir == path
 
 
@@ -67,13 +67,13 @@ def test_any_directory_may_have_runs(path: str | Path) -> None:
     ],
     ids=["list", "callback", "dict", "str"],
 )
-def test_a_field_of_another_kind_is_refused(fields: dict[str, Any], message: str) -> None:
+def test_a_field_of_the_wrong_type_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         DreamTrainerConfig(**fields)
 
 
 @pytest.mark.parametrize("config", [DreamTrainerConfig, {}, None], ids=str)
-def test_what_is_no_config_is_refused(config: Any) -> None:
+def test_an_object_that_is_not_a_config_is_refused(config: Any) -> None:
     with pytest.raises(TypeError, match=r"TinyTrainer was given .*; an instance of a config is"):
         TinyTrainer(config)
 

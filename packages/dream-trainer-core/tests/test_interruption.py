@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from dream_trainer.callbacks import Callback
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
+from dream_trainer.world import RankFailure
 from dream_trainer.world.faults.failure import error_chain
 
 LIMIT_S = 5.0
@@ -457,6 +458,59 @@ def test_an_error_after_a_swallowed_interruption_is_shown_as_the_cause(tmp_path:
     assert end.kind == "RemoteError"
     assert re.fullmatch(FAILED, end.last_line)
     assert "\nValueError: of its own\n" in end.text
+
+
+@place
+def failing_too(trainer: Trainer) -> None:
+    try:
+        (folder / "here").touch()
+        raise ValueError("of its own")
+    finally:
+        _busy(0.8)  # the other rank fails, and is known to have failed
+
+
+def test_an_error_on_its_way_out_is_not_replaced_by_an_interruption(tmp_path: Path) -> None:
+    end = interrupted(tmp_path, "failing_too")
+
+    assert end.kind == "ValueError", end.text
+    assert re.fullmatch(FAILED.partition(": ")[2], end.last_line), "a note"
+
+
+@place
+def handling(trainer: Trainer) -> None:
+    try:
+        raise ValueError("handled")
+    except ValueError:
+        stay()
+
+
+def test_a_rank_that_waits_while_it_handles_an_error_is_interrupted(tmp_path: Path) -> None:
+    end = interrupted(tmp_path, "handling")
+
+    assert end.kind == "RemoteError", end.text
+    assert end.after_s < LIMIT_S
+
+
+def fail_on_all_ranks(root: str) -> str:
+    """Rank 1 fails a second before rank 0, with an error that is raised on all ranks."""
+
+    class Fails(Callback[TinyTrainer]):
+        def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+            if self.trainer.world.rank == 0:
+                _busy(1.0)
+            raise RankFailure("the disk of rank 0 is full")
+
+    try:
+        TinyTrainer(tiny_config(root, [Fails()])).fit()
+    except BaseException as error:  # noqa: BLE001  # an interruption too
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def test_an_error_of_all_ranks_is_raised_as_such_on_the_last_one_too(tmp_path: Path) -> None:
+    ends = run_on_ranks(fail_on_all_ranks, 2, str(tmp_path))
+
+    assert ends == ["RankFailure: the disk of rank 0 is full"] * 2
 
 
 @place

@@ -1,4 +1,4 @@
-"""`A & B` and `@intersection` between trainer mixins, and what else a trainer may derive from."""
+"""`A & B` and `@intersection` of trainer mixins; other bases of a trainer."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class C(AbstractTrainer): ...
 class Both(A, B): ...
 
 
-def test_and_gathers_members_in_order() -> None:
+def test_and_collects_members_in_order() -> None:
     assert (A & B).members == (A, B)  # type: ignore[operator]
     assert (A & B & C).members == (A, B, C)  # type: ignore[operator]
     assert (A & (B & C)).members == (A, B, C)  # type: ignore[operator]
@@ -37,7 +37,7 @@ def test_and_gathers_members_in_order() -> None:
     assert repr(A & B) == "A & B"  # type: ignore[operator]
 
 
-def test_and_with_what_cant_be_checked_leaves_it_out() -> None:
+def test_and_ignores_requirements_that_cannot_be_checked() -> None:
     assert (A & Any).members == (A,)  # type: ignore[operator]
 
 
@@ -54,7 +54,7 @@ def test_members_of_an_intersection_class_are_its_bases() -> None:
     assert members_of(Intersection((A,))) == (A,)
 
 
-def test_an_intersection_class_is_still_a_class_of_its_own() -> None:
+def test_an_intersection_class_is_still_a_class() -> None:
     class Trainer(Both): ...
 
     assert issubclass(Trainer, Both)

@@ -1,4 +1,4 @@
-"""Every layout with every option: the weights and gradient norms of one process."""
+"""Every layout with every option has the weights and gradient norms of one process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LAYOUTS_OF_SEVERAL = tuple(LAYOUTS)[1:]
 
 
 class Divisible(TinyTrainer):
-    """Its matrices can be divided; the head's stay whole, so gradients are on several meshes."""
+    """All matrices can be sharded except the head's, so gradients are on several meshes."""
 
     norms: list[Tensor]
 
@@ -56,7 +56,7 @@ class Divisible(TinyTrainer):
 
 
 class OnMeta(Divisible):
-    """Gives all values in init_weights, so that it is built on the meta device where sharded."""
+    """Initializes everything in init_weights, so that it is built on the meta device if sharded."""
 
     def init_weights(self) -> None:
         for parameter in self.model.parameters():
@@ -70,7 +70,7 @@ class Compiled(Divisible):
 
 
 class OwnHooks(Divisible):
-    """The policy of a user who wants another one."""
+    """A user's own mixed-precision policy."""
 
     def apply_activation_checkpointing(self) -> None:
         from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -134,7 +134,7 @@ def trained(
     ).tolist()
 
 
-# Four ranks cost most: what they don't do in every run, `full` does.
+# Four ranks take longest: the rest of their cells has the marker `full`.
 QUICK_ON_FOUR = ("plain", "clipping", "everything")
 CASES = [
     pytest.param(
@@ -158,7 +158,7 @@ def outcomes_of(layout: str, options: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("layout", "option"), CASES)
-def test_weights_and_gradient_norms_are_those_of_one_process(layout: str, option: str) -> None:
+def test_weights_and_gradient_norms_equal_those_of_one_process(layout: str, option: str) -> None:
     (alone,) = outcomes_of("single", tuple(OPTIONS))
     together = (
         QUICK_ON_FOUR
@@ -178,6 +178,44 @@ def test_offloaded_parameters_train_like_those_of_one_process() -> None:
     (alone,) = run_on_ranks(trained, 1, OnMeta, DeviceParameters, {}, training)
 
     compare(run_on_ranks(*offloaded), alone, 1e-5, 1e-5)
+
+
+def accumulated(
+    make: Callable[..., DeviceParameters], reduce_every_batch: bool
+) -> tuple[tuple[dict[str, Tensor], list[float]], bool]:
+    """Weights and norms; whether sharded gradients are there while they accumulate."""
+    found: set[bool] = set()
+
+    class Accumulates(Divisible):
+        def backward(self, loss: Tensor) -> None:
+            super().backward(loss)
+            if self.is_accumulating_gradients:
+                found.update(p.grad is not None for p in self.model.parameters())
+
+    training = {"gradient_accumulation_steps": 3, "gradient_clip_val": 0.05}
+    fields = {"reduce_every_batch": True} if reduce_every_batch else {}
+    outcome = trained(Accumulates, make, fields, training)
+    (are_there,) = found
+    return outcome, are_there
+
+
+@pytest.mark.parametrize("reduce_every_batch", [True, False])
+def test_gradients_may_be_reduced_with_every_batch(reduce_every_batch: bool) -> None:
+    ((alone, _),) = run_on_ranks(accumulated, 1, DeviceParameters, False)
+    results = run_on_ranks(accumulated, 2, DeviceParameters.FSDP, reduce_every_batch)
+
+    compare([outcome for outcome, _ in results], alone, 1e-5, 1e-5)
+    assert [are_there for _, are_there in results] == [reduce_every_batch] * 2
+
+
+def test_replicas_of_shards_are_reduced_once_in_a_step() -> None:
+    ((alone, _),) = run_on_ranks(accumulated, 1, DeviceParameters, False)
+    _, make = LAYOUTS["hsdp"]
+    results = run_on_ranks(accumulated, 4, make, True)
+
+    compare([outcome for outcome, _ in results], alone, 1e-5, 1e-5)
+    # The sums over shards are no gradients of parameters before the all-reduce over replicas.
+    assert [are_there for _, are_there in results] == [False] * 4
 
 
 @pytest.mark.gpu
@@ -209,7 +247,7 @@ def compare(outcomes: list[Any], alone: Any, tolerance: float, norm_tolerance: f
 
 
 class Reductions(TorchDispatchMode):
-    """Remembers the dtypes in which gradients were reduced: not what layers do on their way."""
+    """Records the dtypes in which gradients are reduced, without collectives inside layers."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
@@ -238,7 +276,7 @@ class Watched(Divisible):
 
 
 def watched(layout: str, fields: dict[str, Any]) -> tuple[list[list[torch.dtype]], torch.dtype]:
-    """Dtypes of each batch's gradient reductions; dtype of what a block gives."""
+    """Dtypes of each batch's gradient reductions; dtype of a block's output."""
     device = LAYOUTS[layout][1](device="cpu", **fields)
     with tempfile.TemporaryDirectory() as root:
         config = tiny_config(root, device=device, max_steps=2, gradient_accumulation_steps=2)
@@ -313,7 +351,7 @@ def calls_in_order() -> list[str]:
     return trainer.calls
 
 
-def test_models_are_prepared_in_the_order_that_keeps_each_step() -> None:
+def test_models_are_prepared_in_the_documented_order() -> None:
     assert run_on_ranks(calls_in_order, 4)[0] == [
         "tensor parallel over ('tp',)",
         "checkpointing",
@@ -334,7 +372,7 @@ def test_the_default_compiler_trains_to_the_same_weights(layout: str) -> None:
 
 
 class Drops(Divisible):
-    """Draws what dropout draws on a tensor that is divided over the ranks of a layer."""
+    """Draws random numbers as dropout does on a tensor sharded over tensor-parallel ranks."""
 
     def drawn(self) -> Tensor:
         weight: Any = self.model.blocks[0].weight
@@ -351,7 +389,7 @@ def drawn_by_place() -> tuple[tuple[int, int], Tensor]:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 4, reason="needs four GPUs")
-def test_random_operations_on_divided_tensors_differ_between_data_ranks() -> None:
+def test_random_operations_on_sharded_tensors_differ_between_data_ranks() -> None:
     drawn = dict(run_on_ranks(drawn_by_place, 4))
 
     assert drawn[0, 0].equal(drawn[0, 1])
@@ -359,7 +397,7 @@ def test_random_operations_on_divided_tensors_differ_between_data_ranks() -> Non
     assert not drawn[0, 0].equal(drawn[1, 0])
 
 
-# What has no default
+# Layouts without a default
 
 
 class Indivisible(TinyTrainer):
@@ -379,7 +417,7 @@ def set_up(**degrees: int) -> None:
         ("pipeline_parallel", "schedules run forward and backward themselves.*set pipeline_par"),
     ],
 )
-def test_layouts_without_a_default_say_what_to_do(degree: str, message: str) -> None:
+def test_layouts_without_a_default_name_the_method_to_write(degree: str, message: str) -> None:
     with pytest.raises(RankError, match=message) as caught:
         run_on_ranks(partial(set_up, **{degree: 2}), 2)
 

@@ -1,4 +1,4 @@
-"""The loop: hooks in their places, limits, validation, stopping, failing, equality with PyTorch."""
+"""The loop: order of hooks, limits, validation, stopping, failures, equality with PyTorch."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_results_are_detached(tmp_path: Path) -> None:
 
 
 def plain_pytorch_losses(num_epochs: int, accumulation: int, clip: float | None) -> list[float]:
-    """The loop that a person would write for TinyTrainer's task."""
+    """A hand-written loop for TinyTrainer's task."""
     torch.manual_seed(42)
     random.seed(42)
     model = TinyModel(width=8, num_blocks=2)
@@ -288,7 +288,7 @@ def test_max_steps_in_mid_epoch_ends_with_a_validation(tmp_path: Path) -> None:
     assert recorder.events[-2:] == ["post_validation_epoch", "post_fit"]
 
 
-def test_max_time_stops_after_the_step_in_hand(tmp_path: Path) -> None:
+def test_max_time_stops_after_the_current_step(tmp_path: Path) -> None:
     trainer = TinyTrainer(tiny_config(tmp_path, max_time=1e-9))
     trainer.fit()
 
@@ -297,7 +297,7 @@ def test_max_time_stops_after_the_step_in_hand(tmp_path: Path) -> None:
     assert "max_time" in trainer.stop_reason
 
 
-def test_stop_ends_after_the_current_step_and_fit_goes_on_from_there(tmp_path: Path) -> None:
+def test_stop_ends_after_the_current_step_and_fit_continues(tmp_path: Path) -> None:
     class StopsAt(Callback[TinyTrainer]):
         def __init__(self, step: int) -> None:
             self.step = step
@@ -331,7 +331,7 @@ def test_stop_in_validation_ends_the_epoch(tmp_path: Path) -> None:
     assert trainer.stop_reason == "good enough"
 
 
-def test_a_second_fit_goes_on_when_the_limit_is_raised(tmp_path: Path) -> None:
+def test_a_second_fit_continues_with_a_raised_limit(tmp_path: Path) -> None:
     keeper = LossKeeper()
     trainer = TinyTrainer(tiny_config(tmp_path, [keeper], n_epochs=1))
     trainer.fit()
@@ -343,7 +343,7 @@ def test_a_second_fit_goes_on_when_the_limit_is_raised(tmp_path: Path) -> None:
     assert keeper.losses == straight.losses
 
 
-def test_a_fit_with_nothing_left_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fit_with_nothing_left_logs_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = TinyTrainer(tiny_config(tmp_path, n_epochs=1))
     trainer.fit()
     with caplog.at_level(logging.WARNING):
@@ -429,7 +429,7 @@ def test_the_loss_of_an_epoch_is_the_mean_over_its_samples_alone(tmp_path: Path)
 
 
 @pytest.mark.parametrize("step", ["training_step", "validation_step"])
-def test_batches_of_types_of_ones_own_are_moved_by_move_batch(tmp_path: Path, step: str) -> None:
+def test_custom_batch_types_are_moved_by_move_batch(tmp_path: Path, step: str) -> None:
     moved, used = [], []
 
     def use(self: Any, batch: Any, batch_idx: int) -> Any:
@@ -448,7 +448,7 @@ def test_batches_of_types_of_ones_own_are_moved_by_move_batch(tmp_path: Path, st
     assert [id(batch) for batch in used] == [id(batch) for batch in moved[half]]
 
 
-def test_a_validation_that_was_due_when_the_state_was_saved_is_made_up_for(tmp_path: Path) -> None:
+def test_a_validation_due_in_the_saved_state_is_run(tmp_path: Path) -> None:
     states = []
 
     class Saves(Callback[TinyTrainer]):
@@ -484,7 +484,7 @@ def test_a_validation_step_may_return_nothing(tmp_path: Path) -> None:
     assert recorder.arguments["post_validation_epoch"] == [({},)]
 
 
-# Failing
+# Failures
 
 
 @pytest.mark.parametrize(
@@ -526,7 +526,7 @@ def test_after_an_error_all_clean_up_runs_and_the_first_error_is_raised(
 @pytest.mark.parametrize(
     ("step", "at_step"), [("training_step", 1), ("validation_step", 8)], ids=["train", "validate"]
 )
-def test_an_error_in_a_step_says_where(tmp_path: Path, step: str, at_step: int) -> None:
+def test_an_error_in_a_step_has_a_note(tmp_path: Path, step: str, at_step: int) -> None:
     def fails(self: Any, batch: Any, batch_idx: int) -> Any:
         if batch_idx == 1:
             raise ZeroDivisionError("in the user's code")
@@ -541,7 +541,7 @@ def test_an_error_in_a_step_says_where(tmp_path: Path, step: str, at_step: int) 
     ]
 
 
-def test_fit_goes_on_after_an_error_and_may_fail_again(tmp_path: Path) -> None:
+def test_fit_continues_after_an_error_and_may_fail_again(tmp_path: Path) -> None:
     first, second, other = Recorder(fail_in="post_train_step"), Recorder(), Recorder()
     trainer = TinyTrainer(tiny_config(tmp_path, [first, second, other]))
     with pytest.raises(ValueError, match="planned"):
@@ -590,7 +590,7 @@ def test_a_context_that_swallows_errors_is_an_error(tmp_path: Path) -> None:
         Fails(tiny_config(tmp_path, [Swallows()])).fit()
 
 
-# Bad input
+# Invalid input
 
 
 def test_a_training_step_that_returns_nothing_useful_is_refused(tmp_path: Path) -> None:
@@ -635,7 +635,7 @@ def test_a_trainer_without_a_validation_step_says_so_when_there_is_a_validation_
     NoValidation(tiny_config(tmp_path, val_every_n_steps=0)).fit()
 
 
-def test_counters_cannot_be_assigned(tmp_path: Path) -> None:
+def test_counters_are_read_only(tmp_path: Path) -> None:
     trainer = TinyTrainer(tiny_config(tmp_path))
     for name in ("global_step", "current_epoch", "local_batches"):
         with pytest.raises(AttributeError, match=f"only the loop changes {name}"):
@@ -650,7 +650,7 @@ class Stream(IterableDataset[Any]):
         return iter(range(10))
 
 
-def test_a_loader_without_length_goes_on_through_epochs_and_begins_anew_at_its_end(
+def test_a_loader_without_length_continues_over_epochs_and_restarts_at_its_end(
     tmp_path: Path,
 ) -> None:
     seen = []

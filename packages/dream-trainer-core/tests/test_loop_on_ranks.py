@@ -1,4 +1,4 @@
-"""The loop on several ranks: stopping together, and what a step costs in collectives and syncs."""
+"""The loop on several ranks: stopping together; collectives and device syncs of a step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
 
 
 class StopsOnRank(Callback[TinyTrainer]):
-    """One rank asks to stop, at one step, in one hook."""
+    """Requests a stop on one rank, at one step, in one hook."""
 
     def __init__(self, rank: int, step: int, hook: str) -> None:
         self.rank = rank
@@ -71,7 +71,7 @@ def stopped(
     ],
     ids=["rank_0", "rank_1", "before_a_step", "accumulating"],
 )
-def test_all_ranks_stop_after_the_same_step_one_after_that_in_which_one_asks(
+def test_all_ranks_stop_after_the_step_that_follows_the_request(
     tmp_path: Path,
     rank: int,
     step: int,
@@ -87,7 +87,7 @@ def test_all_ranks_stop_after_the_same_step_one_after_that_in_which_one_asks(
 
 @pytest.mark.parametrize("hook", ["post_validation_epoch", "post_epoch"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_stop_between_two_epochs_lets_no_further_step_begin(
+def test_a_stop_between_two_epochs_prevents_further_steps(
     tmp_path: Path, rank: int, hook: str
 ) -> None:
     outcomes = run_on_ranks(stopped, 2, str(tmp_path), rank, 8, hook, 1, 0.0)
@@ -96,7 +96,7 @@ def test_a_stop_between_two_epochs_lets_no_further_step_begin(
 
 
 class ValidatesOtherWeights(Callback[TinyTrainer]):
-    """As a moving average does: other weights for the time of a validation, then the old ones."""
+    """Swaps the weights during a validation, as a moving average does."""
 
     @torch.no_grad()
     def pre_validation_epoch(self) -> None:
@@ -131,7 +131,7 @@ def test_with_fsdp_weights_can_be_exchanged_for_a_validation(tmp_path: Path) -> 
 
 
 class CountsCollectives(TinyTrainer):
-    """Notes before each step how many collectives there were in each group so far."""
+    """Records before each step the number of collectives in each group so far."""
 
     def configure_models(self) -> None:
         super().configure_models()
@@ -149,7 +149,7 @@ def collectives_of_300_steps(root: str) -> tuple[int, int, float]:
     trainer.config.num_samples = 4 * 310
     started_s = time.monotonic()
     trainer.fit()
-    # Without the first, in which DDP lays out its buckets anew.
+    # Without the first, in which DDP rebuilds its buckets.
     (before, control_before), *_, (after, control_after) = trainer.numbers[-301:]
     return after - before, control_after - control_before, time.monotonic() - started_s
 
@@ -159,12 +159,12 @@ def test_ranks_exchange_requests_about_once_a_second_and_not_at_each_step(tmp_pa
         collectives_of_300_steps, 2, str(tmp_path)
     ):
         assert num_buckets == 300
-        # Three at the start, until it is known how long a step takes.
+        # Three at the start, until the duration of a step is known.
         assert num_exchanges <= 3 + 1.5 * seconds
 
 
 class HostReads(TorchDispatchMode):
-    """Counts operations that wait for the device, had it one: reads of a value on the host."""
+    """Counts operations that sync with a device: reads of a tensor's value on the host."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,15 +210,13 @@ def host_reads(root: str, layout: str) -> int:
 @pytest.mark.parametrize(
     ("layout", "num_ranks"), [("SINGLE_DEVICE", 1), ("FSDP", 2)], ids=["single", "fsdp"]
 )
-def test_fifty_steps_of_the_loop_read_nothing_on_the_host(
-    tmp_path: Path, layout: str, num_ranks: int
-) -> None:
+def test_fifty_steps_have_no_device_sync(tmp_path: Path, layout: str, num_ranks: int) -> None:
     counts = run_on_ranks(host_reads, num_ranks, str(tmp_path), layout)
 
     assert counts == [0] * num_ranks
 
 
-def test_the_counter_of_host_reads_counts(tmp_path: Path) -> None:
+def test_the_counter_of_device_syncs_works(tmp_path: Path) -> None:
     class Reads(Callback[TinyTrainer]):
         def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
             result["loss"].item()

@@ -1,4 +1,4 @@
-"""Metrics and logging mixins, and trainers put together from parts."""
+"""Metrics and logging mixins, and trainers combined from mixins."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dream_trainer.trainer.mixins import EvalMetricMixin, LoggerMixin, SetupMixi
 
 
 class MeanError:
-    """A metric of one's own: anything with update, compute and reset."""
+    """A user's metric: an object with update, compute and reset."""
 
     def __init__(self) -> None:
         self.reset()
@@ -48,7 +48,7 @@ def test_metrics_are_reset_computed_and_part_of_the_result(tmp_path: Path) -> No
     trainer.fit()
 
     assert dict(trainer.named_metrics()) == {"error": trainer.error}
-    assert trainer.error.count == 8  # of the last run alone
+    assert trainer.error.count == 8  # of the last run only
     results = [result for (result,) in recorder.arguments["post_validation_epoch"]]
     assert [set(result) for result in results] == [{"val_loss", "error"}] * 2
     assert results[1]["error"] == trainer.error.compute()
@@ -63,7 +63,7 @@ def test_a_metric_with_the_name_of_a_result_is_an_error(tmp_path: Path) -> None:
         Clashing(tiny_config(tmp_path, n_epochs=1)).fit()
 
 
-def test_torchmetrics_work_as_they_are(tmp_path: Path) -> None:
+def test_torchmetrics_work_unchanged(tmp_path: Path) -> None:
     torchmetrics = pytest.importorskip("torchmetrics")
 
     class WithCollection(TinyTrainer):
@@ -86,7 +86,7 @@ def test_torchmetrics_work_as_they_are(tmp_path: Path) -> None:
 
 
 class MemorySink:
-    """Keeps what is logged."""
+    """Records logged values."""
 
     def __init__(self) -> None:
         self.scalars: list[tuple[dict[str, float], int]] = []
@@ -120,7 +120,7 @@ def test_logged_values_reach_every_sink_as_numbers(tmp_path: Path) -> None:
     ],
     ids=lambda bases: "+".join(base.__name__ for base in bases),
 )
-def test_trainers_can_be_put_together_in_any_order(tmp_path: Path, bases: tuple[type, ...]) -> None:
+def test_mixins_can_be_combined_in_any_order(tmp_path: Path, bases: tuple[type, ...]) -> None:
     own = {
         name: value
         for name, value in vars(TinyTrainer).items()

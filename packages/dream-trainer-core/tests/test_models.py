@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import RankError, TinyTrainer, run_on_ranks, tiny_config
+from dream_trainer.world import SimulatedWorld
 
 
 def test_models_are_tracked_by_attribute(tmp_path: Path) -> None:
@@ -66,6 +68,14 @@ class WithBuffer(Initializes):
     def configure_models(self) -> None:
         super().configure_models()
         self.model.register_buffer("table", torch.arange(4.0), persistent=False)
+
+
+class WithParameterAndBuffer(TinyTrainer):
+    """Built on the device, since it has no init_weights."""
+
+    def configure_models(self) -> None:
+        super().configure_models()
+        self.model.register_buffer("table", torch.arange(4.0))
 
 
 class AssignsBuffer(WithBuffer):
@@ -124,6 +134,123 @@ def test_what_init_weights_forgets_is_named(
 
 def test_init_weights_may_assign_a_new_buffer(tmp_path: Path) -> None:
     assert run_on_ranks(set_up_only, 2, AssignsBuffer, str(tmp_path)) == [True, True]
+
+
+class FillsBuffer(WithBuffer):
+    def init_weights(self) -> None:
+        super().init_weights()
+        self.model.table.copy_(torch.arange(4.0))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("trainer_class", [WithParameterAndBuffer, FillsBuffer, AssignsBuffer])
+@pytest.mark.parametrize("cpu_offload", [False, True], ids=["on-device", "offloaded"])
+def test_buffers_are_on_the_device_wherever_parameters_are(
+    tmp_path: Path, trainer_class: type[TinyTrainer], cpu_offload: bool
+) -> None:
+    device = DeviceParameters.FSDP(cpu_offload=cpu_offload)
+    with SimulatedWorld(rank=0, world_size=2) as world:
+        trainer = trainer_class(tiny_config(tmp_path, device=device), world=world)
+        trainer.configure()
+        is_built_on_meta = trainer.model.table.is_meta
+        world.device = torch.device("meta") if cpu_offload else world.device  # as if a GPU
+        trainer.prepare_models()
+
+        found = {parameter.device.type for parameter in trainer.model.parameters()}
+        assert found == {"cpu"}
+        assert trainer.model.table.device == world.device
+        assert is_built_on_meta == (trainer_class is not WithParameterAndBuffer)
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "ranks_here", "cpu_offload", "is_warned"),
+    [(1, 2, True, True), (2, 2, True, False), (1, 8, True, False), (1, 2, False, False)],
+)
+def test_idle_cores_of_an_offloaded_optimizer_are_warned_of(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    num_threads: int,
+    ranks_here: int,
+    cpu_offload: bool,
+    is_warned: bool,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks_here))
+    device = DeviceParameters.FSDP(cpu_offload=cpu_offload)
+    with SimulatedWorld(rank=0, world_size=2) as world:
+        TinyTrainer(tiny_config(tmp_path, device=device), world=world).setup()
+
+    assert ("4 cores per rank: set OMP_NUM_THREADS=4" in caplog.text) == is_warned
+
+
+class Pretrained(nn.Linear):
+    """Refuses device contexts as models of Hugging Face do."""
+
+    @classmethod
+    def from_pretrained(cls) -> Pretrained:
+        if torch.device("meta") == torch.get_default_device():
+            raise RuntimeError("you are using `from_pretrained` with a meta device context manager")
+        if torch.device("cpu") != torch.get_default_device():
+            raise ValueError("a `torch.device` context manager requires `accelerate`")
+        return cls(2, 2)
+
+    @classmethod
+    def from_config(cls) -> Pretrained:
+        raise RuntimeError("a bug, on the meta device")
+
+
+class FineTunes(TinyTrainer):
+    def configure_models(self) -> None:
+        self.model = Pretrained.from_pretrained()  # type: ignore[assignment]
+
+
+class FineTunesShards(FineTunes):
+    def init_weights(self) -> None:
+        """Makes sharded models be built on meta."""
+
+
+class FineTunesFromCpu(FineTunes):
+    def configure_models(self) -> None:
+        with torch.device("cpu"):
+            super().configure_models()
+
+
+class FailsOnMeta(FineTunesShards):
+    def configure_models(self) -> None:
+        Pretrained.from_config()
+
+
+def built_as_on_a_gpu(trainer_class: type[TinyTrainer], root: Path) -> TinyTrainer:
+    """A trainer with models built inside `with torch.device("cuda", 1)`, or on meta."""
+    device = DeviceParameters.FSDP(device="cpu")
+    with SimulatedWorld(device, rank=0, world_size=2) as world:
+        trainer = trainer_class(tiny_config(root, device=device), world=world)
+        world.launch()
+        world.device = torch.device("cuda", 1)
+        trainer.build_models()
+        return trainer
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "message"),
+    [
+        (FineTunes, r"on cuda:1, which needs accelerate there: .*with torch\.device\(\"cpu\"\):"),
+        (FineTunesShards, "meta device.* from_config .*in init_weights: set_model_state_dict"),
+        (FailsOnMeta, "^a bug, on the meta device$"),
+    ],
+)
+def test_a_pretrained_model_that_cant_be_built_there_says_what_to_write(
+    tmp_path: Path, trainer_class: type[TinyTrainer], message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        built_as_on_a_gpu(trainer_class, tmp_path)
+
+
+def test_a_pretrained_model_may_be_loaded_to_the_cpu(tmp_path: Path) -> None:
+    trainer = built_as_on_a_gpu(FineTunesFromCpu, tmp_path)
+
+    assert trainer.model.weight.device == torch.device("cpu")  # type: ignore[union-attr]
 
 
 def trained(layout: str, trainer_class: type[TinyTrainer], root: str) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""NamedCallbacks: names, and the whole mapping protocol."""
+"""NamedCallbacks: names and the mapping protocol."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ class B(Callback[Any]):
     def post_fit(self) -> None: ...
 
 
-def test_callbacks_are_named_after_their_classes_and_numbered() -> None:
+def test_callbacks_get_the_name_of_their_class_and_a_number() -> None:
     collection = CallbackCollection([A(), B(), A(), A()])
 
     assert collection.keys() == ("A", "B", "A_2", "A_3")
 
 
-def test_a_number_that_is_taken_is_left_out() -> None:
+def test_a_number_in_use_is_skipped() -> None:
     collection = CallbackCollection([A(), ("A_2", B()), A()])
     collection.append(A())
 
     assert collection.keys() == ("A", "A_2", "A_3", "A_4")
 
 
-def test_a_number_that_became_free_is_given_again() -> None:
+def test_a_freed_number_is_reused() -> None:
     collection = CallbackCollection([A(), A(), A()])
     del collection["A_2"]
     collection.append(A())
@@ -52,7 +52,7 @@ def test_a_collection_made_from_a_collection_keeps_names() -> None:
     assert CallbackCollection(collection).items() == collection.items()
 
 
-def test_reading_is_that_of_a_mapping_and_iterating_gives_the_callbacks() -> None:
+def test_it_reads_like_a_mapping_but_iterates_over_callbacks() -> None:
     a, b = A(), B()
     collection = CallbackCollection([a, b])
 
@@ -126,7 +126,7 @@ def test_update_and_ior_take_mappings_collections_and_pairs() -> None:
     assert collection.items() == (("a", a), ("b", b), ("c", c), ("d", d))
 
 
-def test_setdefault_keeps_what_is_there() -> None:
+def test_setdefault_keeps_an_existing_callback() -> None:
     a, b = A(), B()
     collection = CallbackCollection({"a": a})
 
@@ -149,7 +149,7 @@ def test_clear() -> None:
         ("A", "'A' is a str, not a Cal"),
     ],
 )
-def test_what_is_no_callback_is_refused(thing: Any, found: str) -> None:
+def test_a_value_that_is_not_a_callback_is_refused(thing: Any, found: str) -> None:
     collection = CallbackCollection()
     for change in (
         lambda: CallbackCollection([thing]),
@@ -163,7 +163,7 @@ def test_what_is_no_callback_is_refused(thing: Any, found: str) -> None:
     assert len(collection) == 0
 
 
-def test_a_callback_is_refused_twice() -> None:
+def test_adding_a_callback_twice_is_refused() -> None:
     a = A()
     collection = CallbackCollection([a])
     for change in (
@@ -175,7 +175,7 @@ def test_a_callback_is_refused_twice() -> None:
             change()
 
 
-def test_a_name_is_refused_twice() -> None:
+def test_using_a_name_twice_is_refused() -> None:
     collection = CallbackCollection({"x": A()})
 
     with pytest.raises(ValueError, match=r"called 'x' already.*assign collection\['x'\]"):
@@ -185,7 +185,7 @@ def test_a_name_is_refused_twice() -> None:
 
 
 @pytest.mark.parametrize("name", [3, "", None])
-def test_a_name_that_isnt_one_is_refused(name: Any) -> None:
+def test_an_invalid_name_is_refused(name: Any) -> None:
     with pytest.raises(TypeError, match="can't name a callback"):
         CallbackCollection()[name] = A()
 

@@ -26,11 +26,11 @@ def parameters(*gradients: list[float] | None) -> list[nn.Parameter]:
     return made
 
 
-def test_the_norm_is_that_of_all_gradients_together() -> None:
+def test_the_norm_is_over_all_gradients() -> None:
     assert gradient_norm(parameters([3.0], None, [0.0, 4.0])).item() == 5.0
 
 
-def test_clipping_scales_all_gradients_alike() -> None:
+def test_clipping_scales_all_gradients_equally() -> None:
     clipped = parameters([3.0], [4.0])
     norm = gradient_norm(clipped, max_norm=1.0)
 
@@ -39,7 +39,7 @@ def test_clipping_scales_all_gradients_alike() -> None:
 
 
 def clipped_on_a_mesh() -> tuple[float, list[list[float]]]:
-    """Norm of a sharded gradient and of one that is still to be summed; both, once clipped."""
+    """Norm of a sharded and of a partial gradient; both gradients after clipping."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
     World(DeviceParameters(device="cpu")).launch()
@@ -52,7 +52,7 @@ def clipped_on_a_mesh() -> tuple[float, list[list[float]]]:
     return norm.item(), [p.grad.full_tensor().tolist() for p in (sharded, replicated)]
 
 
-def test_gradients_that_are_still_to_be_summed_over_ranks_are_clipped_too() -> None:
+def test_partial_gradients_are_clipped() -> None:
     for norm, clipped in run_on_ranks(clipped_on_a_mesh, 2):
         assert norm == 5.0
         assert clipped == [pytest.approx([0.0, 0.3]), pytest.approx([0.4, 0.0])]
@@ -130,7 +130,7 @@ def test_the_hooks_get_the_model_that_the_optimizer_changes(tmp_path: Path) -> N
     assert trainer.global_step == 1
 
 
-def test_each_optimizer_hook_sees_what_its_name_says(tmp_path: Path) -> None:
+def test_each_optimizer_hook_sees_the_documented_state(tmp_path: Path) -> None:
     seen: list[tuple[str, bool, float | None]] = []
 
     class Looks(Callback[TinyTrainer]):
@@ -170,7 +170,7 @@ def test_each_optimizer_hook_sees_what_its_name_says(tmp_path: Path) -> None:
     ]
 
 
-def test_gradients_of_parameters_that_a_hook_adds_are_dropped_too(tmp_path: Path) -> None:
+def test_gradients_of_parameters_added_by_a_hook_are_zeroed(tmp_path: Path) -> None:
     class Adds(Callback[TinyTrainer]):
         def post_optimizer_step(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             if self.trainer.global_step == 0:
@@ -247,7 +247,7 @@ def test_schedulers_are_stepped_once_per_optimizer_step(tmp_path: Path, returns:
     assert trainer.optimizer.param_groups[0]["lr"] == 0.5**3
 
 
-def test_a_scheduler_that_needs_a_result_is_left_to_the_user(tmp_path: Path) -> None:
+def test_reduce_lr_on_plateau_is_not_stepped(tmp_path: Path) -> None:
     class Plateau(TinyTrainer):
         def configure_schedulers(self) -> None:
             self.scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(self.optimizer)
@@ -303,7 +303,7 @@ def test_no_optimizer_is_refused(tmp_path: Path) -> None:
         Forgets(tiny_config(tmp_path)).setup()
 
 
-def test_something_else_than_an_optimizer_is_refused(tmp_path: Path) -> None:
+def test_other_return_values_are_refused(tmp_path: Path) -> None:
     class Wrong(TinyTrainer):
         def configure_optimizers(self) -> Any:
             return "adam"

@@ -1,4 +1,4 @@
-"""Order: before and after, stable, with cycles shown; and the plan as data and as a table."""
+"""Order of callbacks by `before` and `after`, errors of cycles, and the plan."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ class First(Base):
     before = {Callback}
 
 
-def wishing(name: str, base: type = Base, **wishes: Any) -> Any:
-    return type(name, (base,), wishes)()
+def placed(name: str, base: type = Base, **constraints: Any) -> Any:
+    return type(name, (base,), constraints)()
 
 
 def order(*callbacks: Any) -> list[str]:
     return list(CallbackCollection(list(callbacks)).plan().hooks["post_fit"])
 
 
-def test_without_wishes_the_order_is_as_listed() -> None:
+def test_without_constraints_the_order_is_as_listed() -> None:
     assert order(C(), A(), B(), A()) == ["C", "A", "B", "A_2"]
 
 
-@pytest.mark.parametrize("wish", [B, "B"], ids=["class", "name"])
-def test_before_and_after_move_a_callback_as_little_as_needed(wish: Any) -> None:
-    assert order(A(), B(), wishing("X", before={wish}), C()) == ["A", "X", "B", "C"]
-    assert order(wishing("X", after={wish}), A(), B(), C()) == ["A", "B", "X", "C"]
-    assert order(wishing("X", before={wish}), A(), B()) == ["X", "A", "B"]
+@pytest.mark.parametrize("constraint", [B, "B"], ids=["class", "name"])
+def test_before_and_after_move_a_callback_as_little_as_needed(constraint: Any) -> None:
+    assert order(A(), B(), placed("X", before={constraint}), C()) == ["A", "X", "B", "C"]
+    assert order(placed("X", after={constraint}), A(), B(), C()) == ["A", "B", "X", "C"]
+    assert order(placed("X", before={constraint}), A(), B()) == ["X", "A", "B"]
 
 
 def test_a_name_in_the_collection_counts_as_well_as_a_class_name() -> None:
-    collection = CallbackCollection([wishing("X", after={"mine"}), ("mine", A()), B()])
+    collection = CallbackCollection([placed("X", after={"mine"}), ("mine", A()), B()])
 
     assert collection.plan().hooks["post_fit"] == ("mine", "X", "B")
 
@@ -60,16 +60,16 @@ def test_a_name_in_the_collection_counts_as_well_as_a_class_name() -> None:
 def test_subclasses_count() -> None:
     class A2(A): ...
 
-    for wish in (A, "A"):
-        assert order(wishing("X", after={wish}), A2(), A(), B()) == ["A2", "A", "X", "B"]
+    for constraint in (A, "A"):
+        assert order(placed("X", after={constraint}), A2(), A(), B()) == ["A2", "A", "X", "B"]
 
 
-def test_wishes_about_callbacks_that_arent_there_are_void() -> None:
-    assert order(wishing("X", after={"Nobody", C}), A()) == ["X", "A"]
+def test_constraints_on_absent_callbacks_have_no_effect() -> None:
+    assert order(placed("X", after={"Nobody", C}), A()) == ["X", "A"]
 
 
-def test_wishes_may_be_any_collection_and_belong_to_an_instance() -> None:
-    x = wishing("X", after=[A, "B"])
+def test_constraints_may_be_any_collection_and_set_on_an_instance() -> None:
+    x = placed("X", after=[A, "B"])
     collection = CallbackCollection([x, A(), B(), C()])
 
     assert collection.plan().hooks["post_fit"] == ("A", "B", "X", "C")
@@ -78,8 +78,8 @@ def test_wishes_may_be_any_collection_and_belong_to_an_instance() -> None:
     assert collection.plan().hooks["post_fit"] == ("A", "B", "C", "X")
 
 
-def test_a_wish_about_one_callback_leaves_others_of_its_class_alone() -> None:
-    first, second, x = A(), A(), wishing("X")
+def test_a_constraint_on_one_callback_does_not_affect_others_of_its_class() -> None:
+    first, second, x = A(), A(), placed("X")
     x.after = (second,)
 
     assert order(first, x, second, B()) == ["A", "A_2", "X", "B"]
@@ -105,16 +105,16 @@ def test_hooks_are_called_in_that_order() -> None:
     assert called == ["Notes", "Early", "Late"]
 
 
-# Everyone
+# All callbacks
 
 
-@pytest.mark.parametrize("everyone", [Callback, "Callback"], ids=["class", "name"])
-def test_after_callback_means_after_everyone(everyone: Any) -> None:
-    assert order(wishing("X", after={everyone}), A(), B()) == ["A", "B", "X"]
-    assert order(A(), B(), wishing("X", before={everyone})) == ["X", "A", "B"]
+@pytest.mark.parametrize("all_others", [Callback, "Callback"], ids=["class", "name"])
+def test_after_callback_means_after_all_others(all_others: Any) -> None:
+    assert order(placed("X", after={all_others}), A(), B()) == ["A", "B", "X"]
+    assert order(A(), B(), placed("X", before={all_others})) == ["X", "A", "B"]
 
 
-def test_those_that_ask_for_the_same_stay_as_listed() -> None:
+def test_callbacks_with_equal_constraints_stay_as_listed() -> None:
     assert order(Last(), A(), First(), Last(), First()) == [
         "First",
         "First_2",
@@ -124,9 +124,9 @@ def test_those_that_ask_for_the_same_stay_as_listed() -> None:
     ]
 
 
-def test_whoever_asks_to_come_after_the_last_does() -> None:
-    assert order(wishing("X", after={Last}), Last(), A()) == ["A", "Last", "X"]
-    assert order(wishing("Y", after={"X"}), wishing("X", after={Last}), Last(), A(), B()) == [
+def test_a_callback_can_run_after_the_last() -> None:
+    assert order(placed("X", after={Last}), Last(), A()) == ["A", "Last", "X"]
+    assert order(placed("Y", after={"X"}), placed("X", after={Last}), Last(), A(), B()) == [
         "A",
         "B",
         "Last",
@@ -135,23 +135,27 @@ def test_whoever_asks_to_come_after_the_last_does() -> None:
     ]
 
 
-def test_whoever_asks_to_come_before_the_first_does() -> None:
-    assert order(A(), First(), wishing("X", before={First})) == ["X", "First", "A"]
+def test_a_callback_can_run_before_the_first() -> None:
+    assert order(A(), First(), placed("X", before={First})) == ["X", "First", "A"]
 
 
 def test_two_that_are_last_may_each_have_a_follower() -> None:
-    other = wishing("Other", after={Callback})
-    followers = wishing("X", after={Last}), wishing("Y", after={"Other"})
+    other = placed("Other", after={Callback})
+    followers = placed("X", after={Last}), placed("Y", after={"Other"})
 
     assert order(*followers, Last(), other, A()) == ["A", "Last", "X", "Other", "Y"]
 
 
-def test_a_wish_that_names_a_callback_wins_over_one_about_everyone() -> None:
-    assert order(wishing("X", before={"Last"}, after={Callback}), Last(), A()) == ["A", "X", "Last"]
-    assert order(wishing("X", before={Callback}, after={"A"}), B(), A()) == ["A", "X", "B"]
+def test_a_constraint_on_a_callback_overrides_one_on_all() -> None:
+    assert order(placed("X", before={"Last"}, after={Callback}), Last(), A()) == [
+        "A",
+        "X",
+        "Last",
+    ]
+    assert order(placed("X", before={Callback}, after={"A"}), B(), A()) == ["A", "X", "B"]
 
 
-def test_callbacks_that_want_to_be_after_their_own_kind_leave_each_other_alone() -> None:
+def test_callbacks_with_a_constraint_on_their_own_class_do_not_conflict() -> None:
     class Upload(RankZeroCallback[Any]):
         after = {RankZeroCallback}
 
@@ -163,32 +167,32 @@ def test_callbacks_that_want_to_be_after_their_own_kind_leave_each_other_alone()
     assert order(Upload(), A(), Upload(), Print()) == ["A", "Print", "Upload", "Upload_2"]
 
 
-def test_any_wishes_without_a_cycle_are_met() -> None:
-    """Random wishes that follow a hidden order, listed in another: each of them is met."""
+def test_all_constraints_without_a_cycle_are_met() -> None:
+    """Random constraints that are consistent with a hidden order, listed in another order."""
     generator = random.Random(0)
     for _ in range(200):
         hidden = [f"N{i}" for i in range(7)]
-        wishes: dict[str, dict[str, set[Any]]] = {
+        constraints: dict[str, dict[str, set[Any]]] = {
             n: {"before": set(), "after": set()} for n in hidden
         }
         for early, late in itertools.combinations(hidden, 2):
             if generator.random() < 0.2:
-                wishes[early]["before"].add(late)
+                constraints[early]["before"].add(late)
             if generator.random() < 0.2:
-                wishes[late]["after"].add(early)
+                constraints[late]["after"].add(early)
         for name in hidden:
             if generator.random() < 0.15:
-                wishes[name][generator.choice(["before", "after"])].add(Callback)
+                constraints[name][generator.choice(["before", "after"])].add(Callback)
         listed = generator.sample(hidden, len(hidden))
 
-        found = order(*(wishing(name, **wishes[name]) for name in listed))
+        found = order(*(placed(name, **constraints[name]) for name in listed))
 
         for name in hidden:
             assert all(
-                found.index(name) < found.index(n) for n in wishes[name]["before"] - {Callback}
+                found.index(name) < found.index(n) for n in constraints[name]["before"] - {Callback}
             )
             assert all(
-                found.index(name) > found.index(n) for n in wishes[name]["after"] - {Callback}
+                found.index(name) > found.index(n) for n in constraints[name]["after"] - {Callback}
             )
 
 
@@ -199,29 +203,29 @@ def test_a_cycle_is_an_error_that_shows_it() -> None:
     with pytest.raises(
         ValueError, match=r"can't be ordered: (X after Y after X|Y after X after Y);"
     ):
-        order(A(), wishing("X", after={"Y"}), B(), wishing("Y", after={"X"}))
+        order(A(), placed("X", after={"Y"}), B(), placed("Y", after={"X"}))
     with pytest.raises(ValueError, match="X after Z after Y after X"):
         order(
-            wishing("Follower", after={"X"}),
-            wishing("X", after={"Z"}),
-            wishing("Y", before={"Z"}, after={"X"}),
-            wishing("Z"),
+            placed("Follower", after={"X"}),
+            placed("X", after={"Z"}),
+            placed("Y", before={"Z"}, after={"X"}),
+            placed("Z"),
         )
 
 
 def test_a_change_that_makes_a_cycle_changes_nothing() -> None:
-    x = wishing("X", after={"Y"})
+    x = placed("X", after={"Y"})
     collection = CallbackCollection([x, A()])
 
     with pytest.raises(ValueError, match="can't be ordered"):
-        collection.append(wishing("Y", after={"X"}))
+        collection.append(placed("Y", after={"X"}))
     assert collection.keys() == ("X", "A")
     assert collection.plan().hooks["post_fit"] == ("X", "A")
 
 
-def test_a_cycle_on_the_way_doesnt_matter() -> None:
-    collection = CallbackCollection([wishing("X", after={"Y"}), wishing("Y")])
-    collection |= {"Y": wishing("Y", after={"X"}), "X": wishing("X")}
+def test_a_temporary_cycle_during_an_update_is_allowed() -> None:
+    collection = CallbackCollection([placed("X", after={"Y"}), placed("Y")])
+    collection |= {"Y": placed("Y", after={"X"}), "X": placed("X")}
 
     assert collection.plan().hooks["post_fit"] == ("X", "Y")
 
@@ -271,6 +275,6 @@ def test_the_plan_is_shown_as_a_table() -> None:
     assert str(plan).isascii()
 
 
-def test_plans_without_callbacks_or_without_rank_zero_ones_say_no_more() -> None:
+def test_plans_without_callbacks_or_rank_zero_ones_are_short() -> None:
     assert str(CallbackCollection().plan()) == "no callback overrides a hook"
     assert str(CallbackCollection([A()]).plan()) == "post_fit  A"

@@ -1,4 +1,4 @@
-"""Plain data is exactly what torch.load(weights_only=True) takes."""
+"""Plain data is exactly what torch.load(weights_only=True) loads."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ VALUES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
-def test_plain_is_what_torch_loads_safely(value: Any) -> None:
+def test_plain_data_is_what_weights_only_loads(value: Any) -> None:
     file = io.BytesIO()
     torch.save(value, file)
     file.seek(0)
@@ -86,7 +86,7 @@ def test_plain_is_what_torch_loads_safely(value: Any) -> None:
     assert (not list(values_not_plain(value))) == is_safe
 
 
-def test_the_place_of_each_foreign_value_is_told() -> None:
+def test_the_path_of_each_foreign_value_is_given() -> None:
     state = {"a": [1, Color.RED], "b": (RankLocal({"c": Color.RED}),), Color.RED: 1}
 
     assert [path for path, _ in values_not_plain(state)] == [
@@ -109,7 +109,7 @@ def test_sharded_tensors_are_plain(tmp_path: pathlib.Path) -> None:
         destroy_process_group()
 
 
-def test_rank_local_values_are_taken_out_wherever_they_are() -> None:
+def test_rank_local_values_are_unwrapped_at_any_depth() -> None:
     counter = collections.Counter(a=2)
     state = {
         "n": RankLocal(1),

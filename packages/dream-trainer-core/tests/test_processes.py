@@ -1,4 +1,4 @@
-"""run_on_ranks: a function on several real processes, whatever becomes of them."""
+"""run_on_ranks: results and failures of a function on several processes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def rank() -> int:
     return int(os.environ["RANK"])
 
 
-def test_results_come_by_rank_and_the_environment_is_torchruns() -> None:
+def test_results_are_ordered_by_rank_and_the_environment_is_torchruns() -> None:
     assert run_on_ranks(environment, 3) == [
         ("0", "0", "3", "3", "127.0.0.1"),
         ("1", "1", "3", "3", "127.0.0.1"),
@@ -59,7 +59,7 @@ def test_ranks_can_form_a_process_group_and_use_one_thread_each() -> None:
     assert run_on_ranks(summed, 2) == [(3.0, 1), (3.0, 1)]
 
 
-def test_four_ranks_are_at_work_soon() -> None:
+def test_four_ranks_start_quickly() -> None:
     run_on_ranks(rank, 1)  # starts the server that the ranks are forked from
     start = time.monotonic()
     run_on_ranks(rank, 4)
@@ -67,10 +67,10 @@ def test_four_ranks_are_at_work_soon() -> None:
     assert time.monotonic() - start < 5  # 0.3 s when nothing else runs; importing torch takes 4 × 2
 
 
-# What can be sent
+# Functions, arguments and results
 
 
-def test_lambdas_and_local_functions_see_their_module_and_what_they_close_over() -> None:
+def test_lambdas_and_local_functions_keep_their_module_and_closure() -> None:
     offset = 5
 
     def local(point: Point, by: int = 2, *, more: int = 100) -> int:
@@ -116,7 +116,7 @@ if __name__ == "__main__":
 """
 
 
-def test_it_works_in_a_script(tmp_path: Path) -> None:
+def test_it_works_in_the_main_script(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, tmp_path / "script.py"], capture_output=True, text=True, check=True
@@ -125,7 +125,7 @@ def test_it_works_in_a_script(tmp_path: Path) -> None:
     assert done.stdout == "[8, 8] [2]\n"
 
 
-# What goes wrong
+# Failures
 
 
 def fails_on_one() -> str:
@@ -143,7 +143,7 @@ def test_an_error_of_one_rank_is_raised_with_its_traceback() -> None:
     assert "ZeroDivisionError: planned" in str(caught.value)
 
 
-def test_the_frames_of_an_error_hold_nothing_that_has_threads() -> None:
+def test_an_error_keeps_no_object_with_threads_alive() -> None:
     with pytest.raises(RankError) as caught:
         run_on_ranks(fails_on_one, 2)
 
@@ -159,7 +159,7 @@ def waits_for_one() -> None:
     time.sleep(60)
 
 
-def test_the_others_are_cut_off_soon_after_an_error() -> None:
+def test_other_ranks_are_killed_soon_after_an_error() -> None:
     start = time.monotonic()
     with pytest.raises(RankError, match="2 of 2 ranks failed") as caught:
         run_on_ranks(waits_for_one, 2)
@@ -174,7 +174,7 @@ def sleeps_on_one() -> None:
         time.sleep(60)
 
 
-def test_a_rank_that_takes_too_long_is_killed_and_says_where_it_was() -> None:
+def test_a_rank_that_times_out_is_killed_with_its_traceback() -> None:
     start = time.monotonic()
     with pytest.raises(RankError, match="1 of 2 ranks failed") as caught:
         run_on_ranks(sleeps_on_one, 2, timeout_s=2)
@@ -184,7 +184,7 @@ def test_a_rank_that_takes_too_long_is_killed_and_says_where_it_was() -> None:
     assert "in sleeps_on_one" in caught.value.tracebacks[1]
 
 
-def test_a_rank_that_crashes_says_where_it_was() -> None:
+def test_a_rank_that_crashes_gives_its_traceback() -> None:
     with pytest.raises(RankError, match=r"exit code -11\nFatal Python error: Segmentation fault"):
         run_on_ranks(faulthandler._sigsegv, 1)  # noqa: SLF001  # there is no public way to crash
 
@@ -195,7 +195,7 @@ def test_a_rank_that_dies_is_an_error(code: int) -> None:
         run_on_ranks(os._exit, 1, code)
 
 
-def test_a_script_that_starts_ranks_whenever_it_is_imported_is_told_what_to_do(
+def test_a_script_that_starts_ranks_at_import_gets_a_hint(
     tmp_path: Path,
 ) -> None:
     script = tmp_path / "script.py"
@@ -217,12 +217,12 @@ def test_exit_is_an_error_of_the_rank() -> None:
         run_on_ranks(sys.exit, 1, 0)
 
 
-def test_a_result_that_cant_be_sent_is_an_error_of_the_rank() -> None:
+def test_a_result_that_cannot_be_pickled_is_an_error_of_the_rank() -> None:
     with pytest.raises(RankError, match="pickle"):
         run_on_ranks(lambda: lambda: 1, 1)
 
 
-def test_a_rank_error_is_an_assertion_error_that_tells_which_rank() -> None:
+def test_a_rank_error_is_an_assertion_error_that_names_the_rank() -> None:
     assert issubclass(RankError, AssertionError)
     with pytest.raises(RankError, match="--- rank 1 ---"):
         run_on_ranks(fails_on_one, 2)

@@ -1,4 +1,4 @@
-"""What callbacks need of a trainer, in every spelling; who lacks it is refused before anything."""
+"""Requirements of callbacks, in every form; a trainer that lacks one is refused first."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class InheritsAndAdds(NeedsA, Callback[B]): ...  # type: ignore[misc]
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_requirements_in_every_spelling(callback: Any, requirements: tuple[type, ...]) -> None:
+def test_requirements_in_every_form(callback: Any, requirements: tuple[type, ...]) -> None:
     assert callback.requirements() == requirements
 
 
@@ -147,7 +147,7 @@ def test_parameters_are_followed_through_generic_bases() -> None:
     assert Second.requirements() == (B,)
 
 
-def test_a_name_that_only_type_checkers_know_isnt_checked() -> None:
+def test_a_name_imported_for_type_checkers_is_not_checked() -> None:
     class Mine(Callback["OnlyForTypeCheckers"]): ...  # type: ignore[name-defined]
 
     assert Mine.requirements() == ()
@@ -166,7 +166,7 @@ CALLBACKS = (NeedsA, NeedsAAndB, NeedsABAndC, NeedsBoth, NeedsAll, NeedsNothing,
 
 
 @pytest.mark.parametrize("callback", CALLBACKS)
-def test_a_trainer_put_together_from_the_mixins_is_accepted(tmp_path: Path, callback: Any) -> None:
+def test_a_trainer_derived_from_the_mixins_is_accepted(tmp_path: Path, callback: Any) -> None:
     WithAll(tiny_config(tmp_path, [callback()]))
 
 
@@ -180,7 +180,7 @@ def test_a_trainer_put_together_from_the_mixins_is_accepted(tmp_path: Path, call
         (NeedsBoxed, "Boxed"),
     ],
 )
-def test_a_trainer_that_lacks_mixins_is_refused_with_callback_and_each_of_them(
+def test_a_missing_mixin_is_an_error_with_callback_and_mixins(
     tmp_path: Path, callback: Any, missing: str
 ) -> None:
     with pytest.raises(TypeError) as caught:
@@ -192,7 +192,7 @@ def test_a_trainer_that_lacks_mixins_is_refused_with_callback_and_each_of_them(
     )
 
 
-def test_nothing_is_attached_if_one_is_refused(tmp_path: Path) -> None:
+def test_nothing_is_attached_if_one_callback_is_refused(tmp_path: Path) -> None:
     fine = NeedsA()
     with pytest.raises(TypeError, match="NeedsBoth needs a trainer with B"):
         WithA(tiny_config(tmp_path, [fine, NeedsBoth()]))
@@ -227,7 +227,7 @@ def test_a_refusal_comes_before_anything_is_launched(tmp_path: Path) -> None:
         assert not is_launched
 
 
-def test_a_trainer_of_a_few_mixins_takes_callbacks_that_need_no_more(tmp_path: Path) -> None:
+def test_a_trainer_of_few_mixins_accepts_callbacks_that_need_no_others(tmp_path: Path) -> None:
     class Small(BaseTrainer, SetupMixin):
         configure_models = TinyTrainer.configure_models
         configure_optimizers = TinyTrainer.configure_optimizers

@@ -56,7 +56,7 @@ def test_means_over_many_batches_are_those_of_float64() -> None:
     assert means.reduce(world())["loss"] == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_key_that_comes_later_or_now_and_then_is_averaged_over_its_own_batches() -> None:
+def test_a_key_of_some_batches_is_averaged_over_those() -> None:
     means = EpochMeans("training_step")
     means.add({"a": 1.0}, 2)
     means.add({"a": 2.0, "b": torch.tensor([4.0])}, 2)
@@ -68,7 +68,7 @@ def test_a_key_that_comes_later_or_now_and_then_is_averaged_over_its_own_batches
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_values_that_are_not_finite_stay_so(value: float) -> None:
+def test_non_finite_values_are_kept(value: float) -> None:
     means = EpochMeans("training_step")
     means.add({"loss": torch.tensor(value)}, 1)
 
@@ -77,7 +77,7 @@ def test_values_that_are_not_finite_stay_so(value: float) -> None:
 
 
 @pytest.mark.parametrize(("value", "expected"), [(10**400, math.inf), (-(10**400), -math.inf)])
-def test_an_int_that_no_float_can_hold_is_infinite(value: int, expected: float) -> None:
+def test_an_integer_too_large_for_a_float_is_infinite(value: int, expected: float) -> None:
     means = EpochMeans("training_step")
     means.add({"loss": 1.0, "huge": value}, 1)
     means.add({"loss": 1.0, "huge": 2}, 1)
@@ -85,7 +85,7 @@ def test_an_int_that_no_float_can_hold_is_infinite(value: int, expected: float) 
     assert means.reduce(world()) == {"loss": 1.0, "huge": expected}
 
 
-def test_a_key_that_changes_its_kind_is_refused() -> None:
+def test_a_key_that_changes_its_type_is_refused() -> None:
     means = EpochMeans("training_step")
     means.add({"loss": torch.tensor(1.0)}, 1)
 
@@ -172,7 +172,7 @@ def test_the_host_never_waits_for_a_gpu_in_300_batches() -> None:
     assert copies.found == ["cpu to cuda:0", "cuda:0 to cpu"]
 
 
-def test_means_go_on_from_a_saved_state() -> None:
+def test_means_continue_from_a_saved_state() -> None:
     straight, first, second = (
         EpochMeans("training_step"),
         EpochMeans("training_step"),
@@ -187,7 +187,7 @@ def test_means_go_on_from_a_saved_state() -> None:
     assert second.reduce(world()) == straight.reduce(world())
 
 
-def test_nothing_of_earlier_batches_is_kept_but_scalars() -> None:
+def test_only_scalars_of_earlier_batches_are_kept() -> None:
     import weakref
 
     means = EpochMeans("training_step")

@@ -1,4 +1,4 @@
-"""Signals of a run: they stop it or ask for a save, and take effect once it has cleaned up."""
+"""Signals stop a run or request a save, and have their default effect after clean-up."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def ends_a_child(root: str) -> tuple[int, bool]:
     return trainer.global_step, signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_what_a_child_gets_is_not_its_parents(tmp_path: Path) -> None:
+def test_a_signal_to_a_child_does_not_stop_its_parent(tmp_path: Path) -> None:
     assert run_on_ranks(ends_a_child, 2, str(tmp_path)) == [(8, True), (8, True)]
 
 
 class Hangs(Callback[TinyTrainer]):
-    """Before training, rank 0 waits for the others, which never come; all get SIGTERM then."""
+    """Before training, rank 0 waits in a barrier that the others never reach; all get SIGTERM."""
 
     def post_setup(self) -> None:
         threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -57,7 +57,7 @@ def hangs(root: str) -> None:
     TinyTrainer(tiny_config(root, [Hangs()], n_epochs=1)).fit()
 
 
-def test_a_collective_that_hangs_is_ended_without_a_word(
+def test_sigterm_ends_a_hanging_collective_silently(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     started_s = time.monotonic()
@@ -72,8 +72,8 @@ def test_a_collective_that_hangs_is_ended_without_a_word(
     assert "RemoteError" not in capfd.readouterr().err
 
 
-class TakesItself(Callback[TinyTrainer]):
-    """Handles SIGTERM for a while, and gives it back."""
+class HandlesSigterm(Callback[TinyTrainer]):
+    """Handles SIGTERM during `fit`, and restores the handler."""
 
     def pre_fit(self) -> None:
         self.num_signals = 0
@@ -91,15 +91,15 @@ class TakesItself(Callback[TinyTrainer]):
         signal.signal(signal.SIGTERM, self.before)
 
 
-def takes_it_itself(root: str) -> tuple[int, int]:
-    callback = TakesItself()
+def handles_sigterm(root: str) -> tuple[int, int]:
+    callback = HandlesSigterm()
     trainer = TinyTrainer(tiny_config(root, [callback], n_epochs=1))
     trainer.fit()
     return trainer.global_step, callback.num_signals
 
 
-def test_who_handles_it_meanwhile_decides(tmp_path: Path) -> None:
-    assert run_on_ranks(takes_it_itself, 2, str(tmp_path)) == [(8, 1), (8, 1)]
+def test_a_handler_set_by_a_callback_gets_the_signal(tmp_path: Path) -> None:
+    assert run_on_ranks(handles_sigterm, 2, str(tmp_path)) == [(8, 1), (8, 1)]
 
 
 class Sends(Callback[Any]):
@@ -131,7 +131,7 @@ class Sends(Callback[Any]):
 
 
 class Notes(Callback[Any]):
-    """Appends to a file what is called at the end, and why."""
+    """Appends the hooks called at the end, with the stop reason, to a file."""
 
     def __init__(self, file: Path, name: str) -> None:
         self.file = file
@@ -153,7 +153,7 @@ class Notes(Callback[Any]):
 
 
 def status_of(function: Callable[..., object], *args: Any) -> int:
-    """Exit status of a forked process that makes a call, as if that were its whole script."""
+    """Exit status of a forked process that makes a call as a script does."""
     process = os.fork()
     if process == 0:
         try:
@@ -171,7 +171,7 @@ def train(root: Path, *callbacks: Callback[Any], **training: Any) -> TinyTrainer
 
 
 def notes_of(root: Path, sends: Sends, **training: Any) -> tuple[int, list[str]]:
-    """Exit status, and what two callbacks noted, one before the sender and one after it."""
+    """Exit status, and the records of two callbacks, before and after the sender."""
     file = root / "notes"
     callbacks = [Notes(file, "first"), sends, Notes(file, "last")]
     status = status_of(partial(train, root, *callbacks, **training))
@@ -187,7 +187,7 @@ def test_a_signal_ends_the_process_after_every_callback_has_cleaned_up(
     ((status, notes),) = run_on_ranks(notes_of, 1, tmp_path, Sends(number))
 
     assert status == expected
-    # The run was stopped; it hasn't failed, so there is no on_exception.
+    # The run was stopped and hasn't failed, so on_exception isn't called.
     assert notes == [f"{name}.post_fit {number.name} None" for name in ("first", "last")]
 
 
@@ -220,7 +220,7 @@ class StopsInValidation(TinyTrainer):
 
 
 class InterruptsABatch(Callback[Any]):
-    """Ctrl-C in the second of three batches that make the second step."""
+    """Ctrl-C in the second of the three batches of the second step."""
 
     def pre_train_step(self, batch: Any, batch_idx: int) -> None:
         if batch_idx == 4:
@@ -271,7 +271,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path: Path) -> None:
 
 
 def handler_of_a_user(root: Path) -> tuple[list[int], list[int], bool]:
-    """Steps done when the signal came through, and how the handler was found afterwards."""
+    """Steps done when the handler was called, and the handler after the run."""
     trainer = TinyTrainer(tiny_config(root, [Sends(signal.SIGTERM)]))
     seen: list[int] = []
 
@@ -283,7 +283,7 @@ def handler_of_a_user(root: Path) -> tuple[list[int], list[int], bool]:
     return seen, [trainer.global_step], signal.getsignal(signal.SIGTERM) is handler
 
 
-def test_a_users_handler_gets_the_signal_once_after_the_run(tmp_path: Path) -> None:
+def test_a_users_handler_is_called_once_after_the_run(tmp_path: Path) -> None:
     assert run_on_ranks(handler_of_a_user, 1, tmp_path) == [([3], [3], True)]
 
 
@@ -296,7 +296,7 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
     assert run_on_ranks(ignores, 1, tmp_path) == [8]
 
 
-def test_a_request_to_save_that_nobody_hears_is_warned_of_and_doesnt_end_the_run(
+def test_a_save_request_without_a_listener_warns(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = train(tmp_path, Sends(signal.SIGUSR1))
@@ -329,12 +329,12 @@ def trains_in_a_callback(root: Path) -> tuple[int, int, bool, int]:
 def test_a_signal_stops_the_runs_that_it_finds_and_takes_effect_after_the_outermost(
     tmp_path: Path,
 ) -> None:
-    # The outer run has one step behind it: it was stopped before it began.
+    # The outer run has done one step; the inner one was stopped before its first.
     assert run_on_ranks(trains_in_a_callback, 1, tmp_path) == [(3, 1, True, 1)]
 
 
 def fails_after_a_signal(root: Path) -> list[str]:
-    """The run fails although a signal had come; the next run has nothing to do with that."""
+    """A run that got a signal fails; the signal must not affect the next run."""
 
     class Fails(Callback[Any]):
         def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
@@ -362,7 +362,7 @@ def in_a_thread(root: Path) -> int:
     return trainers[0].global_step
 
 
-def test_outside_of_the_main_thread_signals_are_left_alone(tmp_path: Path) -> None:
+def test_outside_of_the_main_thread_no_handler_is_set(tmp_path: Path) -> None:
     assert run_on_ranks(in_a_thread, 1, tmp_path) == [8]
 
 
@@ -380,7 +380,7 @@ def interrupted_on_one_rank(root: Path) -> tuple[str, int, str | None]:
     return "ended", trainer.global_step, trainer.stop_reason
 
 
-def test_ctrl_c_on_one_rank_stops_all_and_is_a_failure_of_none(tmp_path: Path) -> None:
+def test_ctrl_c_on_one_rank_stops_all_without_a_failure(tmp_path: Path) -> None:
     first, second = run_on_ranks(interrupted_on_one_rank, 2, tmp_path)
 
     assert [first[0], second[0]] == ["ended", "interrupted"]
@@ -462,7 +462,7 @@ def trains_after_a_signal(root: Path) -> tuple[int, str | None]:
     return outer.inner.global_step, outer.inner.stop_reason
 
 
-def test_a_run_that_begins_after_the_signal_is_stopped_too(tmp_path: Path) -> None:
+def test_a_run_started_after_the_signal_is_stopped(tmp_path: Path) -> None:
     assert run_on_ranks(trains_after_a_signal, 1, tmp_path) == [(0, "SIGTERM")]
 
 
@@ -480,7 +480,7 @@ def signalled_after_its_end(root: Path) -> tuple[int, str | None, int]:
     return trainer.global_step, callback.reason, len(seen)
 
 
-def test_a_signal_after_the_last_step_is_no_reason_for_the_end(tmp_path: Path) -> None:
+def test_a_signal_after_the_last_step_is_not_a_stop_reason(tmp_path: Path) -> None:
     assert run_on_ranks(signalled_after_its_end, 1, tmp_path) == [(8, None, 1)]
 
 

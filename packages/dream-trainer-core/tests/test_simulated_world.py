@@ -122,7 +122,7 @@ def test_a_billion_parameters_are_set_up_as_one_of_1024_ranks(layout: str, rank:
     assert found["grown_bytes"] < 10**9
 
 
-# What it does without
+# No sockets, threads or handlers
 
 
 def sockets() -> set[str]:
@@ -150,11 +150,11 @@ def traces_of_set_up(root: str) -> tuple[bool, bool]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="sockets are counted in /proc")
-def test_set_up_opens_no_socket_starts_no_thread_and_takes_no_signal(tmp_path: Path) -> None:
+def test_set_up_opens_no_socket_starts_no_thread_and_sets_no_handler(tmp_path: Path) -> None:
     assert run_on_ranks(traces_of_set_up, 1, str(tmp_path)) == [(True, True)]
 
 
-def test_a_real_world_leaves_the_traces_that_are_looked_for(tmp_path: Path) -> None:
+def test_the_checks_find_traces_of_a_real_world(tmp_path: Path) -> None:
     def finds_traces() -> bool:
         before = traces()
         World(FSDP).connect()
@@ -164,7 +164,7 @@ def test_a_real_world_leaves_the_traces_that_are_looked_for(tmp_path: Path) -> N
     assert run_on_ranks(finds_traces, 2) == [True, True]
 
 
-def test_the_environment_is_that_of_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_has_no_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("WORLD_SIZE", "8")
 
@@ -174,7 +174,7 @@ def test_the_environment_is_that_of_no_rank(monkeypatch: pytest.MonkeyPatch) -> 
     assert (world.dp_rank, world.dp_size, world.is_global_zero) == (1023, 1024, False)
 
 
-def test_it_is_on_the_cpu_whatever_the_layout_says() -> None:
+def test_it_is_on_the_cpu_for_any_device_parameter() -> None:
     world = SimulatedWorld(DeviceParameters.FSDP(device="cuda"), rank=1, world_size=16)
 
     assert world.device == torch.device("cpu")
@@ -195,7 +195,7 @@ class OnZero(RankZeroCallback[Any]):
 
 
 @pytest.mark.parametrize("rank", [0, 1023])
-def test_hooks_up_to_post_setup_run_as_they_do_on_that_rank(tmp_path: Path, rank: int) -> None:
+def test_hooks_up_to_post_setup_run_as_on_that_rank(tmp_path: Path, rank: int) -> None:
     recorder, on_zero = Recorder(), OnZero()
     config = config_for_many(tmp_path, [recorder, on_zero])
     with SimulatedWorld(rank=rank, world_size=1024) as world:
@@ -253,7 +253,7 @@ def test_a_mistake_in_the_trainer_is_found(tmp_path: Path) -> None:
 # State
 
 
-def test_a_state_has_this_ranks_part(tmp_path: Path) -> None:
+def test_a_state_has_the_part_of_this_rank(tmp_path: Path) -> None:
     with SimulatedWorld(rank=1, world_size=4) as world:
         trainer = Sharded(config_for_many(tmp_path), world=world)
         trainer.setup()
@@ -269,10 +269,10 @@ def test_a_state_has_this_ranks_part(tmp_path: Path) -> None:
     assert tuple(exp_avg.to_local().shape) == (2, 4)
 
 
-# What the simulation assumes
+# Assumptions of the simulation
 
 
-def test_numbers_are_reduced_with_equal_ones(world: SimulatedWorld) -> None:
+def test_numbers_are_reduced_as_if_all_ranks_had_them(world: SimulatedWorld) -> None:
     assert world.all_reduce(3) == 3.0
     assert isinstance(world.all_reduce(3), float)
     assert world.all_reduce(3, "sum") == 3072
@@ -285,7 +285,7 @@ def test_numbers_are_reduced_with_equal_ones(world: SimulatedWorld) -> None:
         world.all_reduce(3, "product")  # type: ignore[arg-type]
 
 
-def test_tensors_are_reduced_with_equal_ones(world: SimulatedWorld) -> None:
+def test_tensors_are_reduced_as_if_all_ranks_had_them(world: SimulatedWorld) -> None:
     value = torch.tensor([1.0, -2.0])
     for op in ("mean", "min", "max"):
         assert torch.equal(world.all_reduce(value, op), value)
@@ -296,7 +296,7 @@ def test_tensors_are_reduced_with_equal_ones(world: SimulatedWorld) -> None:
     assert world.all_reduce(torch.tensor(True), "sum").item() == 1024
 
 
-def test_gathered_values_are_this_ranks_and_take_the_memory_of_one(world: SimulatedWorld) -> None:
+def test_gathered_values_share_the_memory_of_one(world: SimulatedWorld) -> None:
     value = torch.arange(6.0).view(2, 3)
     gathered = world.all_gather(value)
     assert gathered.shape == (1024, 2, 3)
@@ -310,13 +310,13 @@ def test_gathered_values_are_this_ranks_and_take_the_memory_of_one(world: Simula
     assert objects[0] is not mine
 
 
-def test_what_cannot_be_sent_is_an_error_here_too(world: SimulatedWorld) -> None:
+def test_values_that_cannot_be_pickled_are_an_error(world: SimulatedWorld) -> None:
     for send in (world.all_gather, world.broadcast_object):
         with pytest.raises(Exception, match="pickle"):
             send(lambda: None)
 
 
-def test_ranks_agree_and_nobody_waits(world: SimulatedWorld) -> None:
+def test_ranks_agree_without_blocking(world: SimulatedWorld) -> None:
     assert world.broadcast_object("mine", src=0) == "mine"
     assert torch.equal(world.broadcast(torch.tensor([3.0]), src=0), torch.tensor([3.0]))
     assert world.agree("anything") == "anything"
@@ -329,14 +329,14 @@ def test_ranks_agree_and_nobody_waits(world: SimulatedWorld) -> None:
     world.tighten_timeouts()
 
 
-def test_collectives_are_refused_where_a_run_refuses_them(world: SimulatedWorld) -> None:
+def test_guarded_collectives_are_refused(world: SimulatedWorld) -> None:
     with world.no_collectives("a hook"):
         for collective in (world.all_reduce, world.all_gather, world.broadcast_object):
             with pytest.raises(RuntimeError, match="in a hook"):
                 collective(1)
 
 
-def test_torchs_fake_process_group_waits_for_nobody(world: SimulatedWorld) -> None:
+def test_torchs_fake_process_group_never_blocks(world: SimulatedWorld) -> None:
     assert (dist.get_rank(), dist.get_world_size(), dist.get_backend()) == (3, 1024, "fake")
     value, parts = torch.ones(1), [torch.zeros(1) for _ in range(1024)]
     dist.all_reduce(value)
@@ -358,7 +358,7 @@ def test_torchs_fake_process_group_waits_for_nobody(world: SimulatedWorld) -> No
         (0, 0, r"world_size=0, ranks_per_node=8: both must be at least 1"),
     ],
 )
-def test_a_rank_that_there_is_not_is_refused(rank: int, world_size: int, message: str) -> None:
+def test_a_rank_out_of_range_is_refused(rank: int, world_size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SimulatedWorld(rank=rank, world_size=world_size)
 
@@ -370,7 +370,7 @@ def test_the_layout_must_fit_the_number_of_ranks(tmp_path: Path) -> None:
         Sharded(config, world=SimulatedWorld(rank=0, world_size=1024))
 
 
-def test_a_world_of_another_layout_than_the_configs_is_refused(tmp_path: Path) -> None:
+def test_a_world_with_another_layout_than_the_config_is_refused(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, device=FSDP)
     message = "dp_shard=1 in the world and 'auto' in the config"
 
@@ -382,7 +382,7 @@ def test_a_world_of_another_layout_than_the_configs_is_refused(tmp_path: Path) -
             Sharded(config, world=other)
 
 
-def test_without_a_layout_it_says_what_is_missing() -> None:
+def test_without_a_layout_the_error_says_what_is_missing() -> None:
     world = SimulatedWorld(rank=3, world_size=1024)
 
     with pytest.raises(AttributeError, match=r"no layout yet, and so no mesh; give it to a train"):
@@ -403,7 +403,7 @@ def test_trainers_may_share_a_world(tmp_path: Path) -> None:
         assert meshes[0] == meshes[1]
 
 
-def test_another_rank_of_the_same_process_takes_the_place_of_the_last(tmp_path: Path) -> None:
+def test_connecting_another_rank_shuts_down_the_previous_one(tmp_path: Path) -> None:
     trainers = []
     for rank in (0, 1023):
         config = config_for_many(tmp_path)
@@ -426,8 +426,8 @@ def test_another_rank_of_the_same_process_takes_the_place_of_the_last(tmp_path: 
     assert not dist.is_initialized()
 
 
-def test_a_rank_is_not_given_the_place_of_the_one_before(tmp_path: Path) -> None:
-    # torch caches places by mesh, and finds the meshes of all ranks equal.
+def test_a_second_rank_gets_its_own_shard(tmp_path: Path) -> None:
+    # torch caches shardings by mesh, and the meshes of all ranks are equal.
     offsets = []
     for rank in (3, 0, 2):
         with SimulatedWorld(rank=rank, world_size=4) as world:
@@ -443,7 +443,7 @@ def test_a_rank_is_not_given_the_place_of_the_one_before(tmp_path: Path) -> None
 def test_a_real_process_group_is_never_replaced() -> None:
     def connected() -> tuple[str, str]:
         SimulatedWorld(FSDP, rank=0, world_size=8).launch()
-        dist.destroy_process_group()  # behind its back
+        dist.destroy_process_group()  # directly, not through the world
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         with pytest.raises(RuntimeError) as caught:
             SimulatedWorld(FSDP, rank=0, world_size=1024).launch()
@@ -461,7 +461,7 @@ class WithOwnInit(Sharded):
         self.was_made = True
 
 
-def test_a_trainer_with_an_init_of_its_own_goes_on_working(tmp_path: Path) -> None:
+def test_a_trainer_with_its_own_init_works(tmp_path: Path) -> None:
     trainer = WithOwnInit(tiny_config(tmp_path, max_steps=1))
     trainer.fit()
 
@@ -469,7 +469,7 @@ def test_a_trainer_with_an_init_of_its_own_goes_on_working(tmp_path: Path) -> No
     assert trainer.world.world_size == 1
 
 
-def test_a_model_is_made_of_the_same_random_distributions(tmp_path: Path) -> None:
+def test_initial_weights_have_the_same_distributions(tmp_path: Path) -> None:
     config = config_for_many(tmp_path)
     config.width = 4096
     with SimulatedWorld(rank=0, world_size=4) as world:

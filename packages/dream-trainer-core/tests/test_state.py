@@ -117,7 +117,7 @@ def assert_equal(found: Any, expected: Any) -> None:
         assert found == expected
 
 
-def test_state_has_the_promised_layout(tmp_path: Path) -> None:
+def test_state_has_the_documented_layout(tmp_path: Path) -> None:
     trainer, _ = make(tmp_path, max_steps=2)
     trainer.fit()
     state = trainer.state_dict()
@@ -145,7 +145,7 @@ def test_a_state_saved_before_the_first_step_has_no_optimizer_state_and_loads(
     other.load_state_dict(state)
 
 
-def test_a_target_has_the_optimizer_states_that_a_saved_state_may_have(tmp_path: Path) -> None:
+def test_a_target_has_initialized_optimizer_states(tmp_path: Path) -> None:
     trainer, _ = make(tmp_path)
     trainer.setup()
 
@@ -154,7 +154,7 @@ def test_a_target_has_the_optimizer_states_that_a_saved_state_may_have(tmp_path:
     assert "exp_avg" in target["optimizers"]["optimizer"]["state"]["blocks.0.weight"]
 
 
-def test_resume_data_false_begins_the_epoch_anew(tmp_path: Path) -> None:
+def test_resume_data_false_restarts_the_epoch(tmp_path: Path) -> None:
     first, _ = make(tmp_path, n_epochs=1, max_steps=4)
     first.fit()
     second, history = make(tmp_path, n_epochs=1)
@@ -166,7 +166,7 @@ def test_resume_data_false_begins_the_epoch_anew(tmp_path: Path) -> None:
     assert len(history.seen) == 6
 
 
-def test_other_names_are_refused_with_both_sides(tmp_path: Path) -> None:
+def test_different_names_are_refused_with_both_sides(tmp_path: Path) -> None:
     trainer, _ = make(tmp_path)
     trainer.setup()
     state = trainer.state_dict()

@@ -1,6 +1,6 @@
 """Layouts of up to 1,024 ranks without their hardware.
 
-Everything happens in a child process, so that nothing of it is left here.
+Everything runs in a child process, so that this one is unchanged.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ WORLD_SIZES = (32, 64, 1024)
 
 
 def fsdp_shape(world: World) -> tuple[int, ...]:
-    """Shape of the mesh for FSDP, made in a way that torch keeps."""
+    """Shape of the mesh for FSDP; raises if torch's deprecated slicing makes it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Slicing a flattened dim")
         return tuple(world.fsdp_mesh.shape)
 
 
 def mesh_of(name: str, world_size: int) -> list[dict[str, Any]]:
-    """What a few of the ranks see of the mesh."""
+    """The mesh from the view of a few ranks."""
     seen = []
     for rank in sorted({0, 1, world_size // 2 - 1, world_size - 1}):
         world = SimulatedWorld(PARAMETERS[name](), rank=rank, world_size=world_size)
@@ -79,14 +79,14 @@ def test_meshes_of_up_to_1024_ranks(name: str) -> None:
             assert found["layout"] == name
             assert found["sizes"] == shape.sizes
             assert found["place"] == found["in_mesh"]
-            # Ranks that share layers are neighbours: on one machine, with the fastest links.
+            # Tensor-parallel ranks are adjacent: on one machine, with the fastest links.
             first = found["rank"] // shape.tp * shape.tp
             assert found["tp_group"] == list(range(first, first + shape.tp))
             copies = (shape.dp_replicate,) if shape.dp_replicate > 1 else ()
             assert found["fsdp"] == (*copies, shape.dp_shard * shape.cp)
 
 
-def test_ranks_that_share_a_part_of_the_model_or_of_a_sequence_read_the_same_data() -> None:
+def test_tensor_and_context_parallel_ranks_read_the_same_data() -> None:
     parameters = PARAMETERS["hsdp+tp+cp"](device="cpu")
 
     places = []
@@ -99,11 +99,11 @@ def test_ranks_that_share_a_part_of_the_model_or_of_a_sequence_read_the_same_dat
     assert {dp_rank for dp_rank, *_ in places} == set(range(128))
 
 
-# Which degrees fit
+# Degrees
 
 
 @pytest.mark.parametrize("world_size", [1, 6, 96, 1000, 1024])
-def test_degrees_either_make_the_ranks_or_are_refused_with_the_numbers(world_size: int) -> None:
+def test_degrees_multiply_to_the_ranks_or_are_refused_with_the_numbers(world_size: int) -> None:
     degrees = ("dp_replicate", "dp_shard", "tensor_parallel", "pipeline_parallel")
     accepted = 0
     for values in itertools.product((1, 2, 3, 8, "auto"), repeat=len(degrees)):
@@ -129,7 +129,7 @@ def test_degrees_either_make_the_ranks_or_are_refused_with_the_numbers(world_siz
 
 
 class Wide(TinyTrainer):
-    """Wide enough that each of 1,024 ranks gets a part."""
+    """Wide enough for a shard on each of 1,024 ranks."""
 
     def apply_tensor_parallel(self, mesh: DeviceMesh) -> None:
         from torch.distributed.tensor import Replicate
@@ -144,7 +144,7 @@ class Wide(TinyTrainer):
 
 
 def local_shapes(name: str, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of a block's weight: of the whole, and of this rank's part."""
+    """Global and local shape of a block's weight."""
     config = tiny_config("runs", device=PARAMETERS[name](device="cpu"))
     config.width, config.num_blocks = 1024, 1
     config.num_samples, config.batch_size = 4096, 1024

@@ -1,4 +1,4 @@
-"""Each private name of torch that core uses does what core needs, in the installed torch."""
+"""Each private name of torch that core uses works as needed in the installed torch."""
 
 from __future__ import annotations
 
@@ -81,7 +81,23 @@ def test_replicate_averages_gradients() -> None:
     assert run_on_ranks(gradient_of_replicated_module, 2) == [0.5, 0.5]
 
 
-def test_checkpoint_activations_runs_forward_again_and_keeps_names() -> None:
+def storages_of_gradients() -> int:
+    connect()
+    model = nn.Linear(3, 5)
+    torch_private.replicate(model, init_device_mesh("cpu", (2,)))
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = None
+        model(torch.ones(1, 3)).sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    return len({grad.untyped_storage().data_ptr() for grad in gradients if grad is not None})
+
+
+def test_gradients_of_a_replicated_module_are_views_of_a_bucket() -> None:
+    assert run_on_ranks(storages_of_gradients, 2) == [1, 1]
+
+
+def test_checkpoint_activations_recomputes_forward_and_keeps_names() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     names = [name for name, _ in model.named_parameters()]
     num_forwards = 0
@@ -104,7 +120,7 @@ def seed_on_cpu_mesh() -> None:
         torch_private.seed_sharded_random(1, init_device_mesh("cpu", (2,)))
 
 
-def test_sharded_random_is_seeded_on_cuda_alone() -> None:
+def test_sharded_random_is_seeded_only_on_cuda() -> None:
     run_on_ranks(seed_on_cpu_mesh, 2)
 
 
@@ -147,7 +163,7 @@ def test_simulated_ranks_in_turn_each_get_their_own_shard() -> None:
     assert shards == [(4, 0.0), (4, 2.0), (4, 4.0), (4, 6.0)]
 
 
-def test_persistent_workers_are_seen_to_run() -> None:
+def test_running_persistent_workers_are_detected() -> None:
     loader = torch.utils.data.DataLoader([1, 2], num_workers=1, persistent_workers=True)
     assert not torch_private.has_running_workers(loader)
     list(loader)
@@ -202,7 +218,7 @@ def groups_seen_before_they_are_made() -> tuple[list[str], int]:
     return seen, group.size()
 
 
-def test_making_a_group_is_seen_in_this_thread_and_only_inside() -> None:
+def test_creating_a_group_is_detected_in_this_thread_only() -> None:
     expected = list(WAYS_TO_MAKE_A_GROUP), 2
 
     assert run_on_ranks(groups_seen_before_they_are_made, 2) == [expected] * 2

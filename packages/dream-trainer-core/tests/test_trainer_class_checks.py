@@ -1,4 +1,4 @@
-"""A trainer's method that would never be called is refused where the class is defined."""
+"""A trainer's method that would never be called is refused when the class is defined."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dream_trainer.trainer.dream import DreamTrainer
 
 
 def method(self: Any) -> None:
-    """Of a trainer."""
+    """Methods of a trainer."""
 
 
 @pytest.mark.parametrize(
@@ -32,12 +32,12 @@ def test_a_misspelt_method_is_refused(name: str, meant: str) -> None:
 
 
 @pytest.mark.parametrize("name", HOOKS)
-def test_a_hook_of_callbacks_is_refused(name: str) -> None:
+def test_a_method_named_like_a_hook_is_refused(name: str) -> None:
     with pytest.raises(TypeError, match=rf"Mine.{name} would never be called.*Move it to a Callba"):
         type("Mine", (TinyTrainer,), {name: method})
 
 
-def test_a_helper_of_a_method_that_is_there_may_have_almost_its_name() -> None:
+def test_a_helper_may_have_a_similar_name_if_the_method_exists() -> None:
     class Mine(TinyTrainer):
         def configure_schedulers(self) -> None:
             self.configure_scheduler()
@@ -59,11 +59,11 @@ def test_other_methods_may_have_any_name() -> None:
         def _init_weight(self) -> None: ...
 
 
-def test_a_trainer_without_set_up_may_have_such_a_method_of_its_own() -> None:
+def test_a_trainer_without_setup_mixin_may_have_such_a_method() -> None:
     class Mine(BaseTrainer):
         def configure_scheduler(self) -> None: ...
 
 
 @pytest.mark.parametrize("name", OPTIONAL)
-def test_every_name_is_that_of_a_method(name: str) -> None:
+def test_every_optional_name_is_a_method(name: str) -> None:
     assert callable(getattr(DreamTrainer, name))

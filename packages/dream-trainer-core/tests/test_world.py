@@ -1,8 +1,10 @@
-"""The world: of one, and of several gloo ranks."""
+"""A world of one and of several gloo ranks."""
 
 from __future__ import annotations
 
+import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,7 +63,7 @@ def test_reductions_do_not_change_their_argument() -> None:
     assert value.item() == 1.0
 
 
-def test_what_cannot_be_reduced_is_refused() -> None:
+def test_values_that_cannot_be_reduced_are_refused() -> None:
     with pytest.raises(TypeError, match="a str can't be reduced over ranks"):
         world_of_one().all_reduce("text")
     with pytest.raises(ValueError, match="op='product': one of 'mean', 'sum', 'min', 'max'"):
@@ -111,20 +113,20 @@ def test_reductions_on_two_ranks() -> None:
 
 
 def mixed_numbers() -> tuple[Any, ...]:
-    """Rank 0 counted nothing, so it has whole numbers where rank 1 has not."""
+    """Rank 0 has integers where rank 1 has floats."""
     world = launched()
     value = 0 if world.rank == 0 else 0.5
     results = [world.all_reduce(value, op) for op in ("mean", "sum", "min", "max")]
     return *results, *(world.all_reduce(-3 - world.rank, op) for op in ("sum", "min", "max"))
 
 
-def test_whole_numbers_and_floats_reduce_together() -> None:
+def test_integers_and_floats_reduce_together() -> None:
     for results in run_on_ranks(mixed_numbers, 2):
         assert results == (0.25, 0.5, 0.0, 0.5, -7, -4, -3)
         assert [type(result) for result in results] == [float] * 4 + [int] * 3
 
 
-def test_a_whole_number_that_would_be_rounded_is_refused() -> None:
+def test_an_integer_that_would_be_rounded_is_refused() -> None:
     assert world_of_one().all_reduce(2**53, "max") == 2**53
     with pytest.raises(ValueError, match=r"up to 2\*\*53 are required; give a tensor"):
         world_of_one().all_reduce(2**53 + 1, "max")
@@ -149,7 +151,7 @@ def dicts_of_other_keys() -> None:
     world.all_reduce({"loss": 1.0} if world.rank else {"loss": 1.0, "accuracy": torch.ones(2)})
 
 
-def test_dicts_of_other_keys_are_an_error_on_all_ranks() -> None:
+def test_dicts_with_different_keys_are_an_error_on_all_ranks() -> None:
     with pytest.raises(RankError) as caught:
         run_on_ranks(dicts_of_other_keys, 2)
 
@@ -164,7 +166,7 @@ def disagree() -> None:
     world.agree(10 + (world.rank == 2), "the number of batches")
 
 
-def test_disagreement_is_an_error_on_all_ranks_that_shows_who_said_what() -> None:
+def test_disagreement_is_an_error_on_all_ranks_with_the_values_by_rank() -> None:
     with pytest.raises(RankError) as caught:
         run_on_ranks(disagree, 3)
 
@@ -182,7 +184,7 @@ def mesh_of(parameters: DeviceParameters) -> tuple[Any, ...]:
     return shape, tuple(coordinate or ()), tuple(world.place.values()), world.dp_rank
 
 
-def test_the_mesh_has_all_axes_and_places_are_known_before_launch() -> None:
+def test_the_mesh_has_all_axes_and_coordinates_are_known_before_launch() -> None:
     parameters = DeviceParameters(device="cpu", dp_shard=2, dp_replicate="auto")
     for rank, (shape, coordinate, place, dp_rank) in enumerate(
         run_on_ranks(mesh_of, 4, parameters)
@@ -192,7 +194,7 @@ def test_the_mesh_has_all_axes_and_places_are_known_before_launch() -> None:
         assert dp_rank == rank
 
 
-def test_places_at_1024_ranks_match_row_major_order() -> None:
+def test_coordinates_of_1024_ranks_are_row_major() -> None:
     shape = DeviceParameters(dp_replicate="auto", dp_shard=8, tensor_parallel=4).mesh_shape(1024)
     grid = torch.arange(1024).reshape(shape.sizes)
 
@@ -208,7 +210,7 @@ def _axes() -> tuple[str, ...]:
 
 
 def timeouts() -> tuple[list[int], list[int]]:
-    """Seconds that each kind of group may take, before and after the first step."""
+    """Timeout of each kind of group in seconds, before and after the first step."""
     parameters = DeviceParameters(
         device="cpu", dp_replicate=2, context_parallel=2, init_timeout_s=100, train_timeout_s=7
     )
@@ -226,9 +228,30 @@ def timeout_of(group: Any) -> int:
     return timeout.seconds
 
 
-def test_timeouts_of_all_groups_are_ours_and_are_tightened() -> None:
+def test_timeouts_of_all_groups_are_set_and_tightened() -> None:
     # The world, the control group, five axes, and copies × shards over two axes.
     assert run_on_ranks(timeouts, 4) == [([100] * 9, [7] * 10)] * 4
+
+
+class SlowFirstStep(TinyTrainer):
+    """Rank 1 takes longer for its first step, as if it compiled, than a collective may later."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        result = super().training_step(batch, batch_idx)
+        if self.world.rank == 1 and self.global_step == 0:
+            time.sleep(4.0)
+        return result
+
+
+def train_with_a_slow_first_step(directory: Path) -> int:
+    device = DeviceParameters(device="cpu", train_timeout_s=2.0)
+    trainer = SlowFirstStep(tiny_config(directory, device=device, max_steps=3))
+    trainer.fit()
+    return trainer.global_step
+
+
+def test_a_rank_that_still_compiles_has_the_longer_timeout(tmp_path: Path) -> None:
+    assert run_on_ranks(train_with_a_slow_first_step, 2, tmp_path) == [3, 3]
 
 
 def timeouts_in_training() -> list[int]:
@@ -268,7 +291,7 @@ def test_callbacks_share_a_cpu_group_of_all_ranks_for_each_kind() -> None:
     assert run_on_ranks(groups, 2) == [expected] * 2
 
 
-def test_axes_that_are_not_there_are_refused() -> None:
+def test_unknown_axes_are_refused() -> None:
     for axes in [("dp",), (), ("tp", "ep")]:
         with pytest.raises(ValueError, match="some of pp, dp_replicate, dp_shard, cp, tp are req"):
             world_of_one().get_mesh(*axes)
@@ -277,7 +300,7 @@ def test_axes_that_are_not_there_are_refused() -> None:
 def guarded_collective(kind: str) -> str:
     world = launched()
     world.group()
-    world.barrier()  # else rank 1 could be gone before rank 0 has connected to it
+    world.barrier()  # otherwise rank 1 could exit before rank 0 has connected to it
     if world.rank == 0:
         with world.no_collectives("a test"):
             try:
@@ -302,7 +325,7 @@ def test_guarded_collectives_raise_instead_of_hanging(kind: str) -> None:
     assert "in a test: the other ranks don't run this hook and would never join" in message
 
 
-def test_a_half_set_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="WORLD_SIZE=2 is set and RANK isn't"):
         world_of_one()

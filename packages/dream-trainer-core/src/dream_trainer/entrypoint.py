@@ -1,55 +1,52 @@
-"""entrypoint: runs a script's main on one rank per visible GPU."""
+"""entrypoint: runs a script's main on as many ranks as its trainer's layout wants."""
 
 from __future__ import annotations
 
 import functools
-import os
 import sys
 import time
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-import torch
-
-from dream_trainer.world.torchrun import record_error
+from dream_trainer.world import torchrun
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def entrypoint(main: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a script's main so that `python train.py` uses every visible GPU.
+    """Decorate a script's main so that `python train.py` uses the GPUs of this machine.
 
-    Under torchrun, or with at most one GPU, main runs in this process. Otherwise this process
-    becomes torchrun, which starts the script on one rank per GPU with the same arguments. Ctrl-C
-    ends the process with exit status 130 and one line instead of a traceback. torchrun's report
-    of failures shows an error with its traceback.
+    main runs in this process until it makes a trainer. If the trainer's `device_parameters` are for
+    several ranks, and there are that many visible GPUs, this process becomes torchrun then, which
+    starts the script with the same arguments on each rank: one per GPU if a degree is "auto",
+    otherwise as many as the degrees multiply to. With `SINGLE_DEVICE()`, with `device="cpu"`, with
+    at most one GPU, or under torchrun, main continues. So make the trainer early: what comes before
+    it runs once more, on each rank.
+
+    Ctrl-C ends the process with exit status 130 and one line instead of a traceback. torchrun's
+    report of failures shows an error with its traceback.
 
     Call the decorated function under `if __name__ == "__main__"`.
     """
 
     @functools.wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        num_devices = torch.cuda.device_count()
-        if "RANK" not in os.environ and num_devices > 1:
-            _become_torchrun(num_devices)
         try:
-            return main(*args, **kwargs)
+            with torchrun.starting_ranks_of(_this_script()):
+                return main(*args, **kwargs)
         except KeyboardInterrupt:
             sys.stderr.write("interrupted\n")
             sys.exit(130)
         except Exception as error:
-            record_error(error, f"{type(error).__name__}: {error}", time.time())
+            torchrun.record_error(error, f"{type(error).__name__}: {error}", time.time())
             raise
 
     return run
 
 
-def _become_torchrun(num_ranks: int) -> None:
-    """Replace this process by torchrun, running this script."""
+def _this_script() -> list[str]:
+    """Command line of the running script, without the interpreter."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     script = ["-m", spec.name] if spec is not None else [sys.argv[0]]
-    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", *torchrun, *script, *sys.argv[1:]])
+    return [*script, *sys.argv[1:]]

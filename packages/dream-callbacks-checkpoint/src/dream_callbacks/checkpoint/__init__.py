@@ -11,8 +11,11 @@ if TYPE_CHECKING:
     from dream_callbacks.checkpoint.async_callback import AsyncCheckpointCallback
     from dream_callbacks.checkpoint.callback import CheckpointCallback
     from dream_callbacks.checkpoint.config import CheckpointParameters
-    from dream_callbacks.checkpoint.export import ExportCallback
-    from dream_callbacks.checkpoint.partial_load import LoadPartialCheckpointCallback, PartialLoad
+    from dream_callbacks.checkpoint.weights import (
+        ExportCallback,
+        LoadPartialCheckpointCallback,
+        PartialLoad,
+    )
 
 __all__ = [
     "AsyncCheckpointCallback",
@@ -29,9 +32,9 @@ _NEED_TORCH = {
     "AsyncCheckpointCallback": "async_callback",
     "CheckpointCallback": "callback",
     "CheckpointParameters": "config",
-    "ExportCallback": "export",
-    "LoadPartialCheckpointCallback": "partial_load",
-    "PartialLoad": "partial_load",
+    "ExportCallback": "weights",
+    "LoadPartialCheckpointCallback": "weights",
+    "PartialLoad": "weights",
 }
 """Imported on first access: `python -m dream_callbacks.checkpoint ls` needs no torch."""
 

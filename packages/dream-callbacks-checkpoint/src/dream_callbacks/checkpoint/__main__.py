@@ -6,12 +6,13 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +21,22 @@ from dream_callbacks.checkpoint.catalog import (
     Checkpoint,
     damage_of,
     directory_at,
+    filesystem_at,
     read_catalog,
 )
-from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
-from dream_callbacks.checkpoint.format import file_names, json_codec
-from dream_callbacks.checkpoint.formatting import json_value, spelled_bytes, table
+from dream_callbacks.checkpoint.errors import (
+    CheckpointError,
+    DamagedCheckpointError,
+    format_bytes,
+)
+from dream_callbacks.checkpoint.format import file_names
+from dream_callbacks.checkpoint.format.state_codec import decode_plain
 from dream_callbacks.checkpoint.io import atomic_commit
-from dream_callbacks.checkpoint.io.filesystem import Filesystem, filesystem_at
+from dream_callbacks.checkpoint.io.filesystem import Filesystem
 from dream_callbacks.checkpoint.retention import KeepRules, to_delete
 
 if TYPE_CHECKING:
-    from dream_callbacks.checkpoint.export import Format
+    from dream_callbacks.checkpoint.weights import Format
 
 # torch takes a second to import: only the commands that need it import it.
 
@@ -126,7 +132,7 @@ def _ls(options: argparse.Namespace) -> int:
             str(c.step),
             str(c.manifest.epoch),
             time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(c.manifest.created_unix)),
-            spelled_bytes(c.manifest.num_bytes),
+            format_bytes(c.manifest.num_bytes),
             str(c.manifest.world_size),
             *(f"{c.metrics[n]:.5g}" if n in c.metrics else "" for n in shown),
             c.manifest.reason,
@@ -163,8 +169,8 @@ def _verify(options: argparse.Namespace) -> int:
                 damage = [str(error)]
         found[checkpoint.name] = damage
         if not options.json:
-            size = spelled_bytes(checkpoint.manifest.num_bytes)
-            print(f"{checkpoint.name}  {'damaged' if damage else 'whole'}  {size}", flush=True)
+            size = format_bytes(checkpoint.manifest.num_bytes)
+            print(f"{checkpoint.name}  {'damaged' if damage else 'intact'}  {size}", flush=True)
             for problem in damage:
                 print(f"  {problem}")
     if options.json:
@@ -182,7 +188,7 @@ def _show(options: argparse.Namespace) -> int:
     filesystem, catalog, step = _opened(options)
     checkpoint = _one(filesystem, catalog, step)
     saved = SavedState(filesystem, checkpoint)
-    counters = json_codec.decode(saved.shared["trainer"]["counters"])
+    counters = decode_plain(saved.shared["trainer"]["counters"])
     callbacks = sorted(saved.shared["trainer"]["callbacks"])
     if options.json:
         tensors = {n: [str(t.dtype), list(t.shape)] for n, t in saved.index.items()}
@@ -195,7 +201,7 @@ def _show(options: argparse.Namespace) -> int:
     facts = {
         "checkpoint": f"{filesystem}/{checkpoint.name}",
         "saved": f"{saved_at}, {manifest.reason}",
-        "size": f"{spelled_bytes(manifest.num_bytes)} in {len(manifest.files)} files",
+        "size": f"{format_bytes(manifest.num_bytes)} in {len(manifest.files)} files",
         "ranks": f"{manifest.world_size}{f' ({axes})' if axes else ''}",
         "torch": manifest.torch_version,
         "weights": "with NaN" if manifest.has_nan else "finite or infinite, no NaN",
@@ -239,8 +245,8 @@ def _prune(options: argparse.Namespace) -> int:
         lock.acquire()
     try:
         catalog = read_catalog(filesystem)
-        whole = [c for c in catalog.checkpoints if not damage_of(filesystem, c, checksums=False)]
-        doomed = [c for c in to_delete(whole, rules) if not filesystem.is_being_read(c.name)]
+        intact = [c for c in catalog.checkpoints if not damage_of(filesystem, c, checksums=False)]
+        doomed = [c for c in to_delete(intact, rules) if not filesystem.is_being_read(c.name)]
         if not options.dry_run:
             atomic_commit.recover(filesystem)
             for checkpoint in doomed:
@@ -253,13 +259,13 @@ def _prune(options: argparse.Namespace) -> int:
         return 0
     verb = "would delete" if options.dry_run else "deleted"
     for checkpoint in doomed:
-        print(f"{verb} {checkpoint.name}  {spelled_bytes(checkpoint.manifest.num_bytes)}")
-    print(f"{verb} {len(doomed)} of {len(whole)}, {spelled_bytes(num_bytes)}")
+        print(f"{verb} {checkpoint.name}  {format_bytes(checkpoint.manifest.num_bytes)}")
+    print(f"{verb} {len(doomed)} of {len(intact)}, {format_bytes(num_bytes)}")
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
-    from dream_callbacks.checkpoint.export import export_checkpoint
+    from dream_callbacks.checkpoint.weights import export_checkpoint
 
     filesystem, catalog, step = _opened(options)
     checkpoint = _one(filesystem, catalog, step)
@@ -268,7 +274,7 @@ def _export(options: argparse.Namespace) -> int:
     with filesystem.reading(checkpoint.name):
         paths = export_checkpoint(filesystem, checkpoint, options.output, kind)
     for path in paths:
-        print(f"{path}  {spelled_bytes(path.stat().st_size)}  from {checkpoint.name}")
+        print(f"{path}  {format_bytes(path.stat().st_size)}  from {checkpoint.name}")
     return 0
 
 
@@ -307,7 +313,7 @@ def _one(filesystem: Filesystem, catalog: Catalog, step: int | None) -> Checkpoi
     if step is None and catalog.checkpoints:
         found = catalog.checkpoints[-1]
     if found is None:
-        what = "checkpoint" if step is None else f"whole checkpoint of step {step}"
+        what = "checkpoint" if step is None else f"intact checkpoint of step {step}"
         raise CheckpointError(f"there is no {what} in {filesystem}; the newest steps are: {steps}")
     damage = damage_of(filesystem, found, checksums=True)
     if damage:
@@ -334,7 +340,7 @@ def _document(filesystem: Filesystem, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _json(document: Any) -> str:
-    return json.dumps(json_value(document), indent=2, allow_nan=False)
+    return json.dumps(_without_non_finite(document), indent=2, allow_nan=False)
 
 
 def _count(text: str) -> int:
@@ -342,6 +348,36 @@ def _count(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError("a whole number of at least 0 is required")
     return value
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format rows as aligned columns; numeric columns are right-aligned."""
+    columns = list(zip(head, *rows, strict=True))
+    lines = [[] for _ in columns[0]] if columns else []  # type: list[list[str]]
+    for column in columns:
+        width = max(map(len, column))
+        is_numeric = all(_is_number(cell) for cell in column[1:]) and any(column[1:])
+        for line, cell in zip(lines, column, strict=True):
+            line.append(cell.rjust(width) if is_numeric else cell.ljust(width))
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def _without_non_finite(value: Any) -> Any:
+    """Replace NaN and infinities, which JSON lacks, by "nan", "inf" and "-inf"."""
+    if isinstance(value, Mapping):
+        return {str(key): _without_non_finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_non_finite(item) for item in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _is_number(cell: str) -> bool:
+    number = cell.split(" ", 1)[0]
+    try:
+        float(number or "0")
+    except ValueError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from dream_callbacks.checkpoint.config import CheckpointParameters
-from dream_callbacks.checkpoint.errors import CheckpointError, error_text
+from dream_callbacks.checkpoint.errors import CheckpointError, failed_save_text
 from dream_callbacks.checkpoint.io.filesystem import below
 from dream_callbacks.checkpoint.manager import CheckpointManager, PendingSave
 from dream_callbacks.checkpoint.restore import load_into
@@ -260,18 +260,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
 
     def _failure_text(self, step: int, error: BaseException) -> str:
         """Message about a failed save. Not collective."""
-        saved = self._saved_step
-        newest = f"the newest one is that of step {saved}" if saved > 0 else "there is none yet"
-        advice = (
-            ""  # the error names the invalid value of the state
-            if isinstance(error.__cause__, (TypeError, ValueError))
-            else ". Make sure that there is room (keep_last and keep_top_k say how many "
-            "checkpoints stay) and that the directory is writable"
-        )
-        return (
-            f"the checkpoint of step {step} couldn't be saved in {self.directory}: "
-            f"{error_text(error)}; {newest}{advice}"
-        )
+        return failed_save_text(error, step, self.directory, self._saved_step)
 
     # Hooks for background saves
 
@@ -301,13 +290,9 @@ class CheckpointCallback(Callback[BaseTrainer]):
         trainer, parameters = self.trainer, self.parameters
         every = parameters.checkpoint_every_n_val_epochs
         if every is not None:
-            val_every_n_steps = trainer.training_parameters.val_every_n_steps
-            done = (
-                trainer.global_step // val_every_n_steps
-                if val_every_n_steps
-                else trainer.current_epoch + 1
-            )
-            if done % every == 0:
+            steps = trainer.training_parameters.val_every_n_steps
+            num_done = trainer.global_step // steps if steps else trainer.current_epoch + 1
+            if num_done % every == 0:
                 return "validation"
         if not parameters.keep_rules.top_k:
             return None
@@ -371,17 +356,14 @@ class CheckpointCallback(Callback[BaseTrainer]):
                         f"callback {name} writes to {self.directory} too; give one of the two "
                         "another root_dir, or leave it out"
                     )
-        requests, name = trainer.requests, self._name()
+        requests = trainer.requests
+        name = next(name for name, each in trainer.callbacks.items() if each is self)
         return RunState(
             CheckpointManager(self.directory, trainer.world, self.parameters.keep_rules),
             save=requests.register("save"),
             time_is_up=requests.register(f"{name}: time"),
             save_failed=requests.register(f"{name}: failed save"),
         )
-
-    def _name(self) -> str:
-        """Name of this callback in the collection."""
-        return next(name for name, each in self.trainer.callbacks.items() if each is self)
 
     def _close(self) -> None:
         run, self._run = self._run, None
@@ -414,8 +396,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
             logger.info("continuing from %s/%s", manager.filesystem, checkpoint.name)
 
     def _start_counting(self, run: RunState) -> None:
-        every = self.parameters.cadence
-        counters = self.trainer.counters
+        every, counters = self.parameters.cadence, self.trainer.counters
         if every is not None and (every.steps is not None or every.epochs is not None):
             epochs_done = counters.current_epoch + (counters.epoch_stage == "end")
             by_count = Every(steps=every.steps, epochs=every.epochs)

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
-from dream_callbacks.checkpoint.format import file_names, json_codec
+from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import FileSum, Manifest, sealed, unsealed
-from dream_callbacks.checkpoint.io.filesystem import Filesystem, filesystem_at, is_url
+from dream_callbacks.checkpoint.format.state_codec import decode_plain, encode_plain
+from dream_callbacks.checkpoint.io.filesystem import Filesystem, is_url
+from dream_callbacks.checkpoint.io.local_filesystem import LocalFilesystem
 from dream_callbacks.checkpoint.retention import ResumeMode, candidates
 
 if TYPE_CHECKING:
@@ -70,6 +72,25 @@ class Catalog:
 
     def of_step(self, step: int) -> Checkpoint | None:
         return next((c for c in self.checkpoints if c.step == step), None)
+
+
+def filesystem_at(path: str | Path) -> Filesystem:
+    """The checkpoint directory at a path or URL.
+
+    Raises:
+        ValueError: If it is a URL with one slash, as produced by pathlib.
+        ImportError: If it is a URL and a library that it needs isn't installed.
+    """
+    if not is_url(path):
+        return LocalFilesystem(Path(path))
+    if "://" not in str(path):
+        raise ValueError(
+            f"{str(path)!r} has one slash after its colon, as pathlib makes it of a URL; give the "
+            "URL as text, to CheckpointParameters(root_dir=…): a trainer's own root_dir is a path"
+        )
+    from dream_callbacks.checkpoint.io.fsspec_filesystem import FsspecFilesystem
+
+    return FsspecFilesystem(str(path))
 
 
 def directory_at(path: str | Path) -> tuple[str | Path, int | None]:
@@ -161,7 +182,7 @@ def _read_manifest(filesystem: Filesystem, name: str) -> Manifest:
 
 def late_metrics_document(manifest: Manifest, metrics: dict[str, float]) -> bytes:
     """Content of the file of late metrics."""
-    return sealed({"run": manifest.run, "seq": manifest.seq, "metrics": json_codec.encode(metrics)})
+    return sealed({"run": manifest.run, "seq": manifest.seq, "metrics": encode_plain(metrics)})
 
 
 def _read_late_metrics(filesystem: Filesystem, manifest: Manifest) -> dict[str, float]:
@@ -171,7 +192,7 @@ def _read_late_metrics(filesystem: Filesystem, manifest: Manifest) -> dict[str, 
         document = unsealed(filesystem.read("", name, _MAX_MANIFEST_BYTES))
         if (document["run"], document["seq"]) != (manifest.run, manifest.seq):
             return {}  # of an earlier checkpoint of the same step
-        return {str(k): float(v) for k, v in json_codec.decode(document["metrics"]).items()}
+        return {str(k): float(v) for k, v in decode_plain(document["metrics"]).items()}
     except (DamagedCheckpointError, OSError, KeyError, TypeError, ValueError) as error:
         logger.warning(
             "%s/%s can't be used: %s; the checkpoint is treated as one without metrics",
@@ -274,9 +295,9 @@ def choose(
     if not chosen.checkpoints:
         return None
     raise CheckpointError(
-        f"none of the checkpoints in {filesystem} that resume_mode={resume_mode!r} allows is whole "
-        f"({'; '.join(problems[:3])}); restore one from a copy, choose another step, or move them "
-        "away to start from scratch"
+        f"none of the checkpoints in {filesystem} that resume_mode={resume_mode!r} allows is "
+        f"intact ({'; '.join(problems[:3])}); restore one from a copy, choose another step, or "
+        "move them away to start from scratch"
     )
 
 

@@ -100,7 +100,7 @@ class CheckpointParameters:
         if mode == "min" and self.mode == "max":
             raise ValueError(
                 'resume_mode="min" and mode="max" contradict each other; use resume_mode="best", '
-                "which goes by mode"
+                "which uses mode"
             )
         if self.every is not None and not isinstance(self.every, Every):
             raise ValueError(

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,10 +26,11 @@ from torch.utils.serialization import config
 
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.format import file_names
-from dream_callbacks.checkpoint.format.json_codec import Path as TreePath
 from dream_callbacks.checkpoint.format.manifest import FileSum
+from dream_callbacks.checkpoint.format.state_codec import Path as TreePath
 from dream_callbacks.checkpoint.format.tensor_index import TensorIndex
 from dream_callbacks.checkpoint.io.filesystem import Filesystem
+from dream_callbacks.checkpoint.staging_memory import StagingMemory
 from dream_trainer.world import Coordination
 
 
@@ -86,26 +87,17 @@ class TensorPlan:
         final = planner.finish_plan(final)
         return cls(final, total_bytes, found[0] if found else None, planner)
 
-    def stage(self, buffers: dict[MetadataIndex, Tensor]) -> None:
+    def stage(self, memory: StagingMemory[MetadataIndex]) -> None:
         """Copy this rank's pieces to host memory, so that training can continue.
 
         Args:
-            buffers: Copies of the previous save, reused where shape and dtype match; updated.
+            memory: Has the copies of the previous save, which are overwritten.
         """
-        staged: dict[MetadataIndex, Tensor] = {}
-        for item in self.plan.items:
-            live = cast("Tensor", self._planner.lookup_object(item.index)).detach()
-            buffer = buffers.get(item.index)
-            if buffer is None or buffer.shape != live.shape or buffer.dtype != live.dtype:
-                buffer = torch.empty(
-                    live.shape, dtype=live.dtype, pin_memory=live.device.type == "cuda"
-                )
-            buffer.copy_(live, non_blocking=True)
-            staged[item.index] = buffer
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        buffers.clear()
-        buffers.update(staged)
+        live = self._pieces()
+        staged = memory.copies_of(live)
+        for index, copy in staged.items():
+            copy.copy_(live[index], non_blocking=True)
+        _wait_for_devices(live.values())
         self._planner.staged = staged
         self._planner.state_dict = {}
 
@@ -115,9 +107,8 @@ class TensorPlan:
         Host sync.
         """
         largest = []  # max propagates NaN: one pass, no temporary of the tensor's size
-        for item in self.plan.items:
-            if item.index.fqn.startswith(prefix):
-                piece = cast("Tensor", self._planner.lookup_object(item.index)).detach()
+        for index, piece in self._pieces().items():
+            if index.fqn.startswith(prefix):
                 if piece.is_floating_point() and piece.numel() and piece.itemsize > 1:
                     largest.append(piece.max().float().cpu())
         return bool(largest) and bool(torch.stack(largest).isnan().any())
@@ -125,11 +116,12 @@ class TensorPlan:
     def write(
         self, filesystem: Filesystem, folder: str
     ) -> tuple[list[WriteResult], dict[str, FileSum]]:
-        """Write this rank's pieces.
+        """Write this rank's pieces, in any thread: waits until nothing on a device uses them.
 
         Returns:
             Locations of the pieces, and checksums of the files.
         """
+        _wait_for_devices(self._pieces().values())
         files = _Files(filesystem, folder)
         writer = _writer(filesystem, folder, files)
         # Files have our own checksums; torch would compute a CRC of every tensor as well.
@@ -142,6 +134,11 @@ class TensorPlan:
                     f"{len(results)} of {len(self.plan.items)} pieces of tensors were written"
                 )
         return results, files.sums
+
+    def _pieces(self) -> dict[MetadataIndex, Tensor]:
+        """This rank's pieces: live, or copies on the host after `stage`."""
+        indices = [item.index for item in self.plan.items]
+        return {i: cast("Tensor", self._planner.lookup_object(i)).detach() for i in indices}
 
     def finish(
         self, filesystem: Filesystem, folder: str, results: Sequence[list[WriteResult]]
@@ -166,6 +163,8 @@ def read_tensors(
 ) -> None:
     """Read tensors of a checkpoint in place; each rank reads its own shards. Not collective.
 
+    Works in any thread: waits until their device doesn't use the tensors, and until it fills them.
+
     Args:
         filesystem: Directory of the checkpoint.
         folder: Folder of the checkpoint.
@@ -184,10 +183,11 @@ def read_tensors(
     planner = _TensorsOnly(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(wanted), metadata, is_coordinator=True)
     plan = planner.finish_plan(planner.create_local_plan())
+    _wait_for_devices(wanted.values())
     try:
         reader.read_data(plan, planner).wait()
-    except OSError:
-        raise
+    except (OSError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise  # not the checkpoint's fault: another one would fail as well
     except Exception as error:  # torch raises many types for bytes that aren't a tensor
         if isinstance(error, DamagedCheckpointError):
             raise
@@ -195,6 +195,7 @@ def read_tensors(
         raise DamagedCheckpointError(
             f"a tensor can't be read: {type(error).__name__}: {text:.300}"
         ) from error
+    _wait_for_devices(wanted.values())
 
 
 class _Planner(DefaultSavePlanner):
@@ -215,9 +216,20 @@ class _TensorsOnly(DefaultLoadPlanner):
         raise DamagedCheckpointError(f"{read_item.dest_index.fqn!r} isn't a tensor")
 
 
+def _wait_for_devices(tensors: Iterable[Tensor]) -> None:
+    """Wait for all work on the tensors' CUDA devices, on every stream.
+
+    Training may use another stream than this thread's current one, which doesn't wait for it.
+    """
+    for device in {tensor.device for tensor in tensors if tensor.device.type == "cuda"}:
+        torch.cuda.synchronize(device)
+
+
 def _writer(filesystem: Filesystem, folder: str, files: _Files) -> FileSystemWriter:
-    # Files are synced together at the end.
-    writer = FileSystemWriter("", overwrite=False, sync_files=False)
+    # Files are synced together at the end. Nothing is copied ahead: torch would only wait for the
+    # current stream of this thread, whatever device a tensor is on, and it would wait for that of
+    # the training, once per 10 MB, if all tensors are on the host.
+    writer = FileSystemWriter("", overwrite=False, sync_files=False, per_thread_copy_ahead=0)
     writer.fs = files
     writer.set_up_storage_writer(is_coordinator=True)
     return writer

@@ -21,6 +21,7 @@ from dream_callbacks.checkpoint.catalog import (
     Checkpoint,
     choose,
     damage_of,
+    filesystem_at,
     late_metrics_document,
     read_catalog,
 )
@@ -29,16 +30,15 @@ from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import FileSum, Manifest
 from dream_callbacks.checkpoint.format.state_codec import EncodedState, encode
 from dream_callbacks.checkpoint.io import atomic_commit
-from dream_callbacks.checkpoint.io.filesystem import filesystem_at
 from dream_callbacks.checkpoint.retention import KeepRules, ResumeMode, to_delete
 from dream_trainer.world import Coordination, RankFailure, World
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.distributed.checkpoint.metadata import MetadataIndex
     from torch.distributed.checkpoint.storage import WriteResult
 
     from dream_callbacks.checkpoint.dcp import TensorPlan
+    from dream_callbacks.checkpoint.staging_memory import StagingMemory
 
     _Written: TypeAlias = tuple[list[WriteResult], dict[str, FileSum], bool]
     """From one rank: locations of its pieces, checksums of its files, whether a weight is NaN."""
@@ -46,22 +46,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
+@dataclass
 class PendingSave:
     """A save from `prepare` to the commit.
 
     Attributes:
-        step, epoch, reason, num_train_batches, metrics: As in the manifest.
+        manifest: Without files and `has_nan`, which are known once everything is written.
         state: State as JSON and tensors.
         tensors: Tensors that this rank writes.
         folder: Temporary folder that it is written to.
     """
 
-    step: int
-    epoch: int
-    reason: str
-    num_train_batches: int | None
-    metrics: Mapping[str, float]
+    manifest: Manifest
     state: EncodedState
     tensors: TensorPlan
     folder: str
@@ -87,7 +83,7 @@ class CheckpointManager:
         self._catalog = Catalog()
         self._was_opened = False
         self._changing = threading.Lock()  # a background save may run
-        self._known_whole: set[tuple[str, int]] = set()
+        self._known_intact: set[tuple[str, int]] = set()
 
     # Opening and closing
 
@@ -111,7 +107,7 @@ class CheckpointManager:
             catalog = read_catalog(self.filesystem)
             if self._was_opened and catalog.next_seq != self._catalog.next_seq:
                 raise CheckpointError(
-                    "another run has saved there since this trainer was set up; set up a new "
+                    "another run has saved there after this trainer was set up; set up a new "
                     "trainer, which resumes from its checkpoint"
                 )
             self._catalog, self._was_opened = catalog, True
@@ -176,29 +172,35 @@ class CheckpointManager:
         folder = self.ranks.on_rank_zero(
             lambda: atomic_commit.begin(self.filesystem, step, self.run, tensors.total_bytes)
         )
-        return PendingSave(
+        manifest = Manifest(
             step=step,
             epoch=epoch,
+            seq=self._catalog.next_seq,
+            run=self.run,
+            fence=self.lock.fence,
+            created_unix=time.time(),
             reason=reason,
+            world_size=self.ranks.world_size,
+            shape=dataclasses.asdict(self.world.shape),
+            dp_ranks=self._dp_ranks,
             num_train_batches=num_train_batches,
             metrics=metrics,
-            state=state,
-            tensors=tensors,
-            folder=folder,
+            torch_version=torch.__version__,
         )
+        return PendingSave(manifest, state, tensors, folder)
 
-    def stage(self, save: PendingSave, buffers: dict[MetadataIndex, Tensor]) -> None:
+    def stage(self, save: PendingSave, memory: StagingMemory[MetadataIndex]) -> None:
         """Copy this rank's tensors to host memory, so that training can continue during the write.
 
         Args:
             save: From `prepare`.
-            buffers: Host buffers of the previous save, reused.
+            memory: Host memory of the previous save, reused.
 
         Raises:
             CheckpointError: If a rank runs out of memory.
         """
         with self._abandoning(save, self.ranks):
-            self.ranks.each(lambda: save.tensors.stage(buffers))
+            self.ranks.each(lambda: save.tensors.stage(memory))
         save.state.tensors.clear()
 
     def write(self, save: PendingSave, ranks: Coordination | None = None) -> None:
@@ -246,8 +248,9 @@ class CheckpointManager:
             late_metrics: Results reported during the write.
             took_s: Seconds from `prepare` to the commit.
         """
-        logger.info("saved step %d (%s) in %.2f s", save.step, save.reason, took_s)
-        self.add_metrics(save.step, late_metrics)
+        step, reason = save.manifest.step, save.manifest.reason
+        logger.info("saved step %d (%s) in %.2f s", step, reason, took_s)
+        self.add_metrics(step, late_metrics)
         try:
             self._tidy()
         except OSError as error:
@@ -258,8 +261,8 @@ class CheckpointManager:
         with self._changing:
             present = self.filesystem.entries()  # a user may have deleted some of them
             known = self._catalog.checkpoints
-            whole = [c for c in known if c.name in present and self._is_whole(c)]
-            for checkpoint in to_delete(whole, self.rules):
+            intact = [c for c in known if c.name in present and self._is_intact(c)]
+            for checkpoint in to_delete(intact, self.rules):
                 if self.filesystem.is_being_read(checkpoint.name):
                     continue  # deleted after a later save
                 atomic_commit.discard(self.filesystem, checkpoint.name)
@@ -310,22 +313,9 @@ class CheckpointManager:
             save.folder, file_names.STATE, _json(save.state.shared)
         )
         sums.update(own)
-        manifest = Manifest(
-            step=save.step,
-            epoch=save.epoch,
-            seq=self._catalog.next_seq,
-            run=self.run,
-            fence=self.lock.fence,
-            created_unix=time.time(),
-            reason=save.reason,
-            world_size=self.ranks.world_size,
-            shape=dataclasses.asdict(self.world.shape),
-            dp_ranks=self._dp_ranks,
-            num_train_batches=save.num_train_batches,
-            metrics=dict(save.metrics),
-            has_nan=any(has_nan for _, _, has_nan in parts),
-            torch_version=torch.__version__,
-            files=sums,
+        has_nan = any(has_nan for _, _, has_nan in parts)
+        manifest = dataclasses.replace(
+            save.manifest, created_unix=time.time(), has_nan=has_nan, files=sums
         )
         name = atomic_commit.publish(self.filesystem, save.folder, manifest, self.lock, own)
         with self._changing:
@@ -337,13 +327,13 @@ class CheckpointManager:
         damaged = {n: w for n, w in self._catalog.damaged.items() if n != checkpoint.name}
         self._catalog = Catalog(tuple(ordered), damaged)
 
-    def _is_whole(self, checkpoint: Checkpoint) -> bool:
+    def _is_intact(self, checkpoint: Checkpoint) -> bool:
         """Whether all files have the right size; a positive result is cached."""
         key = (checkpoint.name, checkpoint.manifest.seq)
-        if key not in self._known_whole:
+        if key not in self._known_intact:
             if damage_of(self.filesystem, checkpoint, checksums=False):
                 return False
-            self._known_whole.add(key)
+            self._known_intact.add(key)
         return True
 
 
@@ -351,12 +341,13 @@ class RankCheckpointError(CheckpointError, RankFailure):
     """A checkpoint couldn't be saved or loaded; the message names the ranks."""
 
 
-def coordination(world: World, kind: str = "checkpoint") -> Coordination:
+def coordination(world: World, kind: str = "control") -> Coordination:
     """Coordination whose errors are CheckpointErrors. The first call per `kind` is collective.
 
     Args:
         world: A launched world.
-        kind: Name of the process group; each thread needs its own.
+        kind: Name of the process group; each thread needs its own. The main thread shares the
+            world's: a group connects each rank with every other one.
     """
     return Coordination(world, kind, raises=RankCheckpointError, describe=error_text)
 

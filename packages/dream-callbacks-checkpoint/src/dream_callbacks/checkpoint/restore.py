@@ -271,7 +271,7 @@ def _reshard_data(
         ranks.rank,
         trainer.world.world_size // trainer.world.dp_size,
     )
-    # How to add them up, only the metrics know; the trainer warns that they begin anew.
+    # Only the metrics know how to merge them; the trainer warns that they restart.
     state["trainer"].pop("train_metrics", None)
     if not source.is_own:
         state["trainer"]["random_state"] = None

@@ -116,7 +116,7 @@ def candidates(
     if not newest_first:
         if broken:
             raise CheckpointError(
-                f"there are checkpoints, and none is whole ({'; '.join(broken[:3])}); restore one "
+                f"there are checkpoints, and none is intact ({'; '.join(broken[:3])}); restore one "
                 "from a copy, or move them away to start from scratch"
             )
         return Candidates()
@@ -138,7 +138,7 @@ def candidates(
     if not ranked:
         known = sorted({name for c in catalog.checkpoints for name in c.metrics})
         raise CheckpointError(
-            f"resume_mode={resume_mode!r} goes by {monitor!r}, and none of the "
+            f"resume_mode={resume_mode!r} uses {monitor!r}, and none of the "
             f"{len(newest_first)} checkpoints has it as a number (they have "
             f"{', '.join(known) or 'no metrics'}); set monitor to one of these, or "
             'resume_mode="last"'
@@ -158,7 +158,7 @@ def _of_step(catalog: Catalog, step: int) -> Checkpoint:
         )
     steps = ", ".join(str(c.step) for c in catalog.checkpoints[-10:]) or "none"
     raise CheckpointError(
-        f"resume_mode={step} asks for {name}, which isn't there; the newest steps that are: "
+        f"resume_mode={step} asks for {name}, which doesn't exist; the newest steps are: "
         f'{steps}; choose one of them, or resume_mode="last"'
     )
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from dream_callbacks.logging.batch_cadence import BatchCadence, check_cadence
 from dream_callbacks.logging.log_keys import prefixed_key
 from dream_callbacks.logging.open_sinks import AnySink, OpenSinks, checked_sinks, planned_sinks
 from dream_callbacks.logging.scalars import (
@@ -19,8 +20,10 @@ from dream_callbacks.logging.scalars import (
 from dream_callbacks.logging.sinks.base import DeferredSink
 from dream_callbacks.logging.step_rate import StepRate, Stopwatch
 from dream_callbacks.logging.to_jsonable import to_jsonable
-from dream_trainer.callbacks import Callback, Every
+from dream_trainer.callbacks import Callback
 from dream_trainer.trainer.mixins import LoggerMixin
+
+_AUTO_EVERY = 50
 
 
 class LoggerCallback(Callback[LoggerMixin]):
@@ -35,12 +38,13 @@ class LoggerCallback(Callback[LoggerMixin]):
       "val_loss", is not prefixed.
     - `val_batch/<key>` and `val_batch/index` for single validation batches, if enabled.
 
-    A step that logs costs an all-reduce of one vector and one copy to the host; other steps read
-    nothing. The sinks are opened in `pre_fit` and closed in `post_fit`, on global rank 0: put this
-    callback before callbacks that log in these hooks.
+    A step that logs costs an all-reduce of one vector and one copy to the host, which waits for the
+    device; other steps read nothing. The sinks are opened in `pre_fit` and closed in `post_fit`, on
+    global rank 0: put this callback before callbacks that log in these hooks.
 
     Args:
-        log_every_n_train_batches: None disables logging of training batches.
+        log_every_n_train_batches: "auto" logs the first batch of the run and every 50th. None
+            disables logging of training batches.
         log_every_n_val_batches: None disables logging of validation batches.
         code_dir: Also log the source files below this directory.
         sinks: Sinks to log to. Sinks that are already open are not closed. Default: JSON lines in
@@ -55,7 +59,7 @@ class LoggerCallback(Callback[LoggerMixin]):
 
     def __init__(
         self,
-        log_every_n_train_batches: int | None = 1,
+        log_every_n_train_batches: int | Literal["auto"] | None = "auto",
         log_every_n_val_batches: int | None = None,
         code_dir: str | os.PathLike[str] | None = None,
         sinks: Sequence[AnySink] | None = None,
@@ -63,7 +67,8 @@ class LoggerCallback(Callback[LoggerMixin]):
     ) -> None:
         if reduce not in ("mean", None):
             raise ValueError(f'reduce={reduce!r}: "mean" or None is required')
-        check_cadence("log_every_n_train_batches", log_every_n_train_batches)
+        if log_every_n_train_batches != "auto":
+            check_cadence("log_every_n_train_batches", log_every_n_train_batches)
         check_cadence("log_every_n_val_batches", log_every_n_val_batches)
         self.log_every_n_train_batches = log_every_n_train_batches
         self.log_every_n_val_batches = log_every_n_val_batches
@@ -75,8 +80,7 @@ class LoggerCallback(Callback[LoggerMixin]):
 
     def _begin(self, step: int, num_batches: int) -> None:
         """Reset to the state before the first batch of a session."""
-        every = self.log_every_n_train_batches
-        self._cadence = None if every is None else Every(steps=every).start(num_batches)
+        self._cadence = self.cadence(num_batches)
         self._earlier: list[Scalars] = []
         self._watch = Stopwatch()
         self._rate = StepRate(step, self._watch)
@@ -85,6 +89,17 @@ class LoggerCallback(Callback[LoggerMixin]):
         self._num_val_batches = 0
         self._train_means = RankMeans()
         self._val_means = RankMeans()
+
+    def cadence(self, num_batches: int) -> BatchCadence | None:
+        """Tells at which steps training batches are logged; None if at none.
+
+        Args:
+            num_batches: Batches of this rank so far.
+        """
+        every = self.log_every_n_train_batches
+        if every == "auto":
+            return BatchCadence(_AUTO_EVERY, num_batches, with_first=True)
+        return None if every is None else BatchCadence(every, num_batches)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_open_sinks": None}
@@ -179,14 +194,3 @@ class LoggerCallback(Callback[LoggerMixin]):
     def _numbers(self, result: dict[str, Any]) -> dict[str, float]:
         """The scalars of an epoch's result, which is already reduced."""
         return to_floats(select_scalars(result).values, self.trainer.world.device)
-
-
-def check_cadence(name: str, value: int | None) -> None:
-    """Validate a number of batches.
-
-    Raises:
-        ValueError: If it is neither None nor a whole number of at least 1.
-    """
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if value is not None and not is_count:
-        raise ValueError(f"{name}={value!r}: a whole number of at least 1 is required, or None")

@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dream_callbacks.logging.callback import LoggerCallback, check_cadence
-from dream_trainer.callbacks import Cadence, Every, RankZeroCallback
+from dream_callbacks.logging.batch_cadence import BatchCadence, check_cadence
+from dream_callbacks.logging.callback import LoggerCallback
+from dream_trainer.callbacks import RankZeroCallback
 from dream_trainer.trainer.mixins import LoggerMixin
 
 
@@ -32,17 +33,18 @@ class LRLoggerCallback(RankZeroCallback[LoggerMixin]):
     def __init__(self, log_every_n_train_batches: int | None = None) -> None:
         check_cadence("log_every_n_train_batches", log_every_n_train_batches)
         self.log_every_n_train_batches = log_every_n_train_batches
-        self._begin(1, 0)
+        self._begin(BatchCadence(1, 0), 0)
 
-    def _begin(self, every: int, num_batches: int) -> None:
-        self._cadence: Cadence = Every(steps=every).start(num_batches)
+    def _begin(self, cadence: BatchCadence, num_batches: int) -> None:
+        self._cadence = cadence
         self._asked_at = num_batches
         self._is_due = False
         self._rates: dict[str, float] = {}
 
     def pre_fit(self) -> None:
-        every = self.log_every_n_train_batches or self._logger_cadence() or 1
-        self._begin(every, self.trainer.local_batches)
+        num_batches, every = self.trainer.local_batches, self.log_every_n_train_batches
+        cadence = BatchCadence(every, num_batches) if every else self._logger_cadence(num_batches)
+        self._begin(cadence or BatchCadence(1, num_batches), num_batches)
 
     def pre_optimizer_step(self, model: nn.Module, optimizer: Optimizer) -> None:
         num_batches = self.trainer.local_batches + 1  # the counters advance after the step
@@ -70,9 +72,9 @@ class LRLoggerCallback(RankZeroCallback[LoggerMixin]):
             if "lr" in group
         }
 
-    def _logger_cadence(self) -> int | None:
+    def _logger_cadence(self, num_batches: int) -> BatchCadence | None:
         cadences = (
-            callback.log_every_n_train_batches
+            callback.cadence(num_batches)
             for callback in self.trainer.callbacks
             if isinstance(callback, LoggerCallback)
         )

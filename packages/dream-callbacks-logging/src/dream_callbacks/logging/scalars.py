@@ -113,7 +113,7 @@ def _stack(values: Sequence[Number], device: torch.device) -> Tensor:
     if not values:
         return torch.zeros(0, dtype=torch.float64, device=device)
     others = [to_float(value) for value in values if not isinstance(value, Tensor)]
-    numbers = torch.tensor(others, dtype=torch.float64).to(device)
+    numbers = torch.tensor(others, dtype=torch.float64).to(device, non_blocking=True)
     if len(others) == len(values):
         return numbers
     on_device = iter(numbers.unbind())

@@ -75,8 +75,7 @@ def tensor_stats(
     parts = [_local_values(tensor, world) for tensor in tensors]
     sums = world.all_reduce(torch.stack([_sums(*part, world.device) for part in parts]), "sum")
     bounds = torch.stack([_bounds(tensor, world.device) for tensor, _ in parts])
-    signs = torch.tensor([-1.0, 1.0], dtype=torch.float64).to(world.device)
-    bounds = world.all_reduce(bounds * signs, "max") * signs
+    bounds = _low_negated(world.all_reduce(_low_negated(bounds), "max"))
     counts = None
     if with_histograms:
         rows = [
@@ -114,12 +113,19 @@ def _sums(values: Tensor, num_copies: int, device: torch.device) -> Tensor:
 
 
 def _bounds(values: Tensor, device: torch.device) -> Tensor:
-    if values.numel() == 0:
-        return torch.tensor([torch.inf, -torch.inf], dtype=torch.float64).to(device)
+    if values.numel() == 0:  # filled on the device, since a copy to it would wait for it
+        bounds = (torch.inf, -torch.inf)
+        return torch.stack([torch.full((), x, dtype=torch.float64, device=device) for x in bounds])
     is_finite = values.isfinite()
     low = torch.where(is_finite, values, torch.inf).amin()
     high = torch.where(is_finite, values, -torch.inf).amax()
     return torch.stack([low, high]).to(device, torch.float64)
+
+
+def _low_negated(bounds: Tensor) -> Tensor:
+    """With the lower bounds negated, one "max" reduces both; negating again restores them."""
+    low, high = bounds.unbind(1)
+    return torch.stack([-low, high], dim=1)
 
 
 def _bin_counts(values: Tensor, num_copies: int, bounds: Tensor) -> Tensor:
@@ -127,7 +133,8 @@ def _bin_counts(values: Tensor, num_copies: int, bounds: Tensor) -> Tensor:
     if values.numel() == 0:
         return counts
     stride = -(-values.numel() // _MAX_SAMPLES)
-    sample = values[::stride].to(bounds.device, torch.float64)
+    sample = values if stride == 1 else values[::stride]
+    sample = sample.to(bounds.device, torch.float64)
     weight = values.numel() / sample.numel() / num_copies
     low, high = bounds
     bins = (sample - low) / (high - low) * NUM_BINS

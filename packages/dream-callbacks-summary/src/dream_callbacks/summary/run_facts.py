@@ -1,4 +1,4 @@
-"""Facts about a run for the trainer summary: device, layout, data, optimizers, callbacks."""
+"""Facts about a run for the trainer summary: layout, data, optimizers, callbacks, advice."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from dream_callbacks.summary.advice import advice
 from dream_callbacks.summary.model_rows import num_elements
 from dream_trainer.trainer import BaseTrainer
 
@@ -33,6 +34,7 @@ def run_facts(trainer: BaseTrainer) -> dict[str, list[str]]:
         "optimizers": [_optimizer(*item) for item in trainer.named_optimizers().items()],
         "schedulers": _schedulers(trainer),
         "callbacks": list(_callbacks(trainer)),
+        "advice": advice(trainer),
     }
     return {name: lines for name, lines in facts.items() if lines}
 
@@ -59,6 +61,7 @@ def _layout(trainer: BaseTrainer) -> str:
     axes = [f"{axis} {size}" for axis, size in asdict(world.shape).items() if size > 1]
     extras = {
         "parameters offloaded to the host": parameters.cpu_offload,
+        "gradients reduced every batch": parameters.reduce_every_batch,
         "activation checkpointing": parameters.checkpoint_activations,
         "compiled": parameters.compile_model,
     }

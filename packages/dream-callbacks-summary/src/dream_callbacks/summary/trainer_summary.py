@@ -17,7 +17,8 @@ class TrainerSummary(RankZeroCallback[BaseTrainer]):
     """Prints a summary of the run once it is set up.
 
     Shows the run and its directory, device, layout, precision, training and validation data,
-    optimizers, schedulers, callbacks with their hooks, and the models as in ModelSummary. Runs
+    optimizers, schedulers, callbacks with their hooks, advice on settings that would make training
+    faster or more exact at no cost, and the models as in ModelSummary. Runs
     after a checkpoint is restored, so that it shows the step at which the run resumes. No
     collectives.
 

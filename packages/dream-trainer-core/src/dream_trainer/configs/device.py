@@ -85,7 +85,11 @@ class DeviceParameters:
         param_dtype: Compute in this dtype: FSDP's mixed precision, autocast elsewhere.
             Default: the model's dtype.
         reduce_dtype: Reduce gradients in this dtype (FSDP). Default: `param_dtype`.
-        cpu_offload: Keep sharded parameters in host memory (FSDP).
+        cpu_offload: Keep sharded parameters, gradients and optimizer state in host memory (FSDP);
+            buffers stay on the device.
+        reduce_every_batch: While gradients accumulate, reduce and shard those of each batch (FSDP),
+            in place of those of the step with its last batch. Saves the memory of the unsharded
+            gradients, for more communication.
         compile_model: Call `apply_compile`.
         checkpoint_activations: Call `apply_activation_checkpointing`.
         deterministic: Use only deterministic algorithms, for the rest of the process; an operation
@@ -111,6 +115,7 @@ class DeviceParameters:
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
     cpu_offload: bool = False
+    reduce_every_batch: bool = False
     compile_model: bool = False
     checkpoint_activations: bool = False
 
@@ -144,10 +149,16 @@ class DeviceParameters:
                     f"{name}={dtype!r}: a floating point dtype is required, such as "
                     "torch.bfloat16, or None for the model's"
                 )
+        is_sharded = self.dp_shard != 1 or self.context_parallel != 1
+        if self.reduce_every_batch and not is_sharded:
+            raise ValueError(
+                "reduce_every_batch=True with dp_shard=1: only gradients that will be sharded take "
+                "less memory reduced; use DeviceParameters.FSDP(reduce_every_batch=True)"
+            )
         for name in ("init_timeout_s", "train_timeout_s", "cleanup_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: seconds above 0 are required")
-        if self.cpu_offload and self.dp_shard == 1 and self.context_parallel == 1:
+        if self.cpu_offload and not is_sharded:
             raise ValueError(
                 "cpu_offload=True with dp_shard=1: only sharded parameters can be offloaded; "
                 "use DeviceParameters.FSDP(cpu_offload=True)"
@@ -206,6 +217,22 @@ class DeviceParameters:
                 'degrees to "auto"'
             )
         return MeshShape(**degrees)
+
+    def num_ranks(self, num_devices: int) -> int:
+        """Number of ranks that `@entrypoint` starts on one machine.
+
+        One on the CPU; one per GPU if a degree is "auto"; else as many as the degrees multiply to,
+        or one if there are fewer GPUs, which `mesh_shape` refuses.
+
+        Args:
+            num_devices: Number of visible GPUs.
+        """
+        if self.device == "cpu" or num_devices <= 1:
+            return 1
+        if self._auto_degrees():
+            return num_devices
+        product = math.prod(getattr(self, name) for name in _DEGREE_OF_AXIS.values())
+        return product if product <= num_devices else 1
 
     def _auto_degrees(self) -> list[str]:
         return [name for name in _DEGREE_OF_AXIS.values() if getattr(self, name) == "auto"]

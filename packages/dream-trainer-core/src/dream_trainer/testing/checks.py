@@ -7,6 +7,7 @@ import copy
 import io
 import itertools
 import logging
+import math
 import os
 import pickle
 from collections.abc import Callable, Collection, Iterator
@@ -18,8 +19,7 @@ import torch
 
 from dream_trainer.callbacks.callback import HOOKS, Callback, RankZeroCallback
 from dream_trainer.callbacks.collection import CallbackCollection
-from dream_trainer.callbacks.plain_data import without_rank_local
-from dream_trainer.testing.comparison import equal, with_rank_local_masked
+from dream_trainer.callbacks.plain_data import RankLocal, without_rank_local
 from dream_trainer.testing.leftovers import (
     Leftovers,
     patches_of,
@@ -93,7 +93,7 @@ def trains(subject: Subject) -> None:
     trainer.fit()
     _require(trainer.global_step == plain.global_step, f"It ended at step {trainer.global_step}.")
     if not subject.changes_training:
-        same = equal(trainer.model_state_dict(), plain.model_state_dict())
+        same = _equal(trainer.model_state_dict(), plain.model_state_dict())
         _require(same, "The weights differ from those of a run without it.")
         _require(numbers == random_numbers(), "It drew random numbers.")
 
@@ -118,7 +118,7 @@ def state_round_trip(subject: Subject) -> None:
     trainer.callbacks.state_dict()
     trainer.fit()
     state = trainer.callbacks.state_dict()
-    _require(equal(state, trainer.callbacks.state_dict()), "Saving the state changed it.")
+    _require(_equal(state, trainer.callbacks.state_dict()), "Saving the state changed it.")
     file = io.BytesIO()
     torch.save(without_rank_local(state), file)
     file.seek(0)
@@ -127,7 +127,7 @@ def state_round_trip(subject: Subject) -> None:
     other.setup()
     other.callbacks.load_state_dict(copy.deepcopy(loaded), strict=True)
     found = without_rank_local(other.callbacks.state_dict())
-    _require(equal(found, loaded), f"Saved was {loaded}, and after loading it is {found}.")
+    _require(_equal(found, loaded), f"Saved was {loaded}, and after loading it is {found}.")
     other.fit()
 
 
@@ -228,14 +228,14 @@ def works_on_two_ranks(subject: Subject) -> None:
         found = f"Steps were {outcome.steps}, and without it {outcome.plain_steps}."
         _require(outcome.steps == outcome.plain_steps, found)
         if not subject.changes_training:
-            same = equal(outcome.weights, outcome.plain_weights)
+            same = _equal(outcome.weights, outcome.plain_weights)
             _require(same, "The weights differ from those of a run without it.")
     first, second = outcomes
-    _require(equal(first.weights, second.weights), "The weights differ between ranks.")
+    _require(_equal(first.weights, second.weights), "The weights differ between ranks.")
     if not isinstance(subject.make(), RankZeroCallback):
         both = f"{first.state} and {second.state}"
         found = f"Ranks have the states {both}; mark what may differ as RankLocal."
-        _require(equal(first.state, second.state), found)
+        _require(_equal(first.state, second.state), found)
 
 
 @dataclass(frozen=True)
@@ -271,8 +271,39 @@ def _on_rank(make: Make, folder: Path, trainer_class: type[TinyTrainer]) -> _Out
         plain_steps=tuple(trainer.global_step for trainer in plain),
         weights=with_it[0].model_state_dict(),
         plain_weights=plain[0].model_state_dict(),
-        state=with_rank_local_masked(with_it[0].callbacks.state_dict()),
+        state=_with_rank_local_masked(with_it[0].callbacks.state_dict()),
     )
+
+
+# Comparison of states
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two states are bit-identical; NaN equals NaN."""
+    if isinstance(a, RankLocal) and isinstance(b, RankLocal):
+        return _equal(a.value, b.value)
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, float) and math.isnan(a):
+        return math.isnan(b)
+    return bool(a == b)
+
+
+def _with_rank_local_masked(state: Any) -> Any:
+    """The state with "per rank" in place of each value that may differ between ranks."""
+    if isinstance(state, RankLocal):
+        return "per rank"
+    if isinstance(state, dict):
+        return {key: _with_rank_local_masked(value) for key, value in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)(map(_with_rank_local_masked, state))
+    return state
 
 
 # Not `assert`, which does nothing under python -O

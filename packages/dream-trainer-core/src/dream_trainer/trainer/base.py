@@ -6,7 +6,7 @@ import functools
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,7 @@ from dream_trainer.interface.trainer import (
 from dream_trainer.trainer import loop, state
 from dream_trainer.trainer.batches import BatchStream
 from dream_trainer.trainer.class_checks import check_definition
+from dream_trainer.trainer.device_transfer import moved_to
 from dream_trainer.trainer.loader_watch import LoaderWatch
 from dream_trainer.trainer.optimization import Optimization
 from dream_trainer.trainer.results import EpochMeans
@@ -252,8 +253,12 @@ class BaseTrainer(AbstractTrainer):
     # What the loop calls
 
     def move_batch(self, batch: Any) -> Any:
-        """The batch with its tensors on this rank's device. Override it for custom batch types."""
-        return _moved(batch, self.world.device)
+        """The batch with its tensors on this rank's device.
+
+        Handles tensors, mappings, sequences, named tuples, dataclasses, and all that has a method
+        `to`, nested in any way. Override it for other types; then it is also called on the CPU.
+        """
+        return moved_to(self.world.device, batch)
 
     def new_means(self, step_name: str) -> EpochMeans:
         """Means of what a step reports, for one epoch."""
@@ -272,9 +277,12 @@ class BaseTrainer(AbstractTrainer):
             self.training_parameters.gradient_clip_val,
             device_type=self.world.device.type,
             is_distributed=self.world.is_distributed,
+            reduces_every_batch=self.config.device_parameters.reduce_every_batch,
         )
-        # Where `training_step` is compiled, torch would compile the optimizer and the hooks with it.
-        self._optimizer_step = torch.compiler.disable(self.optimization.step)
+        # Else torch compiles the optimizer and the hooks with a `training_step` that is compiled.
+        self._optimizer_step: Callable[[Optimizer, CallbackCollection], Tensor] = (
+            torch.compiler.disable(self.optimization.step)
+        )
         dtype = self.config.device_parameters.param_dtype
         if dtype is not None and not self.world.shape.uses_fsdp:
             self.precision_context = functools.partial(
@@ -319,16 +327,3 @@ class BaseTrainer(AbstractTrainer):
         if self._stop_request.take():
             reason = self._stop_request.reason()
             self.stop_reason = self.stop_reason or reason
-
-
-def _moved(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return type(batch)({key: _moved(value, device) for key, value in batch.items()})  # type: ignore[call-arg]  # as torch's own collate does
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_moved(value, device) for value in batch))
-    if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
-        return type(batch)(_moved(value, device) for value in batch)  # type: ignore[call-arg]
-    move = getattr(batch, "to", None)
-    return move(device) if callable(move) else batch

@@ -41,6 +41,7 @@ def configure(trainer: BaseTrainer) -> None:
 def setup(trainer: BaseTrainer) -> None:
     """Prepare the models, and build optimizers, schedulers, loaders and metrics."""
     with failing_cleanly(trainer):
+        trainer.world.use_device()  # `configure` may have run in another thread
         trainer.callbacks.pre_setup()
         agree_on_models(trainer)
         trainer.build_training()
@@ -54,6 +55,7 @@ def fit(trainer: BaseTrainer) -> None:
     trainer.configure()
     trainer.setup()
     with signals.handled_by(trainer), failing_cleanly(trainer):
+        trainer.world.use_device()
         callbacks, monitor = trainer.callbacks, trainer.world.failure_monitor()
         trainer.requests.start()
         _set_train_mode(trainer)

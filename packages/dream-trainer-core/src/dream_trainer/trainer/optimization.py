@@ -31,6 +31,7 @@ class Optimization:
         clip_norm: Largest gradient norm per optimizer; None for no clipping.
         device_type: Device whose autocast is turned off.
         is_distributed: Whether gradients may be sharded over ranks.
+        reduces_every_batch: Whether FSDP shards gradients of each batch while they accumulate.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Optimization:
         *,
         device_type: str,
         is_distributed: bool,
+        reduces_every_batch: bool = False,
     ) -> None:
         self.is_accumulating = False
         self.group_size = 1
@@ -59,7 +61,9 @@ class Optimization:
             for optimizer in model_of
         }
         self._set_gradient_sync = [
-            setter for model in models.values() for setter in _gradient_sync_setters(model)
+            setter
+            for model in models.values()
+            for setter in _gradient_sync_setters(model, reduces_every_batch)
         ]
         self._syncs_gradients = True
 
@@ -149,8 +153,14 @@ def _zero_grad(optimizer: Optimizer) -> None:
             parameter.grad = None
 
 
-def _gradient_sync_setters(model: nn.Module) -> list[Callable[[bool], None]]:
-    """Functions that switch a model's gradient synchronization on and off."""
+def _gradient_sync_setters(
+    model: nn.Module, reduces_every_batch: bool
+) -> list[Callable[[bool], None]]:
+    """Functions that switch a model's gradient synchronization on and off.
+
+    With `reduces_every_batch` FSDP always reduces gradients over shards; what is switched is the
+    all-reduce over replicas of the shards (HSDP).
+    """
     if isinstance(model, nn.parallel.DistributedDataParallel):
 
         def set_ddp(requires_sync: bool) -> None:
@@ -159,4 +169,7 @@ def _gradient_sync_setters(model: nn.Module) -> list[Callable[[bool], None]]:
         return [set_ddp]
     # torch's composable replicate and fully_shard give the module this method.
     setters = [getattr(module, "set_requires_gradient_sync", None) for module in model.modules()]
+    if reduces_every_batch:
+        of_fsdp = [getattr(module, "set_requires_all_reduce", None) for module in model.modules()]
+        setters = [mine or other for mine, other in zip(of_fsdp, setters, strict=True)]
     return [setter for setter in setters if callable(setter)]

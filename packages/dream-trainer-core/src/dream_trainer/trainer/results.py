@@ -276,20 +276,18 @@ class _Mean:
                 f"{self.where} as a single number in some batches and as {described(value)} in "
                 "this one; report one kind under one name"
             )
-        is_tensor = isinstance(number, Tensor)
-        if is_tensor:
-            number = number.clone()
+        tensor = number.clone() if isinstance(number, Tensor) else None
         if type(weight) is not int and isinstance(weight, Tensor):
             weight = weight.to(torch.float64, copy=True).reshape(())
-            self._total.add_tensor(_product(number, weight), 1)
+            self._total.add_tensor(_product(number if tensor is None else tensor, weight), 1)
             self._weight.add_tensor(weight, 1)
         elif weight != 0:
-            if is_tensor:
-                self._total.add_tensor(number, weight)
-            else:
+            if tensor is None:
                 self._total.total += to_float(number) * weight
+            else:
+                self._total.add_tensor(tensor, weight)
             self._weight.total += weight
-        return number
+        return number if tensor is None else tensor
 
     def read(self) -> list[float]:
         """The sum and the sum of weights; synchronizes with the device."""
@@ -321,7 +319,7 @@ class _Sum:
     def read(self) -> float:
         """The sum; synchronizes with the device."""
         self._fold()
-        return self.total.item() if isinstance(self.total, Tensor) else self.total  # type: ignore[no-any-return]
+        return self.total.item() if isinstance(self.total, Tensor) else self.total
 
     def _fold(self) -> None:
         """Add the buffered tensors to the sum."""

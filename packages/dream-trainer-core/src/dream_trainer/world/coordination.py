@@ -9,12 +9,9 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-import torch
-
 from dream_trainer.world import cpu_collectives
 from dream_trainer.world.daemon_thread import call_in_daemon_thread
-from dream_trainer.world.rank_mismatch import by_value, disagreements
-from dream_trainer.world.value_digest import value_digest
+from dream_trainer.world.rank_mismatch import by_value, disagreements, value_digest
 
 if TYPE_CHECKING:
     from dream_trainer.world.world import World
@@ -75,7 +72,7 @@ class Coordination:
     ) -> None:
         self.rank = world.rank
         self.world_size = world.world_size
-        self._device = world.device
+        self._use_device = world.use_device
         self._group = world.group(kind)
         self._raises = raises
         self._describe = describe
@@ -106,8 +103,7 @@ class Coordination:
             return self.each(function)
 
         def in_thread() -> T:
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)  # each thread has its own
+            self._use_device()
             return function()
 
         future: Future[_Outcome[T]]

@@ -7,6 +7,8 @@ import os
 import torch
 
 from dream_trainer.configs.device import DeviceParameters, MeshShape
+from dream_trainer.world import torchrun
+from dream_trainer.world.device import device_of_rank
 from dream_trainer.world.mesh import coordinates
 
 
@@ -30,7 +32,9 @@ class RankIdentity:
         self.device = self._choose_device()
 
     def _identify(self) -> None:
-        """Set rank, local rank and world size."""
+        """Set rank, local rank and world size. Under `@entrypoint`, start the ranks first."""
+        if torchrun.may_start_ranks():
+            torchrun.start_ranks(self.parameters.num_ranks(torch.cuda.device_count()))
         self.world_size = _from_environment("WORLD_SIZE", 1)
         self.rank = _from_environment("RANK", 0)
         self.local_rank = _from_environment("LOCAL_RANK", 0)
@@ -41,7 +45,16 @@ class RankIdentity:
             )
 
     def _choose_device(self) -> torch.device:
-        return _device(self.parameters, self.local_rank)
+        return device_of_rank(self.parameters.device, self.rank, self.local_rank)
+
+    def use_device(self) -> None:
+        """Make this rank's device the current one of the calling thread. Not collective.
+
+        CUDA's current device belongs to a thread, and is device 0 in a new one: call this first in
+        every thread that uses tensors.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     @property
     def is_global_zero(self) -> bool:
@@ -102,17 +115,3 @@ def _from_environment(name: str, default: int) -> int:
     if not text.isdigit():
         raise ValueError(f"the environment has {name}={text!r}; a whole number is required")
     return int(text)
-
-
-def _device(parameters: DeviceParameters, local_rank: int) -> torch.device:
-    if parameters.device == "cpu" or (
-        parameters.device == "auto" and not torch.cuda.is_available()
-    ):
-        return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
-        raise RuntimeError(
-            f"local rank {local_rank} has no CUDA device: {torch.cuda.device_count()} are "
-            "visible; start at most as many ranks per node, or use "
-            'DeviceParameters(device="cpu")'
-        )
-    return torch.device("cuda", local_rank)

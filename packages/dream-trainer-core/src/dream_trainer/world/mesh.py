@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dream_trainer.configs.device import AXES, MeshShape
@@ -41,3 +42,16 @@ def coordinates(rank: int, shape: MeshShape) -> dict[str, int]:
     for axis, size in zip(reversed(AXES), reversed(shape.sizes), strict=True):
         rank, place[axis] = divmod(rank, size)
     return place
+
+
+def ordered_axes(axes: Sequence[str]) -> tuple[str, ...]:
+    """Some axes in the mesh's order.
+
+    Raises:
+        ValueError: If there is no such axis, or none is given.
+    """
+    if not axes or set(axes) - set(AXES):
+        raise ValueError(
+            f"axes {', '.join(axes) or '(none)'}: some of {', '.join(AXES)} are required"
+        )
+    return tuple(axis for axis in AXES if axis in axes)

@@ -7,7 +7,7 @@ complete: an asynchronous all-reduce of a few integers on a separate CPU group, 
 
 All ranks must start and read it after the same steps. Each exchange includes rank 0's measured step
 duration; between two exchanges every rank advances the same virtual clock by it. If steps suddenly
-take longer, only the next exchange is late.
+take longer, a rank that waits has the ranks agree on an earlier step (`early_exchange.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
+    from dream_trainer.world.early_exchange import EarlyExchange
     from dream_trainer.world.world import World
 
 Tick = Literal["train", "validate"]
@@ -32,7 +33,7 @@ _WITHIN_US = 1_000_000
 """A request takes effect within this time, or within two steps if they take longer."""
 _IN_FLIGHT_US = 120_000
 """Time from the start of an exchange until it is read."""
-_NUM_DURATIONS = 32
+_NUM_DURATIONS = 5
 _NUM_NAMES = 32
 _UNKNOWN_US = 2**40
 
@@ -100,6 +101,8 @@ class Requests:
         self._tick_us: dict[Tick, int] = dict.fromkeys(_TICKS, _UNKNOWN_US)
         self._durations_s = {tick: deque[float](maxlen=_NUM_DURATIONS) for tick in _TICKS}
         self._last_tick_s: float | None = None
+        self._last_tick: Tick = "train"
+        self._early: EarlyExchange | None = None
 
     # For callbacks
 
@@ -185,6 +188,7 @@ class Requests:
         self._reads_next = False
         self._since_sent_us = _UNKNOWN_US
         self._last_tick_s = None
+        self._early = self._world.failure_monitor().start_early_exchange(self._is_late)
 
     def receive(self) -> bool:
         """Read the exchange if it is due. Called before the last hooks of a step.
@@ -208,16 +212,20 @@ class Requests:
         if not self._is_distributed:
             return
         now_s, last_s = time.perf_counter(), self._last_tick_s
-        self._last_tick_s = now_s
+        self._last_tick_s, self._last_tick = now_s, tick
         if last_s is not None:
             self._durations_s[tick].append(now_s - last_s)
-        tick_us = self._tick_us[tick]
-        self._since_sent_us += tick_us
-        if self._work is not None:
-            self._reads_next = self._since_sent_us + tick_us > _IN_FLIGHT_US
-        elif self._since_sent_us + tick_us + max(tick_us, _IN_FLIGHT_US) > _WITHIN_US:
+        self._since_sent_us += self._tick_us[tick]
+        is_early = self._early is not None and self._early.tick()
+        if is_early:
+            self.finish()
             self._start_exchange()
-            self._reads_next = tick_us > _IN_FLIGHT_US
+            self._read_next_if(True)
+        elif self._work is not None:
+            self._read_next_if(self._ticks_to_read(tick) <= 0)
+        elif self._ticks_to_start(tick) <= 0:
+            self._start_exchange()
+            self._read_next_if(self._tick_us[tick] > _IN_FLIGHT_US)
 
     def exchange(self) -> None:
         """Send and read at once. Collective, blocking.
@@ -226,15 +234,37 @@ class Requests:
         """
         if not self._is_distributed:
             return
+        if self._early is not None:
+            self._early.tick()
         self.finish()
         self._start_exchange()
-        self._read()
+        self.finish()
         self._last_tick_s = None  # the time until the next step isn't a step's
 
     def finish(self) -> None:
         """Read the exchange in flight, if any. Collective, blocking."""
         if self._work is not None:
+            self._read_next_if(True)
             self._read()
+
+    def _ticks_to_start(self, tick: Tick) -> float:
+        """Number of ticks until an exchange is due, by the virtual clock."""
+        within_us = _WITHIN_US - max(self._tick_us[tick], _IN_FLIGHT_US)
+        return (within_us - self._since_sent_us) / self._tick_us[tick] - 1
+
+    def _ticks_to_read(self, tick: Tick) -> float:
+        """Number of ticks until the read of the one in flight is due."""
+        return (_IN_FLIGHT_US - self._since_sent_us) / self._tick_us[tick] - 1
+
+    def _is_late(self, tick_s: float) -> bool:
+        """Whether a request waits too long if ticks take so many seconds. In any thread."""
+        if self._asked:
+            num_ticks = self._ticks_to_start(self._last_tick)
+        elif self._sent and not self._reads_next:
+            num_ticks = self._ticks_to_read(self._last_tick)
+        else:
+            return False
+        return num_ticks > 1 and num_ticks * tick_s > _WITHIN_US / 1e6
 
     # Exchanges
 
@@ -250,6 +280,14 @@ class Requests:
         group = self._world.group("requests")
         self._work = dist.all_reduce(self._values, dist.ReduceOp.MAX, group=group, async_op=True)
         self._since_sent_us = 0
+        if self._early is not None:
+            self._early.happen()
+
+    def _read_next_if(self, is_due: bool) -> None:
+        if is_due and not self._reads_next:
+            self._reads_next = True
+            if self._early is not None:
+                self._early.happen()
 
     def _read(self) -> None:
         work, self._work, self._reads_next = self._work, None, False
@@ -265,6 +303,7 @@ class Requests:
                 self._num_agreed[name] += 1
                 self._reasons.pop(name, None)
         self._reasons |= self._sent
+        self._sent = {}
 
     def _measured_us(self, tick: Tick) -> int:
         """Median of the last durations, since some include a save or a validation."""

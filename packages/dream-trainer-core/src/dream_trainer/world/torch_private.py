@@ -49,10 +49,13 @@ def concatenated_mesh(meshes: Sequence[DeviceMesh]) -> DeviceMesh:
 
 
 def replicate(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Apply DDP to a module in place. Collective."""
+    """Apply DDP to a module in place. Collective.
+
+    Gradients are views of the buckets that DDP reduces, which saves a copy of all of them.
+    """
     from torch.distributed._composable.replicate import replicate
 
-    replicate(module, device_mesh=mesh)
+    replicate(module, device_mesh=mesh, gradient_as_bucket_view=True)
 
 
 def checkpoint_activations(module: nn.Module) -> None:

@@ -1,13 +1,15 @@
-"""The launcher, torchrun for example: its store, its error file, and its exit."""
+"""The launcher, torchrun for example: starting it, its store, its error file, and its exit."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +22,40 @@ if TYPE_CHECKING:
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 _num_stores = 0
+
+_script: Sequence[str] | None = None
+
+
+@contextlib.contextmanager
+def starting_ranks_of(script: Sequence[str]) -> Iterator[None]:
+    """Inside, `start_ranks` may replace this process, unless a launcher has started it.
+
+    Args:
+        script: Command line after `python`: the script or `-m` and a module, and its arguments.
+    """
+    global _script  # noqa: PLW0603  # there is one main script in a process
+    _script = None if "RANK" in os.environ else script
+    try:
+        yield
+    finally:
+        _script = None
+
+
+def may_start_ranks() -> bool:
+    """Whether this process may be replaced by torchrun."""
+    return _script is not None
+
+
+def start_ranks(num_ranks: int) -> None:
+    """Replace this process by torchrun, which runs the script; go on for good with one rank."""
+    global _script
+    script, _script = _script, None
+    assert script is not None, "may_start_ranks()"
+    if num_ranks > 1:
+        torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, "-m", *torchrun, *script])
 
 
 def open_store(rank: int, world_size: int, timeout_s: float) -> Store:

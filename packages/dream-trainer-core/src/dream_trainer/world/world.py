@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dream_trainer.configs.device import AXES, DeviceParameters
+from dream_trainer.configs.device import DeviceParameters
 from dream_trainer.world import collectives, cpu_collectives, torch_private, torchrun
 from dream_trainer.world.collectives import ReduceOp
 from dream_trainer.world.coordination import Coordination
@@ -24,11 +24,13 @@ from dream_trainer.world.determinism import (
     seed_all,
     use_deterministic_algorithms,
 )
+from dream_trainer.world.device import claim
 from dream_trainer.world.faults import collective_guard
 from dream_trainer.world.faults.failure_monitor import FailureMonitor, NoFailureMonitor
 from dream_trainer.world.faults.fork_safety import let_threads_settle_before_forks
 from dream_trainer.world.identity import RankIdentity
-from dream_trainer.world.mesh import build_mesh, fsdp_mesh
+from dream_trainer.world.mesh import build_mesh, fsdp_mesh, ordered_axes
+from dream_trainer.world.open_files import allow_open_files
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Store
@@ -114,8 +116,7 @@ class World(RankIdentity):
         """
         if self.parameters.deterministic:
             use_deterministic_algorithms()
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+        self.use_device()
         if not self.is_distributed or dist.is_initialized():
             return
         self._init_process_group()
@@ -126,6 +127,9 @@ class World(RankIdentity):
         let_threads_settle_before_forks()
         self.failure_monitor()
         assert self._store is not None, "failure_monitor() opened it"
+        allow_open_files(self.world_size)
+        if self.device.type == "cuda":
+            claim(self.device, self.rank, self._store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
             store=self._store,
@@ -183,8 +187,15 @@ class World(RankIdentity):
         return FullTensorRandom(self.device)
 
     def tighten_timeouts(self) -> None:
-        """Change the timeout of collectives from `init_timeout_s` to `train_timeout_s`."""
+        """Change the timeout of collectives from `init_timeout_s` to `train_timeout_s`.
+
+        Collective, with a device sync: a collective that still waits on the device, perhaps for a
+        rank that compiles, began under the longer timeout.
+        """
         if self.is_distributed:
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize(self.device)
+            self.barrier()
             self._set_timeouts(self.parameters.train_timeout_s)
 
     def _set_timeouts(self, timeout_s: float) -> None:
@@ -221,12 +232,7 @@ class World(RankIdentity):
             ValueError: If there is no such axis.
             RuntimeError: As `mesh`.
         """
-        unknown = [axis for axis in axes if axis not in AXES]
-        if unknown or not axes:
-            raise ValueError(
-                f"axes {', '.join(axes) or '(none)'}: some of {', '.join(AXES)} are required"
-            )
-        ordered = tuple(axis for axis in AXES if axis in axes)
+        ordered = ordered_axes(axes)
         return self.mesh[ordered] if len(ordered) > 1 else self.mesh[ordered[0]]
 
     @property
@@ -324,11 +330,10 @@ class World(RankIdentity):
         """
         self._refuse_if_guarded("agree")
         if self.is_distributed:
-            if what is None:
-                named = value if isinstance(value, Mapping) else {"a value": value}
+            if what is None and isinstance(value, Mapping):
+                Coordination(self).agree(value)
             else:
-                named = {what: value}
-            Coordination(self).agree(named)
+                Coordination(self).agree({what or "a value": value})
         return value
 
     def union(self, names: Iterable[str]) -> list[str]:

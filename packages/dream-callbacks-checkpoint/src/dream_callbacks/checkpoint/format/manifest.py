@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
-from dream_callbacks.checkpoint.format import file_names, json_codec
+from dream_callbacks.checkpoint.format import file_names
+from dream_callbacks.checkpoint.format.state_codec import decode_plain, encode_plain
 
 FORMAT = 1
 """Incremented when older readers can't read the format."""
@@ -83,7 +84,7 @@ class Manifest:
         """Content of the manifest file."""
         document = {"format": FORMAT, **_shallow_dict(self)}
         document["dp_ranks"] = list(self.dp_ranks)
-        document["metrics"] = json_codec.encode(dict(self.metrics))
+        document["metrics"] = encode_plain(dict(self.metrics))
         document["files"] = {name: list(sums) for name, sums in sorted(self.files.items())}
         return sealed(document)
 
@@ -105,8 +106,7 @@ class Manifest:
             known |= {name: kind(document[name]) for name, kind in _NUMBERS.items()}
             known["dp_ranks"] = tuple(int(dp_rank) for dp_rank in document["dp_ranks"])
             known["metrics"] = {
-                str(name): float(value)
-                for name, value in json_codec.decode(document["metrics"]).items()
+                str(name): float(value) for name, value in decode_plain(document["metrics"]).items()
             }
             known["shape"] = {str(axis): int(size) for axis, size in document["shape"].items()}
             known["files"] = {

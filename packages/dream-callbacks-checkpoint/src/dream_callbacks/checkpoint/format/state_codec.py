@@ -1,20 +1,30 @@
-"""Encode a state dict as JSON and tensors, and decode it: plain data and torch types.
+"""Encode a state dict as JSON and tensors, and decode it, without pickle.
 
-The JSON refers to a tensor by its name, and to a RankLocal value by its path in the rank's file.
+Types that JSON lacks are tagged objects, such as `{"$tuple": [1, 2]}`. The JSON refers to a tensor
+by its name, and to a RankLocal value by its path in the rank's file. torch is imported only where a
+value needs it: listing checkpoints doesn't.
 """
 
 from __future__ import annotations
 
+import base64
+import math
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-from torch import Tensor
+from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 
-from dream_callbacks.checkpoint.format import json_codec
-from dream_callbacks.checkpoint.format.json_codec import Path, spelled
-from dream_trainer.callbacks import RankLocal
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Path: TypeAlias = tuple[str | int, ...]
+"""Path of a value in a structure: the keys that lead to it."""
+
+_Encode: TypeAlias = Callable[[Any, Path], Any]
+"""Encodes a value that isn't plain data, or returns NotImplemented."""
 
 
 @dataclass
@@ -45,36 +55,43 @@ def encode(state: Any, rank: int) -> EncodedState:
         TypeError: If a value isn't plain data; it names the path.
         ValueError: If two tensors would get the same name.
     """
+    from torch import Tensor
+
+    from dream_trainer.callbacks import RankLocal
+
     result = EncodedState()
 
-    def add_tensor(tensor: Tensor, path: Path) -> Any:
+    def encode_tensor(value: Any, path: Path) -> Any:
+        if not isinstance(value, Tensor):
+            return _encode_torch_type(value, path)
         name = ".".join(map(str, path))
         if name in result.tensors:
             raise ValueError(
                 f"two tensors of the state would be called {name!r}; rename a key with a dot in it"
             )
-        result.tensors[name], result.paths[name] = tensor.detach(), path
+        result.tensors[name], result.paths[name] = value.detach(), path
         return {"$tensor": name}
 
-    def add_local(value: Any, path: Path) -> Any:
+    def encode_other(value: Any, path: Path) -> Any:
+        if type(value) is not RankLocal:
+            return encode_tensor(value, path)
         name = ".".join(map(str, path))
         if name in result.local:
             raise ValueError(f"two values of the state are at {name!r}; rename a key")
-        result.local[name] = _encode(value, (f"rank-{rank:05d}", *path), add_tensor, _no_local)
+        result.local[name] = _encode(value.value, (f"rank-{rank:05d}", *path), encode_tensor)
         return {"$rank_local": name}
 
-    result.shared = _encode(state, (), add_tensor, add_local)
+    result.shared = _encode(state, (), encode_other)
     return result
 
 
 def encode_plain(value: Any) -> Any:
-    """Encode plain data, sizes, dtypes and devices as JSON."""
-    return _encode(value, (), _no_tensor, _no_local)
+    """Encode plain data, sizes, dtypes and devices as JSON.
 
-
-def decode_plain(document: Any) -> Any:
-    """Decode what `encode_plain` returned."""
-    return decode(document, {}, {})
+    Raises:
+        TypeError: If a value is something else; it names the path.
+    """
+    return _encode(value, (), _encode_torch_type)
 
 
 def decode(document: Any, tensors: Mapping[str, Tensor], local: Mapping[str, Any]) -> Any:
@@ -88,14 +105,20 @@ def decode(document: Any, tensors: Mapping[str, Tensor], local: Mapping[str, Any
     Raises:
         DamagedCheckpointError: If the document is malformed or has a dangling reference.
     """
-    foreign = {
+    references = {
         "$tensor": tensors.__getitem__,
         "$rank_local": lambda name: decode(local[name], tensors, {}),
-        "$size": torch.Size,
-        "$dtype": _dtype,
-        "$device": torch.device,
     }
-    return json_codec.decode(document, foreign)
+    return _decode(document, {**_LEAVES, **references})
+
+
+def decode_plain(document: Any) -> Any:
+    """Decode what `encode_plain` returned.
+
+    Raises:
+        DamagedCheckpointError: If it is malformed.
+    """
+    return _decode(document, _LEAVES)
 
 
 def tensor_names(document: Any) -> Iterator[str]:
@@ -111,38 +134,108 @@ def tensor_names(document: Any) -> Iterator[str]:
                 yield from tensor_names(value)
 
 
-def _encode(
-    value: Any,
-    path: Path,
-    add_tensor: Callable[[Tensor, Path], Any],
-    add_local: Callable[[Any, Path], Any],
-) -> Any:
-    def foreign(value: Any, path: Path) -> Any:
-        if isinstance(value, Tensor):
-            return add_tensor(value, path)
-        if type(value) is RankLocal:
-            return add_local(value.value, path)
-        if type(value) is torch.Size:
-            return {"$size": list(value)}
-        if type(value) is torch.dtype:
-            return {"$dtype": str(value).removeprefix("torch.")}
-        if type(value) is torch.device:
-            return {"$device": str(value)}
-        return NotImplemented
+def _encode(value: Any, path: Path, encode_other: _Encode) -> Any:
+    kind = type(value)
+    if value is None or kind is bool or kind is int or kind is str:
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else {"$float": repr(value)}
 
-    return json_codec.encode(value, path, foreign)
+    def inner(item: Any, key: str | int) -> Any:
+        return _encode(item, (*path, key), encode_other)
+
+    if kind is dict and all(type(key) is str and not key.startswith("$") for key in value):
+        return {key: inner(item, key) for key, item in value.items()}
+    if kind in (list, tuple, set):
+        items = [inner(item, index) for index, item in enumerate(value)]
+        return items if kind is list else {_TAGS[kind]: items}
+    if kind in (dict, OrderedDict, Counter):
+        pairs = [[inner(key, "key"), inner(item, str(key))] for key, item in value.items()]
+        return {_TAGS[kind]: pairs}
+    if kind is bytes:
+        return {"$bytes": base64.b64encode(value).decode()}
+    if kind is complex:
+        return {"$complex": [repr(value.real), repr(value.imag)]}
+    encoded = encode_other(value, path)
+    if encoded is NotImplemented:
+        place = "state" + "".join(f"[{key!r}]" for key in path)
+        raise TypeError(
+            f"the state holds a {kind.__module__}.{kind.__qualname__} at {place}, which can't be "
+            "saved without pickling; make it plain data: numbers, strings, bytes, tensors, and "
+            "lists, tuples, sets and dicts of them"
+        )
+    return encoded
+
+
+def _encode_torch_type(value: Any, path: Path) -> Any:
+    import torch
+
+    if type(value) is torch.Size:
+        return {"$size": list(value)}
+    if type(value) is torch.dtype:
+        return {"$dtype": str(value).removeprefix("torch.")}
+    if type(value) is torch.device:
+        return {"$device": str(value)}
+    return NotImplemented
+
+
+def _decode(document: Any, leaves: Mapping[str, Callable[[Any], Any]]) -> Any:
+    if isinstance(document, list):
+        return [_decode(item, leaves) for item in document]
+    if not isinstance(document, dict):
+        return document
+    tag = next(iter(document), "")
+    if not tag.startswith("$"):
+        return {key: _decode(value, leaves) for key, value in document.items()}
+    content = document[tag]
+    try:
+        if tag in _CONTAINERS:
+            return _CONTAINERS[tag]([_decode(item, leaves) for item in content])
+        return leaves[tag](content)
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise DamagedCheckpointError(f"{{{tag!r:.40}: {content!r:.80}}}: {error!r:.200}") from error
+
+
+def _size(sizes: list[int]) -> torch.Size:
+    import torch
+
+    return torch.Size(sizes)
 
 
 def _dtype(name: str) -> torch.dtype:
+    import torch
+
     dtype = getattr(torch, name)
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"torch.{name} is no dtype")
     return dtype
 
 
-def _no_tensor(tensor: Tensor, path: Path) -> Any:
-    raise TypeError(f"a tensor at {spelled(path)} where only numbers and text are expected")
+def _device(name: str) -> torch.device:
+    import torch
+
+    return torch.device(name)
 
 
-def _no_local(value: Any, path: Path) -> Any:
-    raise TypeError(f"a RankLocal at {spelled(path)}, where there can't be one")
+_TAGS: dict[type, str] = {
+    tuple: "$tuple",
+    set: "$set",
+    dict: "$dict",
+    OrderedDict: "$ordered_dict",
+    Counter: "$counter",
+}
+_CONTAINERS: dict[str, Callable[[list[Any]], Any]] = {
+    "$tuple": tuple,
+    "$set": set,
+    "$dict": dict,
+    "$ordered_dict": OrderedDict,
+    "$counter": lambda pairs: Counter(dict(pairs)),
+}
+_LEAVES: dict[str, Callable[[Any], Any]] = {
+    "$float": float,
+    "$bytes": lambda text: base64.b64decode(text, validate=True),
+    "$complex": lambda parts: complex(float(parts[0]), float(parts[1])),
+    "$size": _size,
+    "$dtype": _dtype,
+    "$device": _device,
+}

@@ -8,9 +8,9 @@ import time
 import uuid
 from collections.abc import Collection
 
+from dream_callbacks.checkpoint.errors import format_bytes
 from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import Manifest
-from dream_callbacks.checkpoint.formatting import spelled_bytes
 from dream_callbacks.checkpoint.io.filesystem import Filesystem, Lock
 
 logger = logging.getLogger(__name__)
@@ -38,8 +38,8 @@ def begin(filesystem: Filesystem, step: int, run: str, num_bytes: int) -> str:
     free = filesystem.free_bytes()
     if free < num_bytes + _SPARE_BYTES:
         raise OSError(
-            f"no space left for it: it needs {spelled_bytes(num_bytes + _SPARE_BYTES)}, and "
-            f"{spelled_bytes(free)} are free"
+            f"no space left for it: it needs {format_bytes(num_bytes + _SPARE_BYTES)}, and "
+            f"{format_bytes(free)} are free"
         )
     name = file_names.temporary_name(step, run)
     filesystem.delete(name)  # left by a failed attempt
@@ -157,9 +157,7 @@ def recover(filesystem: Filesystem) -> None:
                 filesystem.rename(name, original)
                 names.add(original)
         elif file_names.is_leftover(name):
-            logger.info(
-                "%s/%s was left by a run that ended while it wrote; deleted", filesystem, name
-            )
+            logger.info("%s/%s is left over from an interrupted run; deleted", filesystem, name)
             if filesystem.is_folder(name):
                 filesystem.delete(name)
             else:

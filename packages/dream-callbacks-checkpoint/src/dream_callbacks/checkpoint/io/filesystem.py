@@ -1,16 +1,19 @@
-"""Filesystem: the protocol of a checkpoint directory, local or at a URL."""
+"""Filesystem and Lock: the interface of a checkpoint directory, local or at a URL."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import socket
+import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from dream_callbacks.checkpoint.format.manifest import FileSum
-from dream_callbacks.checkpoint.io.checksummed_writer import ChecksummedWriter
-from dream_callbacks.checkpoint.io.local_filesystem import LocalFilesystem
+from dream_callbacks.checkpoint.io.checksummed_writer import ChecksummedWriter, content_of, sums_of
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
@@ -30,7 +33,7 @@ class Lock(Protocol):
 class Filesystem(Protocol):
     """A checkpoint directory: files and folders of files.
 
-    `LocalFilesystem` and `FsspecFilesystem` document the methods.
+    `LocalFilesystem` and `FsspecFilesystem`, which derive from it, document the other methods.
 
     Attributes:
         renames_at_once: Whether folders are renamed atomically. If not, files are copied one by
@@ -51,9 +54,20 @@ class Filesystem(Protocol):
 
     def open(self, folder: str, name: str) -> BinaryIO: ...
 
-    def read(self, folder: str, name: str, max_bytes: int | None = None) -> bytes: ...
+    def read(self, folder: str, name: str, max_bytes: int | None = None) -> bytes:
+        """Read a file.
 
-    def sums(self, folder: str, name: str) -> FileSum: ...
+        Raises:
+            DamagedCheckpointError: If it doesn't exist, isn't a regular file, or is larger than
+                `max_bytes`.
+        """
+        with self.open(folder, name) as file:
+            return content_of(file, name, max_bytes)
+
+    def sums(self, folder: str, name: str) -> FileSum:
+        """Read a file to compute its size and checksum."""
+        with self.open(folder, name) as file:
+            return sums_of(file)
 
     def reading(self, folder: str) -> AbstractContextManager[None]: ...
 
@@ -65,7 +79,11 @@ class Filesystem(Protocol):
 
     def create(self, folder: str, name: str) -> ChecksummedWriter: ...
 
-    def write(self, folder: str, name: str, data: bytes) -> FileSum: ...
+    def write(self, folder: str, name: str, data: bytes) -> FileSum:
+        """Write a new file."""
+        with self.create(folder, name) as file:
+            file.write(data)
+        return file.sums
 
     def sync(self, folder: str = "", names: Iterable[str] = ()) -> None: ...
 
@@ -88,20 +106,23 @@ def below(path: str | Path, *names: str) -> str | Path:
     return "/".join([str(path).rstrip("/"), *names]) if is_url(path) else Path(path, *names)
 
 
-def filesystem_at(path: str | Path) -> Filesystem:
-    """The checkpoint directory at a path or URL.
+def lock_content(run: str, fence: int) -> bytes:
+    """Content of a lock file held by this process."""
+    content = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "run": run,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "fence": fence,
+    }
+    return json.dumps(content).encode()
 
-    Raises:
-        ValueError: If it is a URL with one slash, as produced by pathlib.
-        ImportError: If it is a URL and a library that it needs isn't installed.
-    """
-    if not is_url(path):
-        return LocalFilesystem(Path(path))
-    if "://" not in str(path):
-        raise ValueError(
-            f"{str(path)!r} has one slash after its colon, as pathlib makes it of a URL; give the "
-            "URL as text, to CheckpointParameters(root_dir=…): a trainer's own root_dir is a path"
-        )
-    from dream_callbacks.checkpoint.io.fsspec_filesystem import FsspecFilesystem
 
-    return FsspecFilesystem(str(path))
+def parsed_lock(data: bytes) -> dict[str, Any]:
+    """Parse the content of a lock file; empty if it is malformed."""
+    try:
+        content = json.loads(data)
+    except ValueError:
+        return {}
+    is_valid = isinstance(content, dict) and isinstance(content.get("fence", 0), int)
+    return content if is_valid else {}

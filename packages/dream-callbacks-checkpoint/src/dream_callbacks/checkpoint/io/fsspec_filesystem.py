@@ -9,15 +9,14 @@ from typing import Any, BinaryIO, cast
 
 from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from dream_callbacks.checkpoint.format import file_names
-from dream_callbacks.checkpoint.format.manifest import FileSum
-from dream_callbacks.checkpoint.io.checksummed_writer import ChecksummedWriter, content_of, sums_of
-from dream_callbacks.checkpoint.io.directory_lock import lock_content, parsed_lock
+from dream_callbacks.checkpoint.io.checksummed_writer import ChecksummedWriter
+from dream_callbacks.checkpoint.io.filesystem import Filesystem, lock_content, parsed_lock
 
 _MARK = ".folder"
 """Marks an empty folder, which object stores don't have."""
 
 
-class FsspecFilesystem:
+class FsspecFilesystem(Filesystem):
     """A checkpoint directory on any file system supported by fsspec.
 
     Files appear atomically, as in object stores. Renaming a folder copies its files within the
@@ -96,20 +95,6 @@ class FsspecFilesystem:
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise DamagedCheckpointError(f"{name} is missing") from None
 
-    def read(self, folder: str, name: str, max_bytes: int | None = None) -> bytes:
-        """Read a whole file.
-
-        Raises:
-            DamagedCheckpointError: If it doesn't exist or is larger than `max_bytes`.
-        """
-        with self.open(folder, name) as file:
-            return content_of(file, name, max_bytes)
-
-    def sums(self, folder: str, name: str) -> FileSum:
-        """Read a file to compute its size and checksum."""
-        with self.open(folder, name) as file:
-            return sums_of(file)
-
     def reading(self, folder: str) -> contextlib.AbstractContextManager[None]:
         """Does nothing: a store doesn't track readers. Files deleted while reading are missing."""
         return contextlib.nullcontext()
@@ -133,12 +118,6 @@ class FsspecFilesystem:
         """Open a new file for writing; it appears when it is closed."""
         path = self._path(folder, name)
         return ChecksummedWriter(f"{self.url}/{folder}/{name}", self._fs.open(path, "wb"))
-
-    def write(self, folder: str, name: str, data: bytes) -> FileSum:
-        """Write a new file."""
-        with self.create(folder, name) as file:
-            file.write(data)
-        return file.sums
 
     def sync(self, folder: str = "", names: Iterable[str] = ()) -> None:
         """Does nothing: a closed file is durable."""

@@ -1,4 +1,4 @@
-"""LocalFilesystem: durable operations of a checkpoint directory on a local file system."""
+"""LocalFilesystem: a checkpoint directory on a local or shared file system, and its lock."""
 
 from __future__ import annotations
 
@@ -10,24 +10,20 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import wait
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from dream_callbacks.checkpoint.errors import DamagedCheckpointError
+from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from dream_callbacks.checkpoint.format import file_names
-from dream_callbacks.checkpoint.format.manifest import FileSum
-from dream_callbacks.checkpoint.io.checksummed_writer import (
-    ChecksummedWriter,
-    DirectFile,
-    content_of,
-    sums_of,
-)
-from dream_callbacks.checkpoint.io.directory_lock import DirectoryLock
+from dream_callbacks.checkpoint.io.checksummed_writer import ChecksummedWriter, DirectFile
+from dream_callbacks.checkpoint.io.filesystem import Filesystem, lock_content, parsed_lock
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_MAX_LOCK_BYTES = 4096
 
 
-class LocalFilesystem:
+class LocalFilesystem(Filesystem):
     """A checkpoint directory on a local or shared file system.
 
     Names are single path components below `root`; callers validate names read from files.
@@ -99,21 +95,6 @@ class LocalFilesystem:
             raise DamagedCheckpointError(f"{name} isn't a regular file")
         return open(descriptor, "rb")
 
-    def read(self, folder: str, name: str, max_bytes: int | None = None) -> bytes:
-        """Read a whole file.
-
-        Raises:
-            DamagedCheckpointError: If it doesn't exist, isn't a regular file, or is larger than
-                `max_bytes`.
-        """
-        with self.open(folder, name) as file:
-            return content_of(file, name, max_bytes)
-
-    def sums(self, folder: str, name: str) -> FileSum:
-        """Read a file to compute its size and checksum."""
-        with self.open(folder, name) as file:
-            return sums_of(file)
-
     @contextlib.contextmanager
     def reading(self, folder: str) -> Iterator[None]:
         """Protect a folder from deletion by other runs on this machine.
@@ -167,12 +148,6 @@ class LocalFilesystem:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         return ChecksummedWriter(str(path), DirectFile(os.open(path, flags, 0o666)))
 
-    def write(self, folder: str, name: str, data: bytes) -> FileSum:
-        """Write a new file."""
-        with self.create(folder, name) as file:
-            file.write(data)
-        return file.sums
-
     def sync(self, folder: str = "", names: Iterable[str] = ()) -> None:
         """Sync a folder and some of its files to disk."""
         paths = [self.root / folder, *(self.root / folder / name for name in names)]
@@ -215,9 +190,110 @@ class LocalFilesystem:
             shutil.rmtree(self.root / folder)
 
 
+class DirectoryLock:
+    """A POSIX lock on a file that names its holder.
+
+    The kernel releases it when the process ends for any reason; forked children, such as loader
+    workers, don't hold it. Each holder has a higher fence than the previous one, which shows a
+    holder that it lost the lock (a network file system may drop it).
+
+    Args:
+        path: Lock file.
+        run: Id of this start of the script.
+    """
+
+    def __init__(self, path: Path, run: str) -> None:
+        self.path = path.absolute()
+        self.run = run
+        self.fence = 0
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this object holds the lock."""
+        held = _held.get(self.path)
+        return held is not None and held.owner is self and held.pid == os.getpid()
+
+    def acquire(self) -> None:
+        """Acquire the lock; does nothing if it is held.
+
+        Raises:
+            CheckpointError: If another run holds it; names its process, host and start time.
+        """
+        if self.is_held:
+            return
+        held = _held.get(self.path)
+        if held is not None and held.pid == os.getpid():
+            raise CheckpointError(_in_use(self.path, "another trainer of this process"))
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(self.path, flags, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            raise CheckpointError(_in_use(self.path, holder)) from None
+        _held[self.path] = _Held(descriptor, os.getpid(), self)
+        self.fence = _content(descriptor).get("fence", 0) + 1
+        # Padded to a fixed size, so that no reader sees the end of a longer previous content.
+        os.pwrite(descriptor, lock_content(self.run, self.fence).ljust(_MAX_LOCK_BYTES), 0)
+        os.fsync(descriptor)
+
+    def check(self) -> None:
+        """Check that the lock wasn't lost.
+
+        Raises:
+            CheckpointError: If another run has taken over the directory.
+        """
+        found = _content(_held[self.path].descriptor) if self.is_held else {}
+        if found.get("fence") != self.fence or found.get("run") != self.run:
+            raise CheckpointError(
+                f"another run has taken over {self.path.parent}: its lock says {found}, and this "
+                f"run had fence {self.fence}; end one of the two, or give one another experiment "
+                "name"
+            )
+
+    def release(self) -> None:
+        """Release the lock if this object holds it."""
+        if self.is_held:
+            os.close(_held.pop(self.path).descriptor)
+
+
+@dataclass
+class _Held:
+    """A lock that this process holds. POSIX locks belong to processes, not to objects."""
+
+    descriptor: int
+    pid: int
+    owner: DirectoryLock
+
+
+_held: dict[Path, _Held] = {}
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _content(descriptor: int) -> dict[str, Any]:
+    # Reads the locked descriptor: closing any other descriptor of the file releases the lock.
+    return parsed_lock(os.pread(descriptor, _MAX_LOCK_BYTES, 0))
+
+
+def _holder(descriptor: int) -> str:
+    content = _content(descriptor)
+    if "pid" not in content:
+        return "another process"
+    return f"process {content['pid']} on {content.get('host')} since {content.get('started')}"
+
+
+def _in_use(path: Path, holder: str) -> str:
+    return (
+        f"{path.parent} is in use by {holder}; wait for it or end it, or give this run another "
+        "experiment name"
+    )

@@ -6,20 +6,25 @@ materialize, initialize. In another order, one step would undo or trace another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dream_trainer.interface.trainer import AbstractTrainer
 from dream_trainer.trainer.metrics import is_metric
+from dream_trainer.trainer.mixins import materialize, pretrained
 from dream_trainer.trainer.mixins.tracking import assigned_attributes
 from dream_trainer.world import torch_private
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+
+logger = logging.getLogger(__name__)
 
 
 class ModelSetupMixin(AbstractTrainer):
@@ -36,7 +41,8 @@ class ModelSetupMixin(AbstractTrainer):
         """Assign the models to attributes: `self.model = …`.
 
         Runs on the meta device if the models will be sharded and there is an `init_weights`,
-        else on this rank's device.
+        else on this rank's device. Inside `with torch.device("cpu"):`, they are built on the CPU,
+        and moved later.
         """
         raise NotImplementedError(
             f"{type(self).__name__} has no configure_models; write one that assigns the model: "
@@ -136,7 +142,8 @@ class ModelSetupMixin(AbstractTrainer):
         on_meta = self._is_sharded and self._has_init_weights
         device = torch.device("meta") if on_meta else self.world.device
         drawing = self.world.sharded_random() if on_meta else nullcontext()
-        with assigned_attributes(self, _is_model) as names, device, drawing:
+        tracking, explaining = assigned_attributes(self, _is_model), pretrained.explained(device)
+        with tracking as names, explaining, device, drawing:
             self.configure_models()
         if not names:
             raise RuntimeError(
@@ -181,27 +188,26 @@ class ModelSetupMixin(AbstractTrainer):
             ),
         }
         if parameters.cpu_offload:
+            if self.world.is_global_zero:
+                _warn_of_one_thread()
             config["offload_policy"] = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda")
         return config
 
     def _materialize(self) -> None:
-        device = self.world.device
-        if self.config.device_parameters.cpu_offload and self.world.shape.uses_fsdp:
-            device = torch.device("cpu")
-        empty: set[str] = set()
-        for name, model in self.named_models().items():
-            if any(tensor.is_meta for _, tensor in _tensors(model)):
-                if not self._has_init_weights:
-                    raise RuntimeError(
-                        f"model {name!r} is on the meta device, and {type(self).__name__} has no "
-                        "init_weights to give it values; write one, or build it on a real device"
-                    )
-                model.to_empty(device=device)
-                for key, tensor in _tensors(model):
-                    _mark_empty(tensor)
-                    empty.add(f"{name}.{key}")
-            else:
+        """Give tensors on the meta device memory, initialize all, and put buffers on the device."""
+        offloads = self.config.device_parameters.cpu_offload and self.world.shape.uses_fsdp
+        device = torch.device("cpu") if offloads else self.world.device
+        models, empty = self.named_models(), dict[str, set[str]]()
+        for name, model in models.items():
+            if not materialize.is_on_meta(model):
                 model.to(device)
+            elif self._has_init_weights:
+                empty[name] = materialize.allocate(model, device)
+            else:
+                raise RuntimeError(
+                    f"model {name!r} is on the meta device, and {type(self).__name__} has no "
+                    "init_weights to give it values; write one, or build it on a real device"
+                )
         if self._has_init_weights:
             drawing: AbstractContextManager[Any] = (
                 self.world.sharded_random() if self._is_sharded else nullcontext()
@@ -210,16 +216,31 @@ class ModelSetupMixin(AbstractTrainer):
                 self.init_weights()
         still_empty = [
             f"{name}.{key}"
-            for name, model in self.named_models().items()
-            for key, tensor in _tensors(model)  # read again: init_weights may assign new ones
-            if f"{name}.{key}" in empty and _is_marked_empty(tensor)
+            for name, keys in empty.items()
+            for key in materialize.still_empty(models[name], keys)
         ]
         if still_empty:
             raise RuntimeError(
                 f"{', '.join(still_empty[:5])}{' …' if len(still_empty) > 5 else ''}: built on the "
                 "meta device, so values of the constructor are lost, and init_weights set none; "
-                "every parameter and buffer in init_weights"
+                "set every parameter and buffer in init_weights"
             )
+        for model in models.values():
+            # FSDP copies offloaded parameters to the device for a forward, and leaves buffers.
+            materialize.move_buffers(model, self.world.device)
+
+
+def _warn_of_one_thread() -> None:
+    """Warn if offloaded optimizers will leave cores idle."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores_per_rank = (num_cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if torch.get_num_threads() == 1 and cores_per_rank > 1:
+        logger.warning(
+            "cpu_offload=True runs the optimizer on the CPU, with one thread; this machine has %d "
+            "cores per rank: set OMP_NUM_THREADS=%d (torchrun sets it to 1 if it isn't set)",
+            cores_per_rank,
+            cores_per_rank,
+        )
 
 
 def _is_model(value: Any) -> bool:
@@ -238,33 +259,3 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
         if any(True for _ in block.parameters())
     ]
     return list(dict.fromkeys(reversed(blocks)))
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor."""
-    from torch.distributed.tensor import DTensor
-
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def _mark_empty(tensor: Tensor) -> None:
-    local = _local(tensor)
-    if local.is_floating_point() or local.is_complex():
-        local.fill_(float("nan"))
-    elif local.dtype is not torch.bool:
-        local.fill_(torch.iinfo(local.dtype).min)
-
-
-def _is_marked_empty(tensor: Tensor) -> bool:
-    """Whether nothing was written since `_mark_empty`; always False for booleans."""
-    local = _local(tensor)
-    if local.numel() == 0 or local.dtype is torch.bool:
-        return False
-    if local.is_floating_point() or local.is_complex():
-        return bool(local.isnan().any())
-    return local.dtype is not torch.uint8 and bool((local == torch.iinfo(local.dtype).min).all())

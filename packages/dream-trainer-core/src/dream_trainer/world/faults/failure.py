@@ -31,6 +31,7 @@ class Failure:
         host: Host name.
         what: The error and where it was raised, in one line.
         time_s: Unix time in seconds.
+        is_on_all_ranks: Whether every rank raises the same error.
     """
 
     rank: int
@@ -38,6 +39,7 @@ class Failure:
     host: str
     what: str
     time_s: float
+    is_on_all_ranks: bool = False
 
     def __str__(self) -> str:
         return f"rank {self.rank} (pid {self.pid} on {self.host}) {self.what}"

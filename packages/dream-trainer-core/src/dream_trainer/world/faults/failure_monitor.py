@@ -27,6 +27,8 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, NoReturn
 
 from dream_trainer.world import signals, torchrun
+from dream_trainer.world.coordination import RankFailure
+from dream_trainer.world.early_exchange import EarlyExchange
 from dream_trainer.world.faults.failure import (
     Failure,
     Interruption,
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
 _POLL_EVERY_S = 0.2
 _WAIT_S = 2.0
 """Wait for the failure that caused a lost connection, and at exit for threads and ranks."""
+_SIGNAL_EVERY_S = 1.0
+"""Interval of the signals that interrupt the main thread."""
 _SIGTERM_REPORT_S = 25.0
 """Seconds after SIGTERM until the main thread's place is reported; torchrun kills after 30."""
 _ATEXIT_S = 1.0
@@ -59,6 +63,9 @@ class NoFailureMonitor:
 
     def watching(self, step: Callable[[], int]) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+    def start_early_exchange(self, is_late: Callable[[float], bool]) -> None:
+        pass
 
     def report(self, error: BaseException, step: int) -> BaseException:
         return error
@@ -103,6 +110,9 @@ class FailureMonitor:
         self._local_processes: LocalProcesses | None = None
         self._interrupts = False
         self._interruption: Interruption | None = None  # the last one raised in the main thread
+        self._handled_id: int | None = None  # of the error that was handled at the last signal
+        self._early: EarlyExchange | None = None
+        self._num_runs = 0
 
     # What the loop calls
 
@@ -129,6 +139,12 @@ class FailureMonitor:
             self._depth = 0  # clean-up isn't interrupted
             raise
         self._depth -= 1
+
+    def start_early_exchange(self, is_late: Callable[[float], bool]) -> EarlyExchange:
+        """An EarlyExchange that the monitor's thread polls. Every rank calls it once per run."""
+        self._num_runs += 1
+        self._early = EarlyExchange(self._store, self._num_runs, is_late)
+        return self._early
 
     def report(self, error: BaseException, step: int) -> BaseException:
         """Report an error to all ranks, unless another rank failed first.
@@ -220,7 +236,10 @@ class FailureMonitor:
             self._place = "waiting"
             self._store.tell_place(self._rank, self._place)
             what += f"; where each rank was: {grouped(self._store.where_ranks_are())}"
-        return self._store.publish(_failure(self._rank, self._pid, what))
+        is_on_all_ranks = isinstance(error, RankFailure)
+        return self._store.publish(
+            _failure(self._rank, self._pid, what, is_on_all_ranks=is_on_all_ranks)
+        )
 
     def _set_first(self, first: Failure) -> None:
         """Keep the first failure and start the clean-up timeout, after which this process ends."""
@@ -256,10 +275,9 @@ class FailureMonitor:
                 local_processes.close()
 
     def _run(self, local_processes: LocalProcesses) -> None:
-        interval_s = max(_POLL_EVERY_S, self._world_size / MAX_REQUESTS_PER_S)
         report_place_at_s = math.inf
         while self._first is None:
-            ended, written = local_processes.wait(interval_s)
+            ended, written = local_processes.wait(self._poll_interval_s())
             if self._thread is not threading.current_thread():
                 return
             must_end = signals.has_undecided_sigterm(written)
@@ -280,13 +298,21 @@ class FailureMonitor:
                 )
         self._interrupt_or_end()
 
+    def _poll_interval_s(self) -> float:
+        is_agreeing = self._early is not None and self._early.is_agreeing
+        interval_s = _POLL_EVERY_S / 4 if is_agreeing else _POLL_EVERY_S
+        return max(interval_s, self._world_size / MAX_REQUESTS_PER_S)
+
     def _check(self, ended: tuple[tuple[int, int], ...], must_end: bool) -> None:
         """Check for a failure in the store, and for local processes that have exited."""
         for rank, pid in ended:
             self._on_process_exit(rank, pid, must_end)
-        if not self._has_told_place and self._store.is_asked_where():
+        num_questions = self._store.num_questions()
+        if num_questions and not self._has_told_place and self._store.is_asked_where():
             self._has_told_place = True
             self._store.tell_place(self._rank, self._place or place_of_main_thread())
+        if self._early is not None:
+            self._early.poll(num_questions)
         first = self._store.first()
         if first is not None:
             self._set_first(first)
@@ -320,10 +346,12 @@ class FailureMonitor:
 
     def _interrupt_or_end(self) -> None:
         """Interrupt the main thread, or end the process at the deadline."""
-        signalled_at_s = -math.inf
+        signal_at_s = time.monotonic()
+        if self._first is not None and self._first.is_on_all_ranks:
+            signal_at_s += _WAIT_S  # the main thread is about to raise it
         while not self._has_left_loop and time.monotonic() < self._deadline_s:
-            if self._depth and self._interrupts and time.monotonic() - signalled_at_s > 1.0:
-                signalled_at_s = time.monotonic()
+            if self._depth and self._interrupts and time.monotonic() >= signal_at_s:
+                signal_at_s = time.monotonic() + _SIGNAL_EVERY_S
                 signals.interrupt_main_thread()
             time.sleep(0.02)
         if not self._has_left_loop:
@@ -358,11 +386,16 @@ class FailureMonitor:
         """Raise an Interruption in the main thread, which calls this in a signal handler.
 
         Called repeatedly while the main thread is in the loop: an interruption that was swallowed
-        is raised again, except while one is being handled, in a `finally` for example.
+        is raised again, except while one is being handled, in a `finally` for example. Another
+        error that is being handled may be on its way out of the loop: it has until the next call.
         """
         if not self._depth or self._first is None:
             return
-        if self._interruption is None or self._interruption not in error_chain(sys.exception()):
+        handled, last_id = sys.exception(), self._handled_id
+        self._handled_id = None if handled is None else id(handled)
+        if handled is not None and self._handled_id != last_id:
+            return
+        if self._interruption is None or self._interruption not in error_chain(handled):
             self._interruption = Interruption(self._first)
             raise self._interruption
 
@@ -382,8 +415,8 @@ class FailureMonitor:
         faulthandler.dump_traceback_later(_ATEXIT_S, exit=True, file=nowhere)
 
 
-def _failure(rank: int, pid: int, what: str) -> Failure:
-    return Failure(rank, pid, socket.gethostname(), what, time.time())
+def _failure(rank: int, pid: int, what: str, *, is_on_all_ranks: bool = False) -> Failure:
+    return Failure(rank, pid, socket.gethostname(), what, time.time(), is_on_all_ranks)
 
 
 def _flush() -> None:

@@ -41,7 +41,7 @@ class FailureStore:
         self.client: Store = store.clone()  # type: ignore[attr-defined]  # torch's stubs lack it
         self.client.set_timeout(timedelta(seconds=_ANSWER_S))
         self.is_lost = False
-        self._world_size = world_size
+        self.world_size = world_size
         # torchrun keeps the keys of an earlier attempt with another number of nodes.
         self._stale = b""
         with self.may_be_lost():
@@ -73,10 +73,11 @@ class FailureStore:
 
     def where_ranks_are(self) -> list[str]:
         """Ask all ranks where their main threads are; "no answer" for those that don't reply."""
-        places = ["no answer"] * self._world_size
-        keys = [f"place/{rank}" for rank in range(self._world_size)]
+        places = ["no answer"] * self.world_size
+        keys = [f"place/{rank}" for rank in range(self.world_size)]
         with self.may_be_lost():
             self.client.set("where", "")
+            self.client.add("questions", 1)
             give_up_s = time.monotonic() + _PLACES_S
             while not self.client.check(keys) and time.monotonic() < give_up_s:
                 time.sleep(0.05)
@@ -84,6 +85,21 @@ class FailureStore:
                 if self.client.check([key]):
                     places[rank] = self.client.get(key).decode()
         return places
+
+    def num_questions(self) -> int:
+        """Number of questions that ranks have asked all ranks: where they are, early exchanges."""
+        return self.client.add("questions", 0)
+
+    def answer_early(self, run: int, event: int, tick: int) -> None:
+        """Add this rank's tick for an event of an early exchange."""
+        self.client.append(f"early/{run}/{event}", f"{tick}\n")  # type: ignore[attr-defined]
+
+    def early_answers(self, run: int, event: int) -> list[int]:
+        """The ticks of the ranks that have answered so far, in any order."""
+        key = f"early/{run}/{event}"
+        if not self.client.check([key]):
+            return []
+        return [int(line) for line in self.client.get(key).split()]
 
     def is_asked_where(self) -> bool:
         """Whether a rank has asked where the others are."""
@@ -130,11 +146,11 @@ class FailureStore:
         give_up_s = time.monotonic() + limit_s
         while not self.is_lost and time.monotonic() < give_up_s:
             with self.may_be_lost():
-                if self.client.add(key, 0) >= self._world_size:
+                if self.client.add(key, 0) >= self.world_size:
                     return
             if look is not None:
                 look()
-            time.sleep(max(0.02, self._world_size / MAX_REQUESTS_PER_S))
+            time.sleep(max(0.02, self.world_size / MAX_REQUESTS_PER_S))
 
     @contextlib.contextmanager
     def may_be_lost(self) -> Iterator[None]:

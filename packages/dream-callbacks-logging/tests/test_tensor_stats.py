@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dream_callbacks.logging.tensor_stats import tensor_stats
+from dream_trainer.configs import DeviceParameters
+from dream_trainer.world import World
+
+
+class BlockingCopies(TorchDispatchMode):
+    """Records copies between devices that the host waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ == "_to_copy" and not kwargs.get("non_blocking"):
+            if result.device != args[0].device:
+                self.found.append(f"{args[0].device} to {result.device}")
+        return result
+
+
+def test_statistics_of_tensors_on_a_gpu_never_wait_for_it():
+    world = World(DeviceParameters(device="cpu"))
+    world.device = torch.device("cuda", 0)
+    with FakeTensorMode(allow_non_fake_inputs=True), BlockingCopies() as copies:
+        tensors = [torch.empty(8, 8, device="cuda"), torch.empty(8, device="cuda"), None]
+        stats = tensor_stats(tensors, world, with_histograms=True)
+        assert copies.found == []
+
+        torch.ones(2).to("cuda:0")
+
+    assert stats.sums.shape == (3, 3)
+    assert copies.found == ["cpu to cuda:0"]
+
+
+def test_bounds_cover_finite_values_and_are_empty_without_any():
+    world = World(DeviceParameters(device="cpu"))
+    values = torch.tensor([-2.0, 5.0, torch.inf, torch.nan])
+    stats = tensor_stats([values, None], world, with_histograms=True)
+
+    assert stats.bounds.tolist() == [[-2.0, 5.0], [torch.inf, -torch.inf]]
+    first, second = stats.histograms()
+    assert second is None
+    assert first is not None
+    assert sum(first.counts) == 2.0
