@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from fractions import Fraction
 from typing import Any
@@ -372,6 +373,7 @@ def test_none_is_not_counted() -> None:
 
 
 def test_values_that_are_no_numbers_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     named: set[str] = set()
     for _ in range(2):
         means = EpochMeans("validation_step", named)
@@ -379,10 +381,18 @@ def test_values_that_are_no_numbers_are_named_once(caplog: pytest.LogCaptureFixt
         result = means.reduce(world())
 
     assert result["phase"] == 1j
-    assert sorted(record.message for record in caplog.records) == [
-        f"validation_step reports '{key}' as {what}, which isn't a number, so it has no mean: the "
-        "epoch's result has the last batch's"
-        for key, what in (("logits", "a tensor of shape (4, 2)"), ("phase", "a complex (1j)"))
+    assert sorted((record.levelname, record.message) for record in caplog.records) == [
+        (
+            level,
+            (
+                f"validation_step reports '{key}' as {what}, which isn't a real number, so it has no "
+                "mean: the epoch's result has the last batch's"
+            ),
+        )
+        for level, key, what in (
+            ("INFO", "logits", "a tensor of shape (4, 2)"),
+            ("WARNING", "phase", "a complex (1j)"),
+        )
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from numbers import Number
 from typing import Any
 
 import torch
@@ -84,12 +85,13 @@ class EpochMeans:
     of a parameter with the next step, that of a CUDA graph's output with the next replay. Copies
     are buffered, and summed some batches later in one operation per key.
 
-    None isn't counted. Of values that aren't numbers, the last batch's are kept, without a copy;
-    a warning names them.
+    None isn't counted. Of values that aren't numbers, the last batch's are kept, without a copy.
+    They are named once in the log: as a warning if they are complex or decimal numbers, else as
+    information.
 
     Args:
         step_name: Name of the method whose results these are, for errors.
-        named: Keys that a warning has named; shared by the means of several epochs.
+        named: Keys that were named in the log; shared by the means of several epochs.
     """
 
     def __init__(self, step_name: str, named: set[str] | None = None) -> None:
@@ -191,9 +193,11 @@ class EpochMeans:
 
     def _name_once(self, values: Mapping[str, Any]) -> None:
         for key in values.keys() - self._named:
-            logger.warning(
-                "%s reports %r as %s, which isn't a number, so it has no mean: the epoch's result "
-                "has the last batch's",
+            is_expected = not isinstance(values[key], Number)  # pictures, logits, texts
+            logger.log(
+                logging.INFO if is_expected else logging.WARNING,
+                "%s reports %r as %s, which isn't a real number, so it has no mean: the epoch's "
+                "result has the last batch's",
                 self.step_name,
                 key,
                 described(values[key]),
