@@ -36,7 +36,7 @@ TRAINING: list[Any] = [
     pytest.param(CLIPPING, id="clipping", marks=pytest.mark.full),
 ]
 
-Outcome = tuple[list[float], dict[str, Tensor], float]
+Outcome = tuple[list[float], dict[str, Tensor], dict[str, float]]
 
 
 def trained(
@@ -46,15 +46,15 @@ def trained(
     training: dict[str, Any],
     callback_names: tuple[str, ...] = (),
 ) -> Outcome:
-    """Losses of the global batches, the final weights, and their loss on the validation set."""
+    """Losses of the global batches, the final weights, and their result on the validation set."""
     own = [getattr(callbacks, name)() for name in callback_names]
     trainer, losses = make(
         root, layout, device, own, max_steps=STEPS, val_every_n_steps=STEPS, **training
     )
     trainer.fit()
     weights = plain.weights_of(trainer.model)
-    (val_loss,) = losses.val_losses
-    return losses.losses, {name: weight.cpu() for name, weight in weights.items()}, val_loss
+    (validation,) = losses.validations
+    return losses.losses, {name: weight.cpu() for name, weight in weights.items()}, validation
 
 
 def device_of(cell: Cell) -> Literal["cpu", "cuda"]:
@@ -66,15 +66,16 @@ def test_losses_and_weights_equal_those_of_one_process(
     tmp_path: Path, cell: Cell, training: dict[str, Any]
 ) -> None:
     device, root = device_of(cell), str(tmp_path)
-    ((losses, weights, val_loss),) = run_on_ranks(trained, 1, "single", device, root, training)
+    ((losses, weights, validation),) = run_on_ranks(trained, 1, "single", device, root, training)
     outcomes = run_on_ranks(trained, cell.ranks, cell.layout, device, root, training)
 
     tolerances = (LOSS_TOLERANCE, WEIGHT_TOLERANCE)
     loss_tolerance, weight_tolerance = tolerances if device == "cpu" else [CUDA_TOLERANCE] * 2
     assert len(losses) >= STEPS
-    for found_losses, found_weights, found_val_loss in outcomes:
+    assert validation.keys() == {"val_loss", "second_token"}
+    for found_losses, found_weights, found_validation in outcomes:
         assert found_losses == pytest.approx(losses, abs=loss_tolerance)
-        assert found_val_loss == pytest.approx(val_loss, abs=loss_tolerance)
+        assert found_validation == pytest.approx(validation, abs=loss_tolerance)
         for name, expected in weights.items():
             assert_close(
                 found_weights[name], expected, atol=weight_tolerance, rtol=weight_tolerance

@@ -20,7 +20,7 @@ from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from dream_trainer import DreamTrainer, DreamTrainerConfig
+from dream_trainer import DreamTrainer, DreamTrainerConfig, WeightedMean
 from dream_trainer.callbacks import Callback, CallbackCollection
 from dream_trainer.configs import DeviceParameters, TrainingParameters
 
@@ -88,6 +88,11 @@ def token_data() -> TensorDataset:
     return TensorDataset((start + torch.arange(CONTEXT + 1)) % VOCABULARY)
 
 
+def with_names(samples: list[tuple[Tensor]]) -> tuple[list[str], Tensor]:
+    """A batch that begins with texts, as many do."""
+    return ["text"] * len(samples), torch.stack([tokens for (tokens,) in samples])
+
+
 def next_token_loss(model: nn.Module, tokens: Tensor, part: int = 0, num_parts: int = 1) -> Tensor:
     """Mean loss over one part of the sequences."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -138,35 +143,41 @@ class Toy(DreamTrainer):
     def configure_dataloaders(self) -> Any:
         data, size = token_data(), self.world.dp_size
         sampler = DistributedSampler(data, num_replicas=size, rank=self.world.dp_rank)
-        loader = DataLoader(data, batch_size=GLOBAL_BATCH // size, sampler=sampler)
+        loader = DataLoader(
+            data, batch_size=GLOBAL_BATCH // size, sampler=sampler, collate_fn=with_names
+        )
         return loader, loader
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        loss = self.loss(batch[0])
+        _, tokens = batch
+        loss = self.loss(tokens)
         self.backward(loss)
         if not self.is_accumulating_gradients:
             self.step(self.optimizer)
         return {"loss": loss}
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        return {"val_loss": self.loss(batch[0])}
+        _, tokens = batch
+        is_low = tokens[:, 0] < 3  # none in some batches
+        second = WeightedMean(tokens[is_low, 1].float().mean(), is_low.sum())
+        return {"val_loss": self.loss(tokens), "second_token": second}
 
     def loss(self, tokens: Tensor) -> Tensor:
         return next_token_loss(self.model, tokens, self.world.cp_rank, self.world.cp_size)
 
 
 class GlobalLosses(Callback[DreamTrainer]):
-    """Records the loss of each global batch and of each validation."""
+    """Records the loss of each global batch, and the result of each validation."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
-        self.val_losses: list[float] = []
+        self.validations: list[dict[str, float]] = []
 
     def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
         self.losses.append(self.trainer.world.all_reduce(result["loss"]).item())
 
     def post_validation_epoch(self, result: dict[str, Any]) -> None:
-        self.val_losses.append(result["val_loss"])
+        self.validations.append(result)
 
 
 class Sleeps(Callback[DreamTrainer]):

@@ -17,7 +17,11 @@ FORBIDDEN_NAMES = ("utils.py", "helpers.py", "common.py", "types.py")
 # Core, from the bottom up. A module imports from its own layer and those before it; a module
 # belongs to the layer with the longest name that it starts with.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("dream_trainer.callbacks._aliases", "dream_trainer.interface.intersection"),
+    (
+        "dream_trainer.callbacks._aliases",
+        "dream_trainer.interface.intersection",
+        "dream_trainer.numbers",
+    ),
     ("dream_trainer.configs",),
     ("dream_trainer.world",),
     ("dream_trainer.interface.trainer",),

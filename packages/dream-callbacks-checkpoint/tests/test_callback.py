@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import time
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from dream_callbacks.checkpoint.restore import SavedState
 from dream_callbacks.checkpoint.testing import prove
 from dream_trainer.callbacks import Callback, Every
 from dream_trainer.testing import TinyTrainer, run_on_ranks
+from dream_trainer.trainer import WeightedMean
 
 STEPS_PER_EPOCH = 8
 
@@ -241,6 +243,94 @@ def test_a_training_result_can_be_monitored(tmp_path: Path) -> None:
     best = min(saved(tmp_path), key=lambda checkpoint: checkpoint.metrics["loss"])
     assert "loss" in best.metrics
     assert len(steps(tmp_path)) <= 2
+
+
+class TrainsOnly(TinyTrainer):
+    """Has no validation loader."""
+
+    def configure_dataloaders(self) -> Any:
+        return super().configure_dataloaders()[0]
+
+
+class CountingTrainer(TrainsOnly):
+    """Has a metric of training, which an epoch's result contains."""
+
+    class Count:
+        def reset(self) -> None:
+            self.count = 0
+
+        def update(self, y: torch.Tensor) -> None:
+            self.count += len(y)
+
+        def compute(self) -> int:
+            return self.count
+
+    def configure_train_metrics(self) -> None:
+        self.count = self.Count()
+
+
+@pytest.mark.parametrize(
+    ("kind", "monitor", "warned_at"),
+    [
+        (TrainsOnly, "val_loss", 1),
+        (TrainsOnly, "loss", None),
+        (CountingTrainer, "val_loss", 8),
+        (CountingTrainer, "count", None),
+        (TinyTrainer, "val_loss", None),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_monitor_that_can_never_come_is_a_warning_at_the_first_step(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    kind: type[TinyTrainer],
+    monitor: str,
+    warned_at: int | None,
+) -> None:
+    class SeesWarning(Callback[Any]):
+        step: int | None = None
+
+        def pre_train_step(self, batch: Any, batch_idx: int) -> None:
+            if "there is no validation" in caplog.text and self.step is None:
+                self.step = self.trainer.global_step
+
+    sees = SeesWarning()
+    tiny(tmp_path, sees, kind=kind, monitor=monitor, keep_top_k=1).fit()
+
+    assert sees.step == warned_at
+    assert caplog.text.count("there is no validation, and training_step reports loss") == (
+        warned_at is not None
+    )
+
+
+def test_without_val_every_n_steps_a_monitor_of_validation_never_comes_either(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny(tmp_path, keep_top_k=1, training={"n_epochs": 1, "val_every_n_steps": 0}).fit()
+
+    assert "monitor='val_loss': there is no validation" in caplog.text
+
+
+def test_numbers_of_any_kind_are_saved_as_metrics(tmp_path: Path) -> None:
+    class Numbers(TinyTrainer):
+        def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+            numpy = pytest.importorskip("numpy")
+            weighted = WeightedMean(torch.tensor(2.0), torch.tensor(batch_idx))
+            return {
+                "val_loss": numpy.float32(0.5),
+                "weighted": weighted,
+                "fraction": Fraction(1, 4),
+            }
+
+        def compute_metrics(self) -> dict[str, Any]:
+            return {"array": pytest.importorskip("numpy").ones(1), "text": "none"}
+
+    tiny(tmp_path, kind=Numbers, keep_top_k=1, training={"n_epochs": 1}).fit()
+
+    (checkpoint,) = saved(tmp_path)
+    numbers = {"val_loss": 0.5, "weighted": 2.0, "fraction": 0.25, "array": 1.0}
+    assert {name: checkpoint.metrics.get(name) for name in numbers} == numbers
+    assert "text" not in checkpoint.metrics
 
 
 def test_a_checkpoint_deleted_by_the_user_does_not_affect_retention(tmp_path: Path) -> None:

@@ -35,13 +35,15 @@ class Run:
     scheduler: bool
     accumulation: int
     callback: str
+    reports: str = "loss"
 
     def __str__(self) -> str:
         parts = [self.layout, self.stop, self.loader, f"w{self.num_workers}"]
         parts += [
             n for n in ("shuffle", "augmentation", "dropout", "scheduler") if getattr(self, n)
         ]
-        return "-".join([*parts, f"a{self.accumulation}", self.callback])
+        parts += [f"a{self.accumulation}", self.callback]
+        return "-".join([*parts, *(["all_kinds"] if self.reports == "all kinds" else [])])
 
     @property
     def is_possible(self) -> bool:
@@ -63,6 +65,7 @@ AXES: dict[str, tuple[Any, ...]] = {
     "scheduler": (True, False),
     "accumulation": (1, 3),
     "callback": tuple(CALLBACKS),
+    "reports": ("loss", "all kinds"),
 }
 
 
@@ -94,17 +97,23 @@ def _met(run: Run) -> set[frozenset[tuple[str, Any]]]:
 
 
 def product() -> list[Run]:
-    """All combinations with a plain DataLoader; the callback of each is drawn at random."""
-    axes = {**AXES, "stop": AXES["stop"][:3], "loader": ("plain",), "callback": ("",)}
+    """All combinations with a plain DataLoader; callback and results are drawn at random."""
+    axes = {**AXES, "stop": AXES["stop"][:3], "loader": ("plain",)}
+    axes |= dict.fromkeys(("callback", "reports"), ("",))
     runs = [Run(*values) for values in itertools.product(*axes.values())]
     draw = random.Random(0)  # by turns, each would meet one accumulation alone
-    return [dataclasses.replace(run, callback=draw.choice(AXES["callback"])) for run in runs]
+    return [
+        dataclasses.replace(
+            run, **{axis: draw.choice(AXES[axis]) for axis in ("callback", "reports")}
+        )
+        for run in runs
+    ]
 
 
 def trainer_of(run: Run) -> Any:
     training = {"max_steps": 1, "gradient_accumulation_steps": run.accumulation}
     trainer = make(Path("runs"), layout=run.layout, callback=run.callback, training=training)
-    trainer.loader, trainer.num_workers = run.loader, run.num_workers
+    trainer.loader, trainer.num_workers, trainer.reports = run.loader, run.num_workers, run.reports
     trainer.shuffle, trainer.has_scheduler = run.shuffle, run.scheduler
     trainer.noise = Everything.noise * run.augmentation
     trainer.dropout = Everything.dropout * run.dropout

@@ -16,8 +16,9 @@ from torch.distributed.tensor.parallel import (
 )
 from training import Everything, History, different, make, moments, weights
 
-from dream_trainer.callbacks import Every
+from dream_trainer.callbacks import Callback, Every
 from dream_trainer.testing import run_on_ranks
+from dream_trainer.trainer import WeightedMean
 
 
 class Plain(Everything):
@@ -115,3 +116,41 @@ def test_a_warning_names_the_saved_and_the_current_number_of_ranks(
 
     assert "was saved by 2 data-parallel ranks, and there are 1" in caplog.text
     assert trainer.counters.epoch_batches == 3
+
+
+class Weighted(Plain):
+    """Reports a mean with weights that grow, and counts in a metric of training."""
+
+    reports = "all kinds"
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        result = super().training_step(batch, batch_idx)
+        _, x = batch
+        return {**result, "mean": WeightedMean(x.mean(), torch.tensor(len(x) * (batch_idx + 1)))}
+
+
+class Epochs(Callback[Any]):
+    def __init__(self) -> None:
+        self.results: list[dict[str, Any]] = []
+
+    def post_train_epoch(self, result: dict[str, Any]) -> None:
+        self.results.append(result)
+
+
+def weighted_part(root: Path, layout: str, until: int | None) -> list[dict[str, Any]]:
+    epochs = Epochs()
+    training = {"n_epochs": 1, "max_steps": until}
+    make(root, epochs, kind=Weighted, layout=layout, training=training).fit()
+    return epochs.results
+
+
+def test_a_weighted_mean_of_an_epoch_is_the_same_in_another_layout(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (whole,) = weighted_part(tmp_path / "whole", "single", None)
+    run_on_ranks(weighted_part, 2, tmp_path / "moved", "fsdp", 3)
+    caplog.clear()
+    (moved,) = weighted_part(tmp_path / "moved", "single", None)
+
+    assert moved["mean"] == pytest.approx(whole["mean"], rel=1e-6)
+    assert "the state of the metrics of training sums isn't restored; in this epoch" in caplog.text

@@ -23,6 +23,7 @@ from dream_callbacks.checkpoint import (
 from dream_trainer.callbacks import Callback, CallbackCollection, Every
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import TinyTrainer, tiny_config
+from dream_trainer.trainer import WeightedMean
 
 CALLBACKS: dict[str, type[CheckpointCallback]] = {
     "sync": CheckpointCallback,
@@ -51,8 +52,26 @@ class Augmented(Dataset[Any]):
         return torch.full((4,), float(index) / self.num_samples) + self.noise * noise
 
 
+class Sums:
+    """A metric: the sum of what it saw, and each batch's."""
+
+    def reset(self) -> None:
+        self.total, self.parts = torch.zeros(()), list[Tensor]()
+
+    def update(self, batch: Tensor) -> None:
+        self.total += batch.sum()
+        self.parts.append(batch.sum())
+
+    def compute(self) -> Tensor:
+        return self.total / len(self.parts)
+
+
 class Everything(TinyTrainer):
-    """Shuffling, augmentation, dropout, a scheduler, accumulation."""
+    """Shuffling, augmentation, dropout, a scheduler, accumulation.
+
+    With `reports` "all kinds": batches that begin with texts, and results with a WeightedMean,
+    numbers of numpy, keys that differ between batches and ranks, and a metric of training.
+    """
 
     loader = "distributed"
     num_workers = 0
@@ -60,6 +79,7 @@ class Everything(TinyTrainer):
     noise = 0.1
     dropout = 0.2
     has_scheduler = True
+    reports = "loss"
 
     def configure_schedulers(self) -> None:
         if self.has_scheduler:
@@ -68,15 +88,36 @@ class Everything(TinyTrainer):
     def configure_dataloaders(self) -> Any:
         return self._augmented(24, shuffle=self.shuffle), self._augmented(8, shuffle=False)
 
+    def configure_train_metrics(self) -> None:
+        if self.reports == "all kinds":
+            self.sums = Sums()
+
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        batch = batch[-1] if self.reports == "all kinds" else batch
         loss = nn.functional.dropout(self.model(batch), self.dropout).square().mean()
         self.backward(loss)
         if not self.is_accumulating_gradients:
             self.step(self.optimizer)
-        return {"loss": loss, "seen": batch.sum()}
+        result = {"loss": loss, "seen": batch.sum()}
+        if self.reports == "all kinds":
+            self.sums.update(batch)
+            result |= self._numbers(loss.detach(), batch_idx)
+        return result
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        return {"val_loss": self.model(batch).square().mean()}
+        if self.reports == "loss":
+            return {"val_loss": self.model(batch).square().mean()}
+        loss = self.model(batch[-1]).square().mean()
+        return {"val_loss": loss, **self._numbers(loss, batch_idx)}
+
+    def _numbers(self, loss: Tensor, batch_idx: int) -> dict[str, Any]:
+        part = (batch_idx + self.world.dp_rank) % 2
+        return {
+            "weighted": WeightedMean(loss, torch.tensor(batch_idx)),
+            "weighted_numpy": WeightedMean(numpy.float32(loss.item()), numpy.int64(part)),
+            "numpy": loss.numpy().reshape(1),
+            f"part_{part}": loss,
+        }
 
     def _augmented(self, num_samples: int, *, shuffle: bool) -> Iterable[Any]:
         dataset = Augmented(num_samples, self.noise)
@@ -90,7 +131,12 @@ class Everything(TinyTrainer):
             batch_size=4 // self.world.dp_size,
             sampler=sampler,
             num_workers=self.num_workers,
+            collate_fn=_with_texts if self.reports == "all kinds" else None,
         )
+
+
+def _with_texts(samples: list[Tensor]) -> Any:
+    return ["text"] * len(samples), torch.stack(samples)
 
 
 def _stateful(*args: Any, **kwargs: Any) -> Iterable[Any]:

@@ -5,7 +5,7 @@ import json
 import math
 import pickle
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from dream_callbacks.logging import (
 from dream_trainer.callbacks import Callback
 from dream_trainer.configs import WandbLoggingParameters
 from dream_trainer.testing import RankError, TinyTrainer, run_on_ranks, tiny_config
+from dream_trainer.trainer import WeightedMean
 
 
 class Recorder(Callback[Any]):
@@ -428,27 +429,130 @@ def test_the_loss_of_two_ranks_is_the_loss_of_the_global_batch(tmp_path, reduce)
         assert losses == pytest.approx(global_losses, abs=1e-6)  # the sums have another order
 
 
-class DisagreeingTrainer(TinyTrainer):
-    """From the third batch on, rank 1 reports something that rank 0 doesn't."""
+class TaskTrainer(TinyTrainer):
+    """The task of a batch is in a key and differs between ranks; rank 1 reports a rare value."""
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         result = super().training_step(batch, batch_idx)
-        return result | ({"extra": 1.0} if self.world.rank == 1 and batch_idx >= 2 else {})
+        task, rank = "ab"[(batch_idx + self.world.rank) % 2], self.world.rank
+        rare = {"rare": 7} if rank == 1 and batch_idx == 4 else {}
+        return result | {task: batch_idx + rank / 10} | rare
 
 
-def train_disagreeing(directory):
-    trainer = DisagreeingTrainer(tiny_config(directory, [LoggerCallback(1)]))
+class CountingWorld(Callback[TinyTrainer]):
+    """Counts the all-reduces of LoggerCallback in each step."""
+
+    before: ClassVar = {LoggerCallback}
+
+    def pre_fit(self) -> None:
+        self.counts: list[int] = []
+        all_reduce = self.trainer.world.all_reduce
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            self.counts[-1] += 1
+            return all_reduce(*args, **kwargs)
+
+        self.trainer.world.all_reduce = counting  # type: ignore[method-assign]
+
+    def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        self.counts.append(0)
+
+
+def train_tasks(directory):
+    counting = CountingWorld()
+    trainer = TaskTrainer(tiny_config(directory, [counting, LoggerCallback(1)]))
     trainer.fit()
+    return trainer.run_dir, counting.counts
 
 
-def test_different_scalars_on_ranks_are_an_error_that_lists_them_by_rank(tmp_path):
-    with pytest.raises(RankError) as caught:
-        run_on_ranks(train_disagreeing, 2, tmp_path, timeout_s=30)
+def test_keys_that_differ_by_rank_are_averaged_over_the_ranks_that_report_them(tmp_path):
+    (run_dir, counts), _ = run_on_ranks(train_tasks, 2, tmp_path, timeout_s=60)
 
-    for text in caught.value.tracebacks.values():
-        assert "ranks disagree on the scalars that training_step reports" in text
-        assert "rank 0: ['loss']" in text
-        assert "rank 1: ['extra', 'loss']" in text
+    rows = read_jsonl(run_dir)
+    steps = list(range(1, 9))
+    expected = [[(step - 1) + ((step - 1 + i) % 2) / 10 for step in steps] for i in (0, 1)]
+    assert series(rows, "train/a") == (steps, pytest.approx(expected[0]))
+    assert series(rows, "train/b") == (steps, pytest.approx(expected[1]))
+    assert series(rows, "train/rare") == ([5], [7.0])
+    assert len(series(rows, "train/loss")[0]) == 8
+    assert counts[:4] == [1, 1, 1, 1]  # the keys are exchanged once, then they are known
+    assert counts[4] == 2  # a new key
+    assert counts[5:7] == [1, 1]
+
+
+class TokenTrainer(TinyTrainer):
+    """A loss with a weight of its own, which differs between ranks and microbatches."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        result = super().training_step(batch, batch_idx)
+        value, weight = float(batch_idx), 1 + batch_idx % 2 + 2 * self.world.rank
+        no_token = WeightedMean(float("nan"), torch.tensor(0))
+        return result | {
+            "numbers": WeightedMean(value + self.world.rank, weight),
+            "tensors": WeightedMean(torch.tensor(value + self.world.rank), torch.tensor(weight)),
+            "sometimes": WeightedMean(value, 1) if batch_idx < 2 else no_token,
+            "rank0": WeightedMean(value, 1) if self.world.rank == 0 else no_token,
+        }
+
+
+def train_tokens(directory):
+    config = tiny_config(directory, [LoggerCallback(1)], gradient_accumulation_steps=2)
+    trainer = TokenTrainer(config)
+    trainer.fit()
+    return trainer.run_dir
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_weighted_mean_counts_with_its_weight_over_microbatches_and_ranks(tmp_path, num_ranks):
+    run_dir, *_ = run_on_ranks(train_tokens, num_ranks, tmp_path, timeout_s=60)
+
+    rows = read_jsonl(run_dir)
+    expected = []
+    for step in range(4):
+        pairs = [
+            (batch_idx + rank, 1 + batch_idx % 2 + 2 * rank)
+            for batch_idx in (2 * step, 2 * step + 1)
+            for rank in range(num_ranks)
+        ]
+        expected.append(sum(v * w for v, w in pairs) / sum(w for _, w in pairs))
+    assert series(rows, "train/numbers") == ([1, 2, 3, 4], pytest.approx(expected))
+    assert series(rows, "train/tensors") == ([1, 2, 3, 4], pytest.approx(expected))
+    assert series(rows, "train/sometimes") == ([1], [0.5])
+    assert series(rows, "train/rank0")[1] == [0.5, 2.5, 4.5, 6.5]
+
+
+class NumpyTrainer(TinyTrainer):
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        import numpy
+
+        result = super().training_step(batch, batch_idx)
+        value = batch_idx + self.world.rank
+        kinds = {kind: getattr(numpy, kind)(value) for kind in ("float32", "float64", "int64")}
+        return result | kinds | {"array": numpy.array([value]), "flag": numpy.bool_(value % 2)}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        import numpy
+
+        return {"val_rank": numpy.float32(self.world.rank), "val_array": numpy.ones((1, 1))}
+
+
+def train_numpy(directory):
+    trainer = NumpyTrainer(tiny_config(directory, [LoggerCallback(1)]))
+    trainer.fit()
+    return trainer.run_dir
+
+
+def test_numbers_of_numpy_are_logged_as_any_other(tmp_path):
+    pytest.importorskip("numpy")
+    run_dir, _ = run_on_ranks(train_numpy, 2, tmp_path, timeout_s=60)
+
+    rows = read_jsonl(run_dir)
+    for key in ("float32", "float64", "int64", "array"):
+        assert series(rows, f"train/{key}")[1] == [i + 0.5 for i in range(8)]
+        assert series(rows, f"epoch/{key}") == ([8], [4.0])
+    assert series(rows, "train/flag")[1] == [0.5] * 8
+    assert series(rows, "val_rank") == ([8], [0.5])
+    assert series(rows, "val_array") == ([8], [1.0])
 
 
 class AlternatingTrainer(TinyTrainer):

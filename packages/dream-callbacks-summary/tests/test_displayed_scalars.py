@@ -1,3 +1,4 @@
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -6,8 +7,8 @@ import torch
 from dream_callbacks.summary.displayed_scalars import (
     AsyncScalar,
     default_metric,
-    is_scalar,
     read_scalars,
+    readable_number,
 )
 from dream_trainer.testing import run_on_ranks
 
@@ -30,7 +31,14 @@ def test_the_first_loss_is_the_default_metric(result: dict[str, Any], expected: 
 
 @pytest.mark.parametrize(
     "value",
-    [1, 2.5, torch.tensor(3.0), torch.ones(1, 1), torch.tensor(1.0, dtype=torch.bfloat16)],
+    [
+        1,
+        2.5,
+        Fraction(1, 4),
+        torch.tensor(3.0),
+        torch.ones(1, 1),
+        torch.tensor(1.0, dtype=torch.bfloat16),
+    ],
     ids=str,
 )
 def test_a_scalar_is_read(value: Any):
@@ -46,7 +54,7 @@ def test_a_non_scalar_keeps_the_last_value(value: Any):
     scalar.read(1.5)
     scalar.read(value)
 
-    assert not is_scalar(value)
+    assert readable_number(value) is None
     assert scalar.value == 1.5
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
-
-import torch
 
 from dream_callbacks.checkpoint.config import CheckpointParameters
 from dream_callbacks.checkpoint.errors import CheckpointError, failed_save_text
@@ -19,7 +16,9 @@ from dream_callbacks.checkpoint.manager import CheckpointManager, PendingSave
 from dream_callbacks.checkpoint.restore import load_into
 from dream_callbacks.checkpoint.retention import is_among_best
 from dream_trainer.callbacks import Cadence, Callback, Every
+from dream_trainer.numbers import as_float, is_number
 from dream_trainer.trainer import BaseTrainer
+from dream_trainer.trainer.mixins import EvalMetricMixin
 from dream_trainer.world import RUN_SIGNALS, Request
 
 logger = logging.getLogger(__name__)
@@ -41,6 +40,7 @@ class RunState:
     due_at_epoch_end: str | None = None
     is_between_steps: bool = False
     knows_monitor: bool = False
+    has_warned_of_monitor: bool = False
 
 
 class CheckpointCallback(Callback[BaseTrainer]):
@@ -141,6 +141,8 @@ class CheckpointCallback(Callback[BaseTrainer]):
             return
         run.is_between_steps = True
         if not run.knows_monitor:
+            if not run.step_keys and not self._has_train_metrics:
+                self._warn_if_monitor_cannot_come(run, result)
             run.step_keys = tuple(result)
         self._ask(run)
         if run.save_failed.take():
@@ -166,6 +168,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
         if run is None:
             return
         self._note_metrics(run, result)
+        self._warn_if_monitor_cannot_come(run, result)
         every = self.parameters.checkpoint_every_n_train_epochs
         if every is not None and (self.trainer.current_epoch + 1) % every == 0:
             self._save("train epoch")
@@ -317,6 +320,31 @@ class CheckpointCallback(Callback[BaseTrainer]):
                 "monitor to one of these, or report it from validation_step"
             )
 
+    def _warn_if_monitor_cannot_come(self, run: RunState, result: Mapping[str, Any]) -> None:
+        """Warn once if nothing validates and training doesn't report `monitor` either."""
+        trainer, parameters = self.trainer, self.parameters
+        validates = trainer.validates and trainer.training_parameters.val_every_n_steps != 0
+        if validates or not parameters.goes_by_monitor or run.has_warned_of_monitor:
+            return
+        if is_number(result.get(parameters.monitor)):
+            run.knows_monitor = True
+            return
+        run.has_warned_of_monitor = True
+        if trainer.world.is_global_zero:
+            logger.warning(
+                "monitor=%r: there is no validation, and training_step reports %s, so no "
+                "checkpoint can be the best: return a validation loader from "
+                "configure_dataloaders, or set monitor to what training_step reports",
+                parameters.monitor,
+                ", ".join(result) or "nothing",
+            )
+
+    @property
+    def _has_train_metrics(self) -> bool:
+        """Whether an epoch's result may have more keys than a step's."""
+        trainer = self.trainer
+        return isinstance(trainer, EvalMetricMixin) and bool(trainer.named_train_metrics())
+
     # Begin and end
 
     def _new_run(self) -> RunState:
@@ -383,11 +411,5 @@ class CheckpointCallback(Callback[BaseTrainer]):
 
 def _scalars(result: Mapping[str, Any]) -> dict[str, float]:
     """Scalars of a result as floats. Host sync for tensors on a device."""
-    scalars = {}
-    for name, value in result.items():
-        if isinstance(value, (bool, int, float)):
-            with contextlib.suppress(OverflowError):
-                scalars[name] = float(value)
-        elif isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
-            scalars[name] = float(value)
-    return scalars
+    numbers = {name: as_float(value) for name, value in result.items()}
+    return {name: number for name, number in numbers.items() if number is not None}

@@ -27,7 +27,8 @@ class CheckpointParameters:
         checkpoint_every_n_train_epochs: Instead of `every`: save every n epochs, before validation.
         checkpoint_every_n_val_epochs: Instead of `every`: save after every n-th validation.
         monitor: Metric that ranks checkpoints: a key of what `validation_step` or, at the end of
-            an epoch, `training_step` returns.
+            an epoch, `training_step` returns, or a metric. One that the first validation lacks is
+            an error; without validation, one that training lacks is a warning at its first step.
         mode: Whether a low or a high value is better.
         keep_last: Number of newest checkpoints to keep; None for all. With 1 there is no older
             checkpoint to fall back to.

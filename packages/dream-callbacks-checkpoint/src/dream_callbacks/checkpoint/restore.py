@@ -271,6 +271,8 @@ def _reshard_data(
         ranks.rank,
         trainer.world.world_size // trainer.world.dp_size,
     )
+    # Only the metrics know how to merge them; the trainer warns that they restart.
+    state["trainer"].pop("train_metrics", None)
     if not source.is_own:
         state["trainer"]["random_state"] = None
     if not ranks.is_global_zero:

@@ -13,7 +13,7 @@ from dream_callbacks.logging.open_sinks import AnySink, OpenSinks, checked_sinks
 from dream_callbacks.logging.scalars import (
     RankMeans,
     Scalars,
-    mean_over_batches,
+    means_of_rank,
     select_scalars,
     to_floats,
 )
@@ -30,8 +30,9 @@ class LoggerCallback(Callback[LoggerMixin]):
     """Logs the scalars that the steps return, over `global_step`.
 
     - `train/<key>`, `epoch` and `steps_per_s`, for the optimizer step that contains the n-th
-      batch. With gradient accumulation: the mean over the microbatches of that step, which equals
-      the value of one batch of the full size.
+      batch: means over the microbatches of that step and over the ranks that report the key, which
+      equals the value of one batch of the full size. A `WeightedMean` counts with its weight, any
+      other value with 1.
     - `epoch/<key>` and `epoch/seconds` after each epoch: means over its samples.
     - `val/<key>` after each validation run. A key that already starts with "val", such as
       "val_loss", is not prefixed.
@@ -86,8 +87,8 @@ class LoggerCallback(Callback[LoggerMixin]):
         self._epoch_began_s = 0.0
         self._was_training = False
         self._num_val_batches = 0
-        self._train_means = RankMeans("training_step")
-        self._val_means = RankMeans("validation_step")
+        self._train_means = RankMeans()
+        self._val_means = RankMeans()
 
     def cadence(self, num_batches: int) -> BatchCadence | None:
         """Tells at which steps training batches are logged; None if at none.
@@ -187,9 +188,9 @@ class LoggerCallback(Callback[LoggerMixin]):
         """The scalars, averaged over the ranks and the batches. Collective."""
         world = self.trainer.world
         if self.reduce == "mean":
-            return mean_over_batches(means.read(batches, world))
-        return mean_over_batches(to_floats(batches, world.device)) if world.is_global_zero else {}
+            return means.read(batches, world)
+        return means_of_rank(batches, world.device) if world.is_global_zero else {}
 
     def _numbers(self, result: dict[str, Any]) -> dict[str, float]:
         """The scalars of an epoch's result, which is already reduced."""
-        return to_floats([select_scalars(result)], self.trainer.world.device)[0]
+        return to_floats(select_scalars(result).values, self.trainer.world.device)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dream_callbacks.logging.callback import LoggerCallback
 from dream_callbacks.logging.log_keys import prefixed_key
-from dream_callbacks.logging.scalars import Scalars, is_scalar, to_floats
+from dream_callbacks.logging.scalars import Number, to_floats
 from dream_trainer.callbacks import RankZeroCallback, intersection
+from dream_trainer.numbers import as_number, is_number
 from dream_trainer.trainer.mixins import EvalMetricMixin, LoggerMixin
 
 logger = logging.getLogger(__name__)
@@ -53,17 +54,18 @@ class MetricLoggerCallback(RankZeroCallback[MetricsAndLogger]):
         if not self.trainer.sinks or self.trainer.local_batches == 0:  # a sanity run
             return
         skips_scalars = any(isinstance(other, LoggerCallback) for other in self.trainer.callbacks)
-        scalars: Scalars = {}
+        scalars: dict[str, Number] = {}
         for key, value in result.items():
             # A key that no step reported was computed by a metric.
-            if key not in self._reported and not (skips_scalars and is_scalar(value)):
+            if key not in self._reported and not (skips_scalars and is_number(value)):
                 scalars.update(self._flat(prefixed_key("val", key), value))
         if scalars:
-            self.trainer.log_dict(to_floats([scalars], self.trainer.world.device)[0])
+            self.trainer.log_dict(to_floats(scalars, self.trainer.world.device))
 
-    def _flat(self, name: str, value: Any) -> Iterator[tuple[str, Tensor | float]]:
-        if is_scalar(value):
-            yield name, value
+    def _flat(self, name: str, value: Any) -> Iterator[tuple[str, Number]]:
+        number = as_number(value)
+        if number is not None:
+            yield name, number
         elif isinstance(value, Mapping):
             for key, item in value.items():
                 yield from self._flat(f"{name}/{key}", item)

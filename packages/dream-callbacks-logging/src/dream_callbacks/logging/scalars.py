@@ -1,112 +1,127 @@
-"""Scalars of results: selected, reduced over ranks and copied to the host in one transfer."""
+"""Scalars of results: selected, averaged over ranks and copied to the host in one transfer."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from numbers import Real
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dream_callbacks.logging.to_jsonable import as_number
+from dream_trainer.numbers import as_number, to_float
+from dream_trainer.trainer.results import weights_of
 from dream_trainer.world import World
 
-Scalars = dict[str, Tensor | float]
+Number = Tensor | float
+
+
+@dataclass(frozen=True, slots=True)
+class Scalars:
+    """The scalars of a step's result.
+
+    Attributes:
+        values: Plain numbers, or tensors with one element, by key.
+        weights: Weights of those that have their own; the others have 1.
+    """
+
+    values: Mapping[str, Number]
+    weights: Mapping[str, Number]
 
 
 def select_scalars(result: Mapping[str, Any]) -> Scalars:
-    """Select the scalars of a step's result. No host synchronization."""
-    return {key: value for key, value in result.items() if is_scalar(value)}
+    """Select the scalars of a result. No host synchronization."""
+    numbers = ((key, as_number(value)) for key, value in result.items())
+    values = {key: number for key, number in numbers if number is not None}
+    weights = weights_of(result)
+    return Scalars(values, {key: weights[key] for key in weights if key in values})
 
 
-def is_scalar(value: Any) -> bool:
-    """Whether a value is a real number or a real tensor with one element."""
-    if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_complex()
-    return isinstance(value, Real)
-
-
-def to_floats(batches: Sequence[Scalars], device: torch.device) -> list[dict[str, float]]:
-    """This rank's scalars as floats, with one device sync for all of them."""
-    numbers = iter(_stack(batches, device).tolist())
-    return [{key: next(numbers) for key in sorted(batch)} for batch in batches]
+def to_floats(values: Mapping[str, Number], device: torch.device) -> dict[str, float]:
+    """This rank's scalars as floats, sorted by key, with one device sync for all of them."""
+    keys = sorted(values)
+    return dict(zip(keys, _stack([values[key] for key in keys], device).tolist(), strict=True))
 
 
 class RankMeans:
-    """Means of scalars over all ranks: one all-reduce of one vector, one copy to the host.
+    """Means of scalars over batches and ranks: one all-reduce of one vector, one copy to the host.
 
-    Ranks compare their keys only when these change: a rank whose keys changed sets a flag in the
-    vector, and then all ranks compare.
-
-    Args:
-        what: Method that reports the scalars, for the error message.
+    A scalar is averaged over the batches and ranks that report it. Ranks exchange their keys only
+    when there are new ones: a rank with a new key sets a flag in the vector, and then all ranks
+    exchange them and reduce again.
     """
 
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._keys: list[list[str]] | None = None
+    def __init__(self) -> None:
+        self._keys: list[str] | None = None
 
-    def read(self, batches: Sequence[Scalars], world: World) -> list[dict[str, float]]:
-        """The means as floats, for each batch. Collective; one device sync.
-
-        Raises:
-            ValueError: On all ranks, if their keys differ; the message lists the keys by rank.
-        """
+    def read(self, batches: Sequence[Scalars], world: World) -> dict[str, float]:
+        """The means as floats, by key. Collective; one device sync."""
         if not world.is_distributed:
-            return to_floats(batches, world.device)
-        keys = [sorted(batch) for batch in batches]
+            return means_of_rank(batches, world.device)
+        own = {key for batch in batches for key in batch.values}
         if self._keys is None:
-            self._agree_on_keys(keys, world)
+            self._keys = world.union(own)
+        has_new = not own.issubset(self._keys)
+        *sums, num_ranks_with_new = self._reduced(batches, has_new, world)
+        if num_ranks_with_new:
+            self._keys = world.union(own.union(self._keys))
+            *sums, _ = self._reduced(batches, False, world)
+        return _means(self._keys, sums)
+
+    def _reduced(self, batches: Sequence[Scalars], has_new: bool, world: World) -> list[float]:
+        """The sums over ranks, and the number of ranks with new keys."""
         assert self._keys is not None
-        values = _stack(batches, world.device)
-        if keys == self._keys:
-            vector = torch.cat([values, values.new_zeros(1)])
-        else:
-            vector = values.new_zeros(sum(map(len, self._keys)) + 1)
-            vector[-1] = 1.0
-        *numbers, differs = world.all_reduce(vector, "mean").tolist()
-        if differs:
-            self._agree_on_keys(keys, world)
-            numbers = world.all_reduce(values, "mean").tolist()
-        iterator = iter(numbers)
-        return [{key: next(iterator) for key in batch} for batch in keys]
-
-    def _agree_on_keys(self, keys: list[list[str]], world: World) -> None:
-        self._keys = None
-        world.agree(keys[0] if len(keys) == 1 else keys, f"the scalars that {self._what} reports")
-        self._keys = keys
+        sums = _sums(batches, self._keys, world.device)
+        vector = torch.cat([sums, sums.new_full((1,), has_new)])
+        numbers: list[float] = world.all_reduce(vector, "sum").tolist()
+        return numbers
 
 
-def mean_over_batches(batches: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """For each key, the mean over the batches that contain it."""
-    keys = dict.fromkeys(key for batch in batches for key in batch)
-    columns = {key: [batch[key] for batch in batches if key in batch] for key in keys}
-    return {key: sum(column) / len(column) for key, column in columns.items()}
+def means_of_rank(batches: Sequence[Scalars], device: torch.device) -> dict[str, float]:
+    """The means over this rank's batches as floats; one device sync."""
+    if len(batches) == 1 and not batches[0].weights:
+        return to_floats(batches[0].values, device)
+    keys = sorted({key for batch in batches for key in batch.values})
+    return _means(keys, _sums(batches, keys, device).tolist())
 
 
-def _stack(batches: Sequence[Scalars], device: torch.device) -> Tensor:
-    """The scalars of all batches, sorted by key within each, as a float64 vector."""
-    values = [batch[key] for batch in batches for key in sorted(batch)]
+def _sums(batches: Sequence[Scalars], keys: Sequence[str], device: torch.device) -> Tensor:
+    """Sums over batches of value times weight, then of weights, `(2 * keys,)`, float64."""
+    values = _stack([b.values.get(key, 0.0) for b in batches for key in keys], device)
+    weights = _stack(
+        [b.weights.get(key, 1.0 if key in b.values else 0.0) for b in batches for key in keys],
+        device,
+    )
+    if any(batch.weights for batch in batches):
+        values = torch.where(weights == 0, 0.0, values * weights)  # NaN may have weight 0
+    sums = torch.cat([values, weights])
+    return sums.view(2, len(batches), len(keys)).sum(1).flatten() if len(batches) > 1 else sums
+
+
+def _means(keys: Sequence[str], sums: Sequence[float]) -> dict[str, float]:
+    """Means of those keys that some batch reported, from `_sums`."""
+    totals, weights = sums[: len(keys)], sums[len(keys) :]
+    return {
+        key: total / weight
+        for key, total, weight in zip(keys, totals, weights, strict=True)
+        if weight
+    }
+
+
+def _stack(values: Sequence[Number], device: torch.device) -> Tensor:
+    """Numbers as a float64 vector."""
     if not values:
         return torch.zeros(0, dtype=torch.float64, device=device)
-    others = [as_number(value) for value in values if not isinstance(value, Tensor)]
+    others = [to_float(value) for value in values if not isinstance(value, Tensor)]
     numbers = torch.tensor(others, dtype=torch.float64).to(device, non_blocking=True)
+    if len(others) == len(values):
+        return numbers
     on_device = iter(numbers.unbind())
     return torch.stack(
         [
-            _full_tensor(value).to(device, torch.float64).reshape(())
+            value.to(device, torch.float64).reshape(())
             if isinstance(value, Tensor)
             else next(on_device)
             for value in values
         ]
     )
-
-
-def _full_tensor(value: Tensor) -> Tensor:
-    """The full value of a tensor that may be a DTensor, detached."""
-    distributed = sys.modules.get("torch.distributed.tensor")  # importing it takes 0.5 s
-    if distributed is not None and isinstance(value, distributed.DTensor):
-        value = value.full_tensor()
-    return value.detach()

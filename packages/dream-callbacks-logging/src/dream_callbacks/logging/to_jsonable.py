@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dream_trainer.callbacks import Callback, CallbackCollection
+from dream_trainer.numbers import as_float, is_number
 
 _MAX_DEPTH = 12
 _MAX_ITEMS = 1000
@@ -33,17 +34,16 @@ def to_jsonable(value: Any) -> Any:
 
 
 def as_number(value: Any) -> float | int | None:
-    """Convert anything that `float` accepts to a number; None for the rest. Device tensors sync.
+    """Convert to an int or a float; None if it isn't a number. Device tensors sync. Never raises.
 
     Integers beyond the range of a float become infinite.
     """
     try:
-        number = float(value)
-        return value if type(value) is int else number
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
-    except Exception:  # noqa: BLE001  # a user type's __float__ may raise anything; it isn't a number then
+        number = as_float(value)
+    except Exception:  # noqa: BLE001  # a user type may raise anything; it isn't a number then
         return None
+    is_exact = type(value) is int and number is not None and math.isfinite(number)
+    return value if is_exact else number
 
 
 def encode_non_finite(value: Any) -> Any:
@@ -80,7 +80,7 @@ def _convert_by_type(value: Any, parents: tuple[int, ...]) -> Any:
         return {name: _convert(getattr(value, name, None), parents) for name in fields}
     if isinstance(value, enum.Enum):
         return value.name
-    if isinstance(value, (bool, int, float)):
+    if not isinstance(value, Tensor) and is_number(value):
         return as_number(value)
     if isinstance(value, (str, PurePath)):
         return _truncate(str(value))

@@ -13,7 +13,6 @@ from dream_callbacks.profile.measurement import MeasuredSteps, Measurement
 from dream_callbacks.profile.step_times import quantile
 from dream_trainer.callbacks import Every, RankZeroCallback
 from dream_trainer.trainer.mixins import LoggerMixin
-from dream_trainer.trainer.results import num_samples
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +116,7 @@ class BenchmarkCallback(RankZeroCallback):
 
     def pre_train_step(self, batch: Any, batch_idx: int) -> None:
         if self._measurement is not None:
-            self._measurement.begin_batch(num_samples(batch))
+            self._measurement.begin_batch(self.trainer.num_samples(batch))
 
     def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
         if self._measurement is not None:
@@ -161,7 +160,7 @@ class BenchmarkCallback(RankZeroCallback):
 
     def _result(self, steps: MeasuredSteps) -> BenchmarkResult:
         world = self.trainer.world
-        samples_per_s = steps.num_samples * world.dp_size / sum(steps.durations_s)
+        samples_per_s = float(steps.num_samples) * world.dp_size / sum(steps.durations_s)
         tokens = self.tokens_per_sample
         return BenchmarkResult(
             num_steps=len(steps.durations_s),

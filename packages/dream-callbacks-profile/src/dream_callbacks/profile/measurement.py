@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dream_callbacks.profile.step_times import CudaClock, HostClock, StepTimes
 
@@ -24,14 +25,14 @@ class MeasuredSteps:
     """
 
     durations_s: Sequence[float]
-    num_samples: int
+    num_samples: float | Tensor
     waiting_share: float
 
 
 class _Totals:
     def __init__(self) -> None:
         self.durations_s = array("d")
-        self.num_samples = 0
+        self.num_samples: float | Tensor = 0
         self.waiting_s = 0.0
         self.busy_s = 0.0
 
@@ -53,7 +54,7 @@ class Measurement:
             CudaClock() if device.type == "cuda" else HostClock()
         )
         self._all, self._recent = _Totals(), _Totals()
-        self._num_samples = 0
+        self._num_samples: float | Tensor = 0
         self._batch_start_s = self._batch_end_s = time.perf_counter()
 
     def restart(self) -> None:
@@ -62,7 +63,7 @@ class Measurement:
         self._num_samples = 0
         self._batch_end_s = time.perf_counter()
 
-    def begin_batch(self, num_samples: int) -> None:
+    def begin_batch(self, num_samples: float | Tensor) -> None:
         """Start a batch of the step."""
         self._num_samples += num_samples
         self._batch_start_s = time.perf_counter()

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Generic, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 MarkT = TypeVar("MarkT")
 
@@ -73,20 +74,20 @@ class StepTimes(Generic[MarkT]):
     def __init__(self, clock: Clock[MarkT]) -> None:
         self._clock = clock
         self._start: MarkT | None = None
-        self._pending: deque[tuple[MarkT, MarkT, int]] = deque()
+        self._pending: deque[tuple[MarkT, MarkT, float | Tensor]] = deque()
 
     def restart(self) -> None:
         """Start the next step now; the time before belongs to no step."""
         self._start = self._clock.mark()
 
-    def step(self, num_samples: int) -> None:
+    def step(self, num_samples: float | Tensor) -> None:
         """End a step and start the next."""
         now = self._clock.mark()
         if self._start is not None:
             self._pending.append((self._start, now, num_samples))
         self._start = now
 
-    def take(self, *, wait: bool = False) -> list[tuple[float, int]]:
+    def take(self, *, wait: bool = False) -> list[tuple[float, float | Tensor]]:
         """Seconds and samples of the completed steps since the last call, in order.
 
         Args:
@@ -94,7 +95,7 @@ class StepTimes(Generic[MarkT]):
         """
         if wait:
             self._clock.wait()
-        taken: list[tuple[float, int]] = []
+        taken: list[tuple[float, float | Tensor]] = []
         while self._pending and self._clock.is_reached(self._pending[0][1]):
             start, end, num_samples = self._pending.popleft()
             taken.append((self._clock.seconds(start, end), num_samples))

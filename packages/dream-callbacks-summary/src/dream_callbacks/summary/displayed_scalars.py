@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dream_trainer.numbers import as_number, is_readable_alone
+
 
 class AsyncScalar:
     """The latest value of a scalar that has reached the host.
@@ -32,9 +34,9 @@ class AsyncScalar:
             copy, copied = self._pending_copy
             if copied.query():
                 self.value, self._pending_copy = copy.item(), None
-        if not is_scalar(scalar):
+        local = readable_number(scalar)
+        if local is None:
             return
-        local = _local(scalar)
         if not isinstance(local, Tensor):
             self.value = local
         elif local.device.type != "cuda":
@@ -46,11 +48,9 @@ class AsyncScalar:
             self._pending_copy = (copy, copied)
 
 
-def is_scalar(value: Any) -> bool:
-    """Whether a value is one real number that this rank can read without other ranks."""
-    if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_complex() and _local(value) is not None
-    return isinstance(value, (int, float))
+def readable_number(value: Any) -> float | Tensor | None:
+    """A plain number or tensor; None if it isn't a number, or reading it takes other ranks."""
+    return as_number(value) if is_readable_alone(value) else None
 
 
 def default_metric(result: Mapping[str, Any]) -> str | None:
@@ -59,24 +59,15 @@ def default_metric(result: Mapping[str, Any]) -> str | None:
     Returns:
         Key of the scalar; None if the result has no scalar.
     """
-    keys = [key for key, value in result.items() if is_scalar(value)]
+    keys = [key for key, value in result.items() if readable_number(value) is not None]
     return min(keys, key=lambda key: (key != "loss", "loss" not in key.lower()), default=None)
 
 
 def read_scalars(result: Mapping[str, Any]) -> dict[str, float]:
     """Scalars of an epoch's result as numbers, by name. Device tensors cost a device sync each."""
-    locals_ = {key: _local(value) for key, value in result.items() if is_scalar(value)}
+    numbers = {key: readable_number(value) for key, value in result.items()}
     return {
-        key: value.item() if isinstance(value, Tensor) else value for key, value in locals_.items()
+        key: number.item() if isinstance(number, Tensor) else number
+        for key, number in numbers.items()
+        if number is not None
     }
-
-
-def _local(value: Any) -> Any:
-    """Local value of a DTensor if it is replicated, else None; other values unchanged."""
-    if type(value) is Tensor or not isinstance(value, Tensor):
-        return value
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(value, DTensor):
-        return value
-    return value.to_local() if all(p.is_replicate() for p in value.placements) else None

@@ -62,11 +62,12 @@ Payloads:
 - `batch`: from the loader, on this rank's device. The return value of a `pre_…_step` hook replaces
   it for later callbacks and for the step; None keeps it.
 - `result` of a step: the dict that the step returned, its tensors detached; a bare tensor becomes
-  `{"loss": tensor}`. Values are of this rank and this batch. Reading one on the host
-  (`.item()`, `float()`, `print`) is a device sync. Scalars are copies and may be kept; clone other
-  tensors to keep them, since a later step may overwrite their memory.
-- `result` of an epoch: for each scalar that the steps returned, its mean over the epoch's samples
-  and over all data-parallel ranks, a float; computed metrics; the last batch's other values.
+  `{"loss": tensor}`. Values are of this rank and this batch. A number is a Python number or a
+  tensor with one element: a `WeightedMean` becomes its value, a DTensor its full value. Reading a
+  tensor on the host (`.item()`, `float()`, `print`) is a device sync. Numbers are copies and may be
+  kept; clone other tensors to keep them, since a later step may overwrite their memory.
+- `result` of an epoch: for each number that the steps returned, its mean over the epoch's samples
+  on all ranks that reported it, a float; computed metrics; the last batch's other values.
 - `model, optimizer`: the optimizer and the model that it updates.
 
 Hooks run in the order of the collection, `pre_` and `post_` alike; contexts nest, the first one

@@ -18,7 +18,7 @@ from dream_trainer.world.requests import Requests
 from dream_trainer.world.world import World
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
@@ -209,6 +209,10 @@ class AbstractTrainer(metaclass=TrainerMeta):
     def num_val_batches(self) -> int | None:
         """Batches in a validation run on this rank; None if the loader has no length."""
 
+    @abstractmethod
+    def num_samples(self, batch: Any) -> float | Tensor:
+        """Samples in a batch: its weight in the means over an epoch."""
+
     # Ending
 
     exception: BaseException | None = None
@@ -323,6 +327,20 @@ class AbstractTrainer(metaclass=TrainerMeta):
     def compute_metrics(self) -> dict[str, Any]:
         """Values of the metrics, after a validation run."""
         return {}
+
+    def reset_train_metrics(self) -> None:
+        """Reset the metrics of training, before an epoch."""
+
+    def compute_train_metrics(self) -> dict[str, Any]:
+        """Values of the metrics of training, after an epoch."""
+        return {}
+
+    def train_metrics_state_dict(self) -> dict[str, Any]:
+        """State of the metrics of training on this rank, in the middle of an epoch."""
+        return {}
+
+    def load_train_metrics_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from what `train_metrics_state_dict` returned."""
 
 
 def _refuse_assignment(name: str, value: object) -> NoReturn:

@@ -3,6 +3,7 @@
 from dream_trainer.interface.trainer import AbstractTrainer, AbstractTrainerConfig
 from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
 from dream_trainer.trainer.dream import DreamTrainer, DreamTrainerConfig
+from dream_trainer.trainer.results import WeightedMean
 
 __all__ = [
     "AbstractTrainer",
@@ -11,4 +12,5 @@ __all__ = [
     "BaseTrainerConfig",
     "DreamTrainer",
     "DreamTrainerConfig",
+    "WeightedMean",
 ]

@@ -30,6 +30,7 @@ from dream_trainer.trainer.device_transfer import moved_to
 from dream_trainer.trainer.loader_watch import LoaderWatch
 from dream_trainer.trainer.optimization import Optimization
 from dream_trainer.trainer.results import EpochMeans
+from dream_trainer.trainer.samples import SampleCounter
 from dream_trainer.world.requests import Requests, Tick
 from dream_trainer.world.world import World
 
@@ -97,8 +98,10 @@ class BaseTrainer(AbstractTrainer):
         self.world.lay_out(config.device_parameters)
         self.requests = Requests(self.world)
         self.counters = Counters()
-        self.epoch_means = EpochMeans("training_step")
+        self._named_values: dict[str, set[str]] = {}
+        self.epoch_means = self.new_means("training_step")
         self.loader_watch = LoaderWatch(self.world.rank)
+        self._sample_counter = SampleCounter(type(self).__name__, warns=self.world.is_global_zero)
         self.seed: int | None = None
         self.first_step_done = False
         self.moves_batches = (
@@ -127,7 +130,9 @@ class BaseTrainer(AbstractTrainer):
             batch_idx: Index in the epoch, from 0.
 
         Returns:
-            Values to report, such as `{"loss": loss}`, or the loss.
+            Values to report, such as `{"loss": loss}`, or the loss. Numbers are averaged over an
+            epoch, weighted by `num_samples(batch)`, or by their own weight as
+            `WeightedMean(value, weight)`. Keys may differ between batches and ranks.
         """
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any] | Tensor | None:
@@ -140,6 +145,19 @@ class BaseTrainer(AbstractTrainer):
             f"there is a validation loader, and {type(self).__name__} has no validation_step; "
             "write one, or return the training loader alone from configure_dataloaders"
         )
+
+    def num_samples(self, batch: Any) -> float | Tensor:
+        """Samples in a batch: its weight in the means over an epoch. Optional to override.
+
+        Called with each batch, before `training_step` and `validation_step`. The default is the
+        leading size of the first tensor or array found anywhere in the batch: in tuples, lists,
+        mappings and dataclasses. Texts, numbers, tensors without dimensions and other objects are
+        passed over. A warning is logged once if there is none, or leading sizes differ.
+
+        Returns:
+            A number, at least 0. A tensor with one element stays on its device.
+        """
+        return self._sample_counter.count(batch)
 
     # What training_step calls
 
@@ -241,6 +259,10 @@ class BaseTrainer(AbstractTrainer):
         `to`, nested in any way. Override it for other types; then it is also called on the CPU.
         """
         return moved_to(self.world.device, batch)
+
+    def new_means(self, step_name: str) -> EpochMeans:
+        """Means of what a step reports, for one epoch."""
+        return EpochMeans(step_name, self._named_values.setdefault(step_name, set()))
 
     def finish_setup(self) -> None:
         """Create what needs models, optimizers and loaders to exist."""

@@ -13,6 +13,7 @@ OPTIONAL = (
     "init_weights",
     "configure_schedulers",
     "configure_metrics",
+    "configure_train_metrics",
     "apply_tensor_parallel",
     "apply_context_parallel",
     "apply_activation_checkpointing",
@@ -21,6 +22,7 @@ OPTIONAL = (
     "apply_replicate",
     "model_state_dict",
     "move_batch",
+    "num_samples",
 )
 
 

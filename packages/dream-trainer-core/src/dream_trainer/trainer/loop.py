@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dream_trainer.trainer.consistency import agree_on_models, agree_on_plan
 from dream_trainer.trainer.divergence import refuse_divergence
-from dream_trainer.trainer.results import EpochMeans
+from dream_trainer.trainer.results import with_metrics
 from dream_trainer.trainer.steps import in_contexts, note_place
 from dream_trainer.trainer.validation import sanity_validate, validate_if_due, validate_if_new
 from dream_trainer.world import signals
@@ -144,7 +144,8 @@ def _run_epoch(trainer: BaseTrainer) -> None:
             return
         result = trainer.epoch_means.reduce(trainer.world)
         refuse_divergence(trainer, result, "training_step")
-        trainer.epoch_means = EpochMeans("training_step")
+        result = with_metrics(result, trainer.compute_train_metrics(), "training_step")
+        trainer.epoch_means = trainer.new_means("training_step")
         counters.epoch_stage = "validate"
         callbacks.post_train_epoch(result)
     if trainer.training_parameters.val_every_n_steps is None:
@@ -169,6 +170,8 @@ def _train_epoch(trainer: BaseTrainer) -> bool:
     step_limit = trainer.training_parameters.step_limit
     num_batches = trainer.num_train_batches
     assert num_batches is not None, "the loaders are built in setup"
+    if counters.epoch_batches == 0:
+        trainer.reset_train_metrics()
     trainer.callbacks.pre_train_epoch()
     if counters.epoch_batches == 0:
         batches.start_epoch(counters.current_epoch)
@@ -203,13 +206,14 @@ def train_step(trainer: BaseTrainer, batch: Any) -> None:
         batch = trainer.move_batch(batch)
     batch = callbacks.pre_train_step(batch, batch_idx)
     try:
+        num_samples = trainer.num_samples(batch)  # before the step, which may take it apart
         if callbacks.train_context is None and trainer.precision_context is None:
             result = trainer.training_step(batch, batch_idx)
         else:
             result = in_contexts(
                 trainer, callbacks.train_context, trainer.training_step, batch, batch_idx
             )
-        result = trainer.epoch_means.add(result, batch)
+        result = trainer.epoch_means.add(result, num_samples)
     except BaseException as error:
         note_place(error, trainer, "training_step", batch_idx)
         raise

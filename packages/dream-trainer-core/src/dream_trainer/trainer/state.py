@@ -3,7 +3,7 @@
 ::
 
     {
-      "trainer": {"counters", "callbacks", "random_state", "epoch_means"},
+      "trainer": {"counters", "callbacks", "random_state", "epoch_means", "train_metrics"},
       "models": {name: tensors by parameter name},
       "optimizers": {name: states by parameter name, param_groups},
       "schedulers": {name: state},
@@ -11,7 +11,8 @@
     }
 
 Tensors of models and optimizers aren't copied; they are sharded where the model is. Values that
-differ per rank (`random_state`, `epoch_means`, `dataloaders`) are wrapped in RankLocal.
+differ per rank (`random_state`, `epoch_means`, `train_metrics`, `dataloaders`) are wrapped in
+RankLocal. `train_metrics` is left out if there are none.
 """
 
 from __future__ import annotations
@@ -40,12 +41,14 @@ def state_dict(trainer: BaseTrainer, *, as_target: bool = False) -> dict[str, An
         as_target: Initialize the state of optimizers that haven't stepped yet, so that a saved
             state can be loaded into them.
     """
+    metrics = trainer.train_metrics_state_dict()
     return {
         "trainer": {
             "counters": dataclasses.asdict(trainer.counters),
             "callbacks": trainer.callbacks.state_dict(),
             "random_state": RankLocal(random_state()),
             "epoch_means": RankLocal(trainer.epoch_means.state_dict()),
+            **({"train_metrics": RankLocal(metrics)} if metrics else {}),
         },
         "models": trainer.model_state_dict(),
         "optimizers": {
@@ -93,6 +96,7 @@ def load_state_dict(
     if resume_data:
         trainer.train_batches.load_state_dict(state["dataloaders"].get("train", {}))
         trainer.epoch_means.load_state_dict(own.get("epoch_means", {}))
+        trainer.load_train_metrics_state_dict(own.get("train_metrics", {}))
     else:
         trainer.counters.epoch_batches = 0
     # Restored when training continues, so random numbers drawn until then have no effect.

@@ -10,7 +10,7 @@ import torch
 
 from dream_trainer.trainer.batches import batches_together
 from dream_trainer.trainer.divergence import refuse_divergence
-from dream_trainer.trainer.results import EpochMeans
+from dream_trainer.trainer.results import EpochMeans, with_metrics
 from dream_trainer.trainer.steps import in_contexts, note_place
 from dream_trainer.world import torch_private
 from dream_trainer.world.determinism import random_state, random_state_kept, set_random_state
@@ -58,7 +58,7 @@ def _validate(trainer: BaseTrainer, max_batches: int | None) -> bool:
     random_state_before = random_state()
     callbacks.pre_validation_epoch()
     trainer.reset_metrics()
-    means = EpochMeans("validation_step")
+    means = trainer.new_means("validation_step")
     with torch.no_grad(), _eval_mode(trainer):
         num_batches = _evaluate(trainer, max_batches, means)
     _reshard(trainer)
@@ -72,13 +72,7 @@ def _validate(trainer: BaseTrainer, max_batches: int | None) -> bool:
         )
     result = means.reduce(trainer.world)
     refuse_divergence(trainer, result, "validation_step")
-    metrics = trainer.compute_metrics()
-    if clashing := sorted(result.keys() & metrics.keys()):
-        raise ValueError(
-            f"{clashing[0]!r} is reported by validation_step, and is the name of a metric too; "
-            "give one of them another name"
-        )
-    result |= metrics
+    result = with_metrics(result, trainer.compute_metrics(), "validation_step")
     if max_batches is None:
         trainer.counters.validated_step = trainer.counters.global_step
     callbacks.post_validation_epoch(result)
@@ -110,13 +104,14 @@ def _validation_step(trainer: BaseTrainer, batch: Any, batch_idx: int, means: Ep
     batch = callbacks.pre_validation_step(batch, batch_idx)
     torch_private.mark_cudagraph_step()
     try:
+        num_samples = trainer.num_samples(batch)  # before the step, which may take it apart
         if callbacks.validation_context is None and trainer.precision_context is None:
             result = trainer.validation_step(batch, batch_idx)
         else:
             result = in_contexts(
                 trainer, callbacks.validation_context, trainer.validation_step, batch, batch_idx
             )
-        result = means.add({} if result is None else result, batch)
+        result = means.add({} if result is None else result, num_samples)
     except BaseException as error:
         note_place(error, trainer, "validation_step", batch_idx)
         raise

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dream_trainer.numbers import as_number
 from dream_trainer.world import cpu_collectives
 
 if TYPE_CHECKING:
@@ -52,8 +53,9 @@ def reduced(value: Any, op: ReduceOp, group: ProcessGroup | None) -> Any:
         return {key: results[key] for key in value}
     if isinstance(value, Tensor):
         return _reduced_tensor(value, op, group)
-    if isinstance(value, (bool, int, float)):
-        return _reduced_number(value, op, group)
+    number = as_number(value)
+    if number is not None:
+        return _reduced_number(number, op, group)  # type: ignore[arg-type]  # no tensor
     raise TypeError(
         f"a {type(value).__qualname__} can't be reduced over ranks; "
         "a tensor, a number or a dict of them is required"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -191,6 +191,13 @@ class Coordination:
         all_values = self.gather(lambda: mine)
         if any(each != all_values[0] for each in all_values):
             raise RankDisagreement(disagreements(all_values))
+
+    def union(self, names: Iterable[str]) -> list[str]:
+        """The names that any rank has, sorted. Sends digests; the names if they differ."""
+        mine = sorted(names)
+        if self._group is None or self._have_one_digest(mine):
+            return mine
+        return sorted({name for theirs in self.gather(lambda: mine) for name in theirs})
 
     def _have_one_digest(self, value: Any) -> bool:
         """Whether the digests of all ranks are equal; False if one has none. One exchange."""

@@ -6,7 +6,7 @@ import atexit
 import contextlib
 import random
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -340,6 +340,14 @@ class World(RankIdentity):
             else:
                 Coordination(self).agree({what or "a value": value})
         return value
+
+    def union(self, names: Iterable[str]) -> list[str]:
+        """The names that any rank has, sorted. Collective.
+
+        Ranks compare digests, in one exchange of 72 bytes, and send the names only if these differ.
+        """
+        self._refuse_if_guarded("union")
+        return Coordination(self).union(names) if self.is_distributed else sorted(names)
 
     def each(self, function: Callable[[], T]) -> T:
         """Call a function on each rank and return what it returned on this one. Collective.

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from dream_trainer.interface.trainer import AbstractTrainer
+from dream_trainer.numbers import as_float, is_readable_alone
 
 
 class Sink(Protocol):
@@ -59,15 +60,22 @@ class LoggerMixin(AbstractTrainer):
 
         Args:
             name: Slashes make groups: "val/loss".
-            value: A number, or a tensor with one element.
+            value: Any number, such as a tensor with one element.
             step: Default: `global_step`.
+
+        Raises:
+            TypeError: If `value` isn't a number.
         """
         self.log_dict({name: value}, step)
 
     def log_dict(self, values: Mapping[str, float | Tensor], step: int | None = None) -> None:
-        """Log several numbers at once; a device sync if there are tensors."""
+        """Log several numbers at once; a device sync if there are tensors.
+
+        Raises:
+            TypeError: If a value isn't a number.
+        """
         if self._sinks:
-            numbers = {name: float(value) for name, value in values.items()}
+            numbers = {name: _as_float(name, value) for name, value in values.items()}
             for sink in self._sinks:
                 sink.log_scalars(numbers, self._step(step))
 
@@ -100,3 +108,13 @@ class LoggerMixin(AbstractTrainer):
 
     def _step(self, step: int | None) -> int:
         return self.global_step if step is None else step
+
+
+def _as_float(name: str, value: Any) -> float:
+    number = as_float(value) if is_readable_alone(value) else None
+    if number is None:
+        raise TypeError(
+            f"{name!r} can't be logged as a scalar: it is a {type(value).__qualname__}, and one "
+            "number that this rank can read is required, such as a tensor's .mean()"
+        )
+    return number

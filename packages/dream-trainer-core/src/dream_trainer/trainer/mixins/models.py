@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dream_trainer.interface.trainer import AbstractTrainer
+from dream_trainer.trainer.metrics import is_metric
 from dream_trainer.trainer.mixins import materialize, pretrained
 from dream_trainer.trainer.mixins.tracking import assigned_attributes
 from dream_trainer.world import torch_private
@@ -243,7 +244,9 @@ def _warn_of_one_thread() -> None:
 
 
 def _is_model(value: Any) -> bool:
-    return isinstance(value, nn.Module)
+    if not isinstance(value, nn.Module):
+        return False
+    return not is_metric(value) or any(p.requires_grad for p in value.parameters())
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
