@@ -98,6 +98,8 @@ class Kernel:
         self._libc.pthread_mutex_lock(self._mutex)
 
     def abort(self) -> None:
+        if Trainer.what == "abort_hangs":
+            self.wait()
         self._libc.pthread_mutex_unlock(self._mutex)
 
     def get_error(self) -> SimpleNamespace:
@@ -169,7 +171,7 @@ class Trainer(TinyTrainer):
 
     def _special(self) -> None:
         if not is_failing_rank(self):
-            if self.what == "others_compute":
+            if self.what in ("others_compute", "abort_hangs"):
                 time.sleep(600)
             if self.what == "others_stuck":
                 dist.monitored_barrier(self.world.group())
@@ -182,7 +184,7 @@ class Trainer(TinyTrainer):
             note_time(self)
             KERNEL.times_out_at_s = time.time() + 1.0
             KERNEL.wait()
-        if self.what == "others_in_kernel":
+        if self.what in ("others_in_kernel", "abort_hangs"):
             time.sleep(1)
             fail(self)
         if self.what in ("others_compute", "others_stuck", "clean_up_hangs", "thread_hangs"):
@@ -257,7 +259,7 @@ def run(folder: Path, what: str) -> None:
     if what == "backward":
         callbacks.append(FailsInBackward())
     Trainer.what = what
-    if "kernel" in what:
+    if "kernel" in what or what == "abort_hangs":
         torch_private.nccl_backends = lambda: [("default_pg", KERNEL)]
         os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(folder / "trace_")
     if what == "killed_on_another_machine":

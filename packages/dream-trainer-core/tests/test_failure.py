@@ -87,6 +87,7 @@ SPECIAL = [
     Case("out_of_memory", 1, place=IN_STEP, said="OutOfMemoryError: planned"),
     Case("system_exit", 1, place=IN_STEP, said="SystemExit: 3"),
     Case("others_in_kernel", 1, place=IN_STEP),
+    Case("abort_hangs", 1, place=IN_STEP),
     Case("kernel_times_out", 0, place=r"failed in wait \(ranks_that_fail", said=TIMED_OUT),
 ]
 IN_HOOKS = [Case(hook, rank) for rank in (1, 0) for hook in HOOKS if hook != "on_exception"]
@@ -110,6 +111,7 @@ QUICK = {
         "gives_sigterm_back:1:2",
         "others_in_kernel:1:2",
         "kernel_times_out:0:2",
+        "abort_hangs:1:2",
     ),
     *("clean_up_hangs:1:2", "clean_up_collective:1:2", "finally_collective:1:2"),
     *(
