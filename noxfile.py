@@ -36,6 +36,7 @@ CELLS = [nox.param(cell, id=str(cell), tags=["full"]) for cell in matrix.CELLS]
 QUICK = nox.param("not full", id="quick", tags=["quick"])
 SLOW = nox.param("full", id="slow", tags=["full"])
 CELL_TESTS = ("integration_tests/test_loss_is_layout_independent.py", "-m", "full or not full")
+TESTS_OF_GPU = "tools/tests/test_gpu.py"  # needs torch and all packages, unlike the other tools
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "none"  # tools/wheels.py makes the environments
@@ -104,7 +105,7 @@ def package_tests(session: nox.Session, package: str, marked: str) -> None:
 def integration(session: nox.Session, cell: matrix.Cell | str) -> None:
     """Run the integration tests: quick ones, slow ones, or one cell of the matrix."""
     if isinstance(cell, str):
-        command = ["-m", "pytest", "integration_tests", "-m", cell]
+        command = ["-m", "pytest", "integration_tests", TESTS_OF_GPU, "-m", cell]
         run(session, for_tests("all"), *command, *session.posargs)
         return
     if cell.torch == "oldest" and "OLDEST_TORCH" not in os.environ:
@@ -121,7 +122,8 @@ def types(session: nox.Session) -> None:
     environment = wheels.installed("types", [], ["mypy", "basedpyright", "pytest", *libraries])
     sources = os.pathsep.join(map(str, source_folders()))
     run(session, environment, "-m", "mypy", *source_folders(), MYPYPATH=sources)
-    run(session, environment, "-m", "mypy", "tools", "--exclude", "tools/benchmarks/")
+    checked = ["tools", "--exclude", "tools/benchmarks/"]
+    run(session, environment, "-m", "mypy", *checked, MYPYPATH=sources)
     examples = [f for d in DISTRIBUTIONS if any((f := d.folder / "typing_tests").glob("*.py"))]
     for folder in examples:
         paths = f"{folder}{os.pathsep}{sources}"

@@ -42,6 +42,7 @@ from dream_callbacks.checkpoint import (
     CheckpointParameters,
 )
 from dream_trainer.callbacks import Callback, Every
+from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import TinyTrainer, tiny_config
 
 SYNC_GOAL = 0.9
@@ -71,8 +72,14 @@ class Large(TinyTrainer):
         return super().training_step(batch, batch_idx)
 
 
-def trained(folder: Path, callbacks: Iterable[Callback[Any]], max_steps: int = 1) -> Large:
-    trainer = Large(tiny_config(folder, callbacks, max_steps=max_steps))
+def trained(
+    folder: Path,
+    callbacks: Iterable[Callback[Any]],
+    max_steps: int = 1,
+    *,
+    device: DeviceParameters | None = None,
+) -> Large:
+    trainer = Large(tiny_config(folder, callbacks, device=device, max_steps=max_steps))
     trainer.fit()
     return trainer
 
@@ -159,7 +166,8 @@ def measure(model_mb: int, folder: Path, rounds: int) -> dict[str, Any]:
 def ratio(found: dict[str, Any], one: str, other: str) -> float:
     """Median over the rounds of the ratio of two ways."""
     pairs = zip(found["all"][one], found["all"][other], strict=True)
-    return statistics.median(a / b for a, b in pairs)
+    median: float = statistics.median(a / b for a, b in pairs)
+    return median
 
 
 def sync_save(folder: Path, trainer: Large) -> float:

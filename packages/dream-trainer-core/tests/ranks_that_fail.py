@@ -10,13 +10,16 @@ became of each rank.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import math
 import os
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,6 +32,7 @@ from dream_trainer.callbacks.callback import HOOKS
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import TinyTrainer, tiny_config
 from dream_trainer.testing.processes import rank_environment
+from dream_trainer.world import torch_private
 from dream_trainer.world.faults import local_processes
 
 HANG_TIMEOUT_S = 3
@@ -76,6 +80,36 @@ def fails_in(hook: str) -> Callback[TinyTrainer]:
     scope: dict[str, Any] = {"method": method}
     exec(f"def {hook}({arguments}): return method({arguments})", scope)  # noqa: S102
     return type("FailsInHook", (Callback,), {hook: scope[hook]})()
+
+
+class Kernel:
+    """A backend whose collective never ends unless it is aborted, as an NCCL kernel.
+
+    Whoever waits for it is in C code, which a signal doesn't interrupt.
+    """
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None)
+        self._mutex = ctypes.create_string_buffer(64)
+        self.times_out_at_s = math.inf
+
+    def wait(self) -> None:
+        self._libc.pthread_mutex_lock(self._mutex)
+        self._libc.pthread_mutex_lock(self._mutex)
+
+    def abort(self) -> None:
+        if Trainer.what == "abort_hangs":
+            self.wait()
+        self._libc.pthread_mutex_unlock(self._mutex)
+
+    def get_error(self) -> SimpleNamespace:
+        if time.time() < self.times_out_at_s:
+            return SimpleNamespace(name="SUCCESS")
+        Path(f"{os.environ['TORCH_FR_DUMP_TEMP_FILE']}{os.environ['RANK']}").touch()
+        return SimpleNamespace(name="TIMEOUT")
+
+
+KERNEL = Kernel()
 
 
 class Broken(Dataset[torch.Tensor]):
@@ -137,11 +171,22 @@ class Trainer(TinyTrainer):
 
     def _special(self) -> None:
         if not is_failing_rank(self):
-            if self.what == "others_compute":
+            if self.what in ("others_compute", "abort_hangs"):
                 time.sleep(600)
             if self.what == "others_stuck":
                 dist.monitored_barrier(self.world.group())
+            if self.what == "others_in_kernel":
+                KERNEL.wait()
+            if self.what == "kernel_times_out":
+                time.sleep(600)
             return
+        if self.what == "kernel_times_out":
+            note_time(self)
+            KERNEL.times_out_at_s = time.time() + 1.0
+            KERNEL.wait()
+        if self.what in ("others_in_kernel", "abort_hangs"):
+            time.sleep(1)
+            fail(self)
         if self.what in ("others_compute", "others_stuck", "clean_up_hangs", "thread_hangs"):
             fail(self)
         if self.what in (
@@ -214,6 +259,9 @@ def run(folder: Path, what: str) -> None:
     if what == "backward":
         callbacks.append(FailsInBackward())
     Trainer.what = what
+    if "kernel" in what or what == "abort_hangs":
+        torch_private.nccl_backends = lambda: [("default_pg", KERNEL)]
+        os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(folder / "trace_")
     if what == "killed_on_another_machine":
         local_processes.machine_id = lambda: os.environ["RANK"]
     train_timeout_s = HANG_TIMEOUT_S if "hang" in what else 60

@@ -55,6 +55,10 @@ IN_STEP = r"failed in training_step at step 1 \(epoch 0, batch 1\)"
 HUNG = "failed in"
 KILLED = r"exited without reporting an error"
 AT_STEP = r"; rank \d was at step 1"
+TIMED_OUT = (
+    r"an NCCL collective timed out \(group default_pg\); flight recorder: \S+/trace_0; where each "
+    r"rank was: rank 0: wait \(ranks_that_fail.*; rank 1: _special \(ranks_that_fail"
+)
 LOADER = r"failed in the training loader, at batch \d of epoch 0"
 
 SPECIAL = [
@@ -82,6 +86,9 @@ SPECIAL = [
     Case("os_exit", 0, place=KILLED, said=AT_STEP),
     Case("out_of_memory", 1, place=IN_STEP, said="OutOfMemoryError: planned"),
     Case("system_exit", 1, place=IN_STEP, said="SystemExit: 3"),
+    Case("others_in_kernel", 1, place=IN_STEP),
+    Case("abort_hangs", 1, place=IN_STEP),
+    Case("kernel_times_out", 0, place=r"failed in wait \(ranks_that_fail", said=TIMED_OUT),
 ]
 IN_HOOKS = [Case(hook, rank) for rank in (1, 0) for hook in HOOKS if hook != "on_exception"]
 ON_FOUR_RANKS = [
@@ -102,6 +109,9 @@ QUICK = {
         "others_compute:1:2",
         "hangs:1:2",
         "gives_sigterm_back:1:2",
+        "others_in_kernel:1:2",
+        "kernel_times_out:0:2",
+        "abort_hangs:1:2",
     ),
     *("clean_up_hangs:1:2", "clean_up_collective:1:2", "finally_collective:1:2"),
     *(
@@ -169,6 +179,20 @@ def test_callbacks_clean_up_on_every_rank_that_can_be_got_out(
     folder = outcomes[str(case)]["folder"]
 
     errors = {"0": "RemoteError", "1": "ZeroDivisionError"}
+    for rank, error in errors.items():
+        assert (folder / f"on_exception-{rank}").read_text() == error
+        assert (folder / f"post_fit-{rank}").read_text() == error
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", [case for case in CASES if "kernel" in str(case.id)])
+def test_callbacks_clean_up_on_ranks_that_waited_for_an_aborted_kernel(
+    case: Case, outcomes: dict[str, dict[str, Any]]
+) -> None:
+    folder = outcomes[str(case)]["folder"]
+    has_own_error = case.what == "others_in_kernel"
+
+    errors = {"0": "RemoteError", "1": "ZeroDivisionError" if has_own_error else "RemoteError"}
     for rank, error in errors.items():
         assert (folder / f"on_exception-{rank}").read_text() == error
         assert (folder / f"post_fit-{rank}").read_text() == error

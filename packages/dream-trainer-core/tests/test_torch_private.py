@@ -138,6 +138,31 @@ def test_marking_a_step_begins_a_generation_of_cudagraphs_and_loads_no_compiler(
     assert run_on_ranks(generations_of_cudagraphs, 1) == [(False, True)]
 
 
+def test_nccl_has_no_backends_in_a_run_on_the_cpu() -> None:
+    assert run_on_ranks(nccl_backends_on_cpu, 2) == [[]] * 2
+
+
+def nccl_backends_on_cpu() -> list[tuple[str, Any]]:
+    connect()
+    return torch_private.nccl_backends()
+
+
+def found_on_one_rank_of_nccl() -> tuple[list[str], str]:
+    world = World(DeviceParameters(device="cuda"))
+    torch.cuda.set_device(world.device)
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    dist.new_group(backend="gloo")
+    dist.all_reduce(torch.ones(1, device=world.device))
+    backends = torch_private.nccl_backends()
+    return [group for group, _ in backends], torch_private.nccl_error(backends[0][1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_nccl_backends_are_found_with_what_their_watchdog_says() -> None:
+    assert run_on_ranks(found_on_one_rank_of_nccl, 1) == [(["default_pg"], "SUCCESS")]
+
+
 def shard_of_simulated_rank(rank: int) -> tuple[int, float]:
     torch_private.init_fake_process_group(rank, 4)
     try:

@@ -7,9 +7,11 @@ torch that renames or changes one fails there first.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,6 +86,40 @@ def mark_cudagraph_step() -> None:
     """
     if "torch._inductor.cudagraph_trees" in sys.modules:
         torch.compiler.cudagraph_mark_step_begin()
+
+
+# NCCL
+
+
+def nccl_backends() -> list[tuple[str, Any]]:
+    """The NCCL backends of this process's groups, each after a description of its group."""
+    if not dist.is_nccl_available():
+        return []
+    backends = []
+    for group in list(distributed_c10d._world.pg_map):  # noqa: SLF001
+        if torch.device("cuda") in group._device_types:  # noqa: SLF001
+            backend: Any = group._get_backend(torch.device("cuda"))  # noqa: SLF001
+            backend = getattr(backend, "wrapped_pg", backend)  # TORCH_DISTRIBUTED_DEBUG=DETAIL
+            if isinstance(backend, dist.ProcessGroupNCCL):
+                backends.append((group.group_desc, backend))
+    return backends
+
+
+def nccl_error(backend: Any) -> str:
+    """Name of the ErrorType that the watchdog of an NCCL backend has found; or SUCCESS."""
+    name: str = backend.get_error().name
+    return name
+
+
+def flight_recorder_file(rank: int) -> Path:
+    """Where torch's flight recorder writes the last collectives of a rank after a failure."""
+    cache = os.environ.get("XDG_CACHE_HOME") or f"{os.environ.get('HOME', '/tmp')}/.cache"
+    prefix = (
+        os.environ.get("TORCH_FR_DUMP_TEMP_FILE")
+        or os.environ.get("TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
+        or f"{cache}/torch/comm_lib_trace_rank_"
+    )
+    return Path(f"{prefix}{rank}")
 
 
 # Simulated ranks

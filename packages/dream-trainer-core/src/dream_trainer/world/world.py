@@ -5,8 +5,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import random
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import wait
 from dataclasses import fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,6 +19,7 @@ from dream_trainer.configs.device import DeviceParameters
 from dream_trainer.world import collectives, cpu_collectives, torch_private, torchrun
 from dream_trainer.world.collectives import ReduceOp
 from dream_trainer.world.coordination import Coordination
+from dream_trainer.world.daemon_thread import call_in_daemon_thread
 from dream_trainer.world.determinism import (
     FullTensorRandom,
     seed_all,
@@ -26,6 +27,10 @@ from dream_trainer.world.determinism import (
 )
 from dream_trainer.world.device import claim
 from dream_trainer.world.faults import collective_guard
+from dream_trainer.world.faults.device_collectives import (
+    DeviceCollectives,
+    leave_failures_to_python,
+)
 from dream_trainer.world.faults.failure_monitor import FailureMonitor, NoFailureMonitor
 from dream_trainer.world.faults.fork_safety import let_threads_settle_before_forks
 from dream_trainer.world.identity import RankIdentity
@@ -66,6 +71,7 @@ class World(RankIdentity):
         self._timeout_s = parameters.init_timeout_s
         self._refusal: tuple[str, str] | None = None
         self._store: Store | None = None
+        self._device_collectives = DeviceCollectives(self.rank)
         self._failure_monitor: NoFailureMonitor | FailureMonitor = NoFailureMonitor()
 
     # Life
@@ -110,7 +116,11 @@ class World(RankIdentity):
             self._store = torchrun.open_store(self.rank, self.world_size, timeout_s)
             cleanup_timeout_s = self.parameters.cleanup_timeout_s
             self._failure_monitor = FailureMonitor(
-                self._store, self.rank, self.world_size, cleanup_timeout_s
+                self._store,
+                self.rank,
+                self.world_size,
+                cleanup_timeout_s,
+                self._device_collectives,
             )
         return self._failure_monitor
 
@@ -135,6 +145,7 @@ class World(RankIdentity):
         raise_open_file_limit(self.world_size)
         if self.device.type == "cuda":
             claim(self.device, self.rank, self._store)
+            leave_failures_to_python()
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
             store=self._store,
@@ -162,13 +173,17 @@ class World(RankIdentity):
         atexit.unregister(self.shutdown)
 
     def abandon(self) -> None:
-        """Shut down after an error, without waiting for stuck collectives."""
+        """Shut down after an error. Stuck collectives are aborted, or waited for at most 1 s."""
         if not self.is_distributed:
             self.shutdown()
             return
-        thread = threading.Thread(target=self.shutdown, daemon=True)
-        thread.start()
-        thread.join(_ABANDON_S)
+        atexit.unregister(self.shutdown)  # it would wait again
+        wait([call_in_daemon_thread("abandon-world", self._abandon)], _ABANDON_S)
+
+    def _abandon(self) -> None:
+        wait(self._device_collectives.abort())  # else `shutdown` waits for their kernels
+        self.use_device()
+        self.shutdown()
 
     def seed(self, seed: int | None) -> int:
         """Seed all generators, with the same seed on all ranks. Collective if `seed` is None.

@@ -20,6 +20,11 @@ _LOST_CONNECTION = re.compile(
     re.IGNORECASE,
 )
 
+_TIMEOUT = re.compile(
+    r"Timed out waiting|collective operation timeout|wait timeout after \d+ ?ms", re.IGNORECASE
+)
+"""Of gloo; of NCCL, where it blocks the main thread; of the store in which its ranks meet."""
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -46,10 +51,10 @@ class Failure:
 
 
 class RemoteError(RuntimeError):
-    """Raised on a rank because another rank failed first.
+    """Raised on a rank because another rank failed first, or an NCCL collective on the device.
 
     Attributes:
-        failure: The failure of the other rank.
+        failure: The failure.
     """
 
     def __init__(self, failure: Failure) -> None:
@@ -58,13 +63,15 @@ class RemoteError(RuntimeError):
 
 
 class Interruption(BaseException):
-    """Raised in the main thread of a rank when another one fails; `fit` raises a RemoteError.
+    """Raised in the main thread of a rank when another one, or the device of this one, fails.
+
+    `fit` then raises a RemoteError.
 
     Not an Exception: torch (DTensor, torch.compile, futures), `logging` and user code catch
     those, and raise an error of their own or continue.
 
     Attributes:
-        failure: The failure of the other rank.
+        failure: The failure.
     """
 
     def __init__(self, failure: Failure) -> None:
@@ -111,8 +118,8 @@ def is_lost_connection(error: BaseException) -> bool:
 
 
 def is_timeout(error: BaseException) -> bool:
-    """Whether a collective timed out waiting for another rank."""
-    return isinstance(error, RuntimeError) and "Timed out waiting" in str(error)
+    """Whether a collective timed out waiting for another rank, or NCCL while it connected them."""
+    return isinstance(error, RuntimeError) and _TIMEOUT.search(str(error)) is not None
 
 
 def described(error: BaseException, step: int) -> str:

@@ -2,9 +2,10 @@
 
 Other ranks may be stuck in a collective that the failed one never joins, so nothing here is a
 collective. The first error is written to the rendezvous store. A thread of each rank polls for it
-on its own connection; it also detects when the process of a rank on the same machine exits. It
-then interrupts the main thread for clean-up. A main thread that can't be interrupted, because it is
-in C++ code, is ended with its process.
+on its own connection; it also detects when the process of a rank on the same machine exits, and
+when an NCCL collective of this rank fails or times out. It then interrupts the main thread for
+clean-up, and aborts NCCL collectives, which the main thread may be waiting for. A main thread that
+doesn't leave C++ code is ended with its process.
 
 The main thread has no overhead until there is an error.
 """
@@ -13,8 +14,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import faulthandler
-import logging
 import math
 import os
 import signal
@@ -24,11 +23,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from dream_trainer.world import signals, torchrun
 from dream_trainer.world.coordination import RankFailure
 from dream_trainer.world.early_exchange import EarlyExchange
+from dream_trainer.world.faults.device_collectives import DeviceCollectives
 from dream_trainer.world.faults.failure import (
     Failure,
     Interruption,
@@ -42,6 +42,7 @@ from dream_trainer.world.faults.failure import (
 )
 from dream_trainer.world.faults.failure_store import MAX_REQUESTS_PER_S, FailureStore
 from dream_trainer.world.faults.local_processes import LocalProcesses
+from dream_trainer.world.faults.process_exit import exit_now, exit_soon, write_line
 from dream_trainer.world.rank_mismatch import grouped
 
 if TYPE_CHECKING:
@@ -54,8 +55,6 @@ _SIGNAL_EVERY_S = 1.0
 """Interval of the signals that interrupt the main thread."""
 _SIGTERM_REPORT_S = 25.0
 """Seconds after SIGTERM until the main thread's place is reported; torchrun kills after 30."""
-_ATEXIT_S = 1.0
-"""Seconds that `atexit` handlers may take after an error."""
 
 
 class NoFailureMonitor:
@@ -88,10 +87,19 @@ class FailureMonitor:
         rank: This rank.
         world_size: Number of ranks.
         cleanup_timeout_s: Seconds that this process may run after an error on any rank.
+        device_collectives: Those of this rank.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int, cleanup_timeout_s: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        cleanup_timeout_s: float,
+        device_collectives: DeviceCollectives,
+    ) -> None:
         self._store = FailureStore(store, world_size)
+        self._device_collectives = device_collectives
         self._rank = rank
         self._world_size = world_size
         self._cleanup_timeout_s = cleanup_timeout_s
@@ -172,7 +180,9 @@ class FailureMonitor:
             first = self._interruption.failure
             error = self._interruption.remote_error(error)
         else:
-            lost = is_lost_connection(error)
+            # What comes after an abort may be its consequence, such as indices that are wrong.
+            is_after_abort = self._device_collectives.are_aborted and isinstance(error, Exception)
+            lost = is_after_abort or is_lost_connection(error)
             first = self._first_failure(error, step, lost=lost)
             if first.rank != self._rank and lost:
                 error = Interruption(first).remote_error(error)
@@ -296,9 +306,10 @@ class FailureMonitor:
                 report_place_at_s = time.monotonic() + _SIGTERM_REPORT_S
             if time.monotonic() > report_place_at_s:
                 report_place_at_s = math.inf
-                self._write(
+                write_line(
+                    self._rank,
                     f"rank {self._rank} got SIGTERM {_SIGTERM_REPORT_S:g} s ago and is still in "
-                    f"{place_of_main_thread()}"
+                    f"{place_of_main_thread()}",
                 )
         self._interrupt_or_end()
 
@@ -324,6 +335,23 @@ class FailureMonitor:
             self._set_first(first)
         elif must_end:
             self._store.tell_termination(self._rank)
+        elif (what := self._device_collectives.failure()) is not None:
+            self._on_failed_collective(what)
+
+    def _on_failed_collective(self, what: str) -> None:
+        """A collective on the device has failed, of which the main thread may know nothing."""
+        found_at_s = time.time() - _WAIT_S  # torch may have found it at the poll before this one
+        self._place = place_of_main_thread()
+        self._store.tell_place(self._rank, self._place)
+        places = grouped(self._store.where_ranks_are())
+        # Meanwhile torch writes its trace, on every rank. An abort would prevent that.
+        trace = self._device_collectives.trace_file(found_at_s)
+        recorded = "" if trace is None else f"; flight recorder: {trace}"
+        what = (
+            f"failed in {self._place} at step {self._step()}: {what}{recorded}; "
+            f"where each rank was: {places}"
+        )
+        self._set_first(self._store.publish(_failure(self._rank, self._pid, what)))
 
     def _on_process_exit(self, rank: int, pid: int, must_end: bool) -> None:
         """A process on this machine has exited, which is a failure unless it said goodbye."""
@@ -356,30 +384,20 @@ class FailureMonitor:
         if self._first is not None and self._first.is_on_all_ranks:
             signal_at_s += _WAIT_S  # the main thread is about to raise it
         while not self._has_left_loop and time.monotonic() < self._deadline_s:
-            if self._depth and self._interrupts and time.monotonic() >= signal_at_s:
-                signal_at_s = time.monotonic() + _SIGNAL_EVERY_S
-                signals.interrupt_main_thread()
+            if time.monotonic() >= signal_at_s:
+                if self._depth and self._interrupts:
+                    signal_at_s = time.monotonic() + _SIGNAL_EVERY_S
+                    signals.interrupt_main_thread()
+                self._device_collectives.abort()
             time.sleep(0.02)
         if not self._has_left_loop:
-            self._end_process()
+            exit_now(self._rank, self._first)
         while threading.main_thread().is_alive():
             time.sleep(0.05)
         # Python now joins the threads of callbacks; one may be stuck in a collective.
         left_s = self._deadline_s + _WAIT_S - time.monotonic()
         time.sleep(max(left_s, self._cleanup_timeout_s))
-        self._end_process()
-
-    def _end_process(self) -> NoReturn:
-        place = place_of_main_thread()
-        _flush()
-        self._write(f"rank {self._rank} did not leave {place} in time; exiting")
-        self._write(str(self._first))
-        os._exit(1)
-
-    def _write(self, line: str) -> None:
-        # Prefixed as torch prefixes tracebacks. Not through sys.stderr, whose lock may be held.
-        with contextlib.suppress(OSError):
-            os.write(2, f"[rank{self._rank}]: {line}\n".encode())
+        exit_now(self._rank, self._first)
 
     # The end
 
@@ -413,26 +431,10 @@ class FailureMonitor:
             self.close()
             return
         if not was_shown(self._first):
-            self._write(str(self._first))
+            write_line(self._rank, str(self._first))
         self._store.wait_for_all("seen", limit_s=_WAIT_S)
-        # Others may be stuck until the sockets of this process are closed. The rest of the shutdown
-        # can take seconds or hang, while no Python thread runs; this thread is in C.
-        nowhere = open(os.devnull, "w")  # noqa: SIM115  # until the end
-        faulthandler.dump_traceback_later(_ATEXIT_S, exit=True, file=nowhere)
+        exit_soon()
 
 
 def _failure(rank: int, pid: int, what: str, *, is_on_all_ranks: bool = False) -> Failure:
     return Failure(rank, pid, socket.gethostname(), what, time.time(), is_on_all_ranks)
-
-
-def _flush() -> None:
-    """Flush log handlers and standard streams, for at most half a second."""
-
-    def flush() -> None:
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-
-    thread = threading.Thread(target=flush, daemon=True)
-    thread.start()
-    thread.join(0.5)
