@@ -385,8 +385,8 @@ def test_values_that_are_no_numbers_are_named_once(caplog: pytest.LogCaptureFixt
         (
             level,
             (
-                f"validation_step reports '{key}' as {what}, which isn't a real number, so it has no "
-                "mean: the epoch's result has the last batch's"
+                f"validation_step reports '{key}' as {what}, which isn't a real number, so it has "
+                "no mean: the epoch's result has the last batch's"
             ),
         )
         for level, key, what in (
