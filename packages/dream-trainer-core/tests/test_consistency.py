@@ -188,9 +188,8 @@ SAYS = {
         "rank {others}: 2",
         "rank {last}: 'no loader'",
     ],
-    "results": ["the scalars that training_step reports", "rank {last}: ['accuracy', 'loss']"],
 }
-ON_FOUR = ("training", "layout", "callbacks", "shapes", "results")
+ON_FOUR = ("training", "layout", "callbacks", "shapes")
 
 
 @pytest.mark.parametrize(
@@ -213,6 +212,11 @@ def test_an_error_shows_the_different_values_by_rank(
 
 def test_a_rank_zero_callback_may_exist_on_some_ranks_only(tmp_path: Path) -> None:
     assert run_on_ranks(train, 2, str(tmp_path), "rank_zero_callbacks") == [(2, 2)] * 2
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_ranks_may_report_different_values(tmp_path: Path, num_ranks: int) -> None:
+    assert run_on_ranks(train, num_ranks, str(tmp_path), "results") == [(2, 2)] * num_ranks
 
 
 def test_loaders_without_length_end_with_the_shortest(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ class EvalMetricMixin(AbstractTrainer):
         }
         self._metric_paths = found
         self.world.agree(
-            {"the metrics": [*found], "the metrics of training": [*self._train_metric_paths]}
+            {"the metrics": (*found,), "the metrics of training": (*self._train_metric_paths,)}
         )
         for metrics in (self.named_metrics(), self.named_train_metrics()):
             refuse_equal_keys(metrics)
