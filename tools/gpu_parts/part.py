@@ -86,10 +86,11 @@ def main() -> None:
     import torch
 
     module, folder, file, *options = sys.argv[1:]
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        torch.set_num_threads(1)  # on a busy machine, several wait for each other
     with tempfile.TemporaryDirectory(dir=folder) as own:
-        part = Part(
-            Path(file), Path(own), on_gpu=torch.cuda.is_available(), quick="--quick" in options
-        )
+        part = Part(Path(file), Path(own), on_gpu=on_gpu, quick="--quick" in options)
         importlib.import_module(module).run(part)
 
 
