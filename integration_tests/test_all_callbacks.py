@@ -91,6 +91,28 @@ def test_each_callback_conforms(name: str, source: Path) -> None:
     check_callback(make, changes_training=name == "LoadPartialCheckpointCallback")
 
 
+@pytest.mark.parametrize("name", [*MAKERS, "all"])
+def test_a_trainer_with_it_is_evaluated_before_and_after_it_trains(
+    name: str, tmp_path: Path, source: Path
+) -> None:
+    names = MAKERS.keys() - {"AsyncCheckpointCallback"} if name == "all" else [name]
+
+    def trained(*, evaluates: bool) -> Any:
+        root = tmp_path / str(evaluates)
+        made = [MAKERS[each](source) for each in sorted(names)]
+        trainer = TinyTrainer(tiny_config(root, made, n_epochs=1))
+        for n_epochs in (1, 2):
+            if evaluates:
+                trainer.validate()
+                trainer.test(trainer.val_dataloader)
+                trainer.predict(trainer.val_dataloader)
+            trainer.training_parameters.n_epochs = n_epochs
+            trainer.fit()
+        return [value.tolist() for value in trainer.model.state_dict().values()]
+
+    assert trained(evaluates=True) == trained(evaluates=False)
+
+
 class Small(BaseTrainer, SetupMixin):
     """A user's trainer of a few mixins, without logging and metrics."""
 

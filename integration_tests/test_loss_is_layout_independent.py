@@ -46,7 +46,7 @@ def trained(
     training: dict[str, Any],
     callback_names: tuple[str, ...] = (),
 ) -> Outcome:
-    """Losses of the global batches, the final weights, and their result on the validation set."""
+    """Losses of the global batches, the final weights, and their results on the validation sets."""
     own = [getattr(callbacks, name)() for name in callback_names]
     trainer, losses = make(
         root, layout, device, own, max_steps=STEPS, val_every_n_steps=STEPS, **training
@@ -72,7 +72,9 @@ def test_losses_and_weights_equal_those_of_one_process(
     tolerances = (LOSS_TOLERANCE, WEIGHT_TOLERANCE)
     loss_tolerance, weight_tolerance = tolerances if device == "cpu" else [CUDA_TOLERANCE] * 2
     assert len(losses) >= STEPS
-    assert validation.keys() == {"val_loss", "second_token"}
+    assert validation.keys() == {
+        f"{name}/{key}" for name in ("all", "five") for key in ("val_loss", "second_token")
+    }
     for found_losses, found_weights, found_validation in outcomes:
         assert found_losses == pytest.approx(losses, abs=loss_tolerance)
         assert found_validation == pytest.approx(validation, abs=loss_tolerance)

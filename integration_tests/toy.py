@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 
 from dream_trainer import DreamTrainer, DreamTrainerConfig, WeightedMean
 from dream_trainer.callbacks import Callback, CallbackCollection
@@ -146,7 +146,9 @@ class Toy(DreamTrainer):
         loader = DataLoader(
             data, batch_size=GLOBAL_BATCH // size, sampler=sampler, collate_fn=with_names
         )
-        return loader, loader
+        # On 2 ranks one has fewer batches of the five, on 4 three have.
+        five = self.loader(Subset(data, range(5)), batch_size=size, collate_fn=with_names)
+        return loader, {"all": loader, "five": five}
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         _, tokens = batch

@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("dream_trainer.configs",),
     ("dream_trainer.world",),
-    ("dream_trainer.interface.trainer",),
+    ("dream_trainer.interface.trainer", "dream_trainer.interface.weights_source"),
     ("dream_trainer.callbacks",),
     ("dream_trainer.trainer.",),
     ("dream_trainer.trainer", "dream_trainer.trainer.mixins", "dream_trainer.trainer.dream"),

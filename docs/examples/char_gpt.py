@@ -14,7 +14,6 @@ from pydoc_data.topics import topics
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, DistributedSampler
 
 from dream_callbacks.logging import JSONLinesSink, TensorBoardSink, WandBSink
 from dream_trainer import DreamTrainer, DreamTrainerConfig, callbacks
@@ -82,12 +81,8 @@ class CharGPT(DreamTrainer):
     def configure_dataloaders(self):
         tokens = torch.tensor([CHARACTERS.index(character) for character in TEXT])
         train, val = tokens.tensor_split([len(tokens) * 9 // 10])
-        return self.loader(train, shuffle=True), self.loader(val, shuffle=False)
-
-    def loader(self, tokens, shuffle):
-        windows, world = tokens.unfold(0, CONTEXT + 1, CONTEXT), self.world
-        sampler = DistributedSampler(windows, world.dp_size, world.dp_rank, shuffle=shuffle)
-        return DataLoader(windows, BATCH_SIZE // world.dp_size, sampler=sampler)
+        train, val = (part.unfold(0, CONTEXT + 1, CONTEXT) for part in (train, val))
+        return self.loader(train, BATCH_SIZE, shuffle=True), self.loader(val, BATCH_SIZE)
 
     def training_step(self, batch, batch_idx):
         loss = self.loss(batch)

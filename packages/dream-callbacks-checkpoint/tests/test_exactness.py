@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import CALLBACKS, LOADERS, Everything, make
+import torch
+from training import CALLBACKS, LOADERS, Augmented, Everything, make
 
 from dream_callbacks.checkpoint.testing import prove
 from dream_trainer.callbacks import Every
+from dream_trainer.testing import TinyTrainer
 
 NUM_RANKS = {"single": 1, "ddp": 2, "fsdp": 2}
 STEPS = {"first_step": (1, 1), "mid_epoch": (4, 3), "second_epoch": (8, 5)}
@@ -133,6 +135,41 @@ def test_killed_and_resumed_equals_never_stopped(tmp_path: Path, run: Run) -> No
         every=Every(epochs=1) if run.stop == "epoch_end" else None,
         kill_in="validation" if run.stop == "inside_validation" else "step",
         num_ranks=NUM_RANKS[run.layout],
+        timeout_s=60,
+    )
+
+    proof.check()
+    assert proof.num_values > 100
+
+
+class UnevenSets(Everything):
+    """Two validation sets; of the second, some ranks have fewer batches than others."""
+
+    def configure_dataloaders(self) -> Any:
+        train, even = super().configure_dataloaders()
+        five = TinyTrainer.loader(self, Augmented(5, self.noise), self.world.dp_size)
+        return train, {"even": even, "five": five}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        noise = torch.rand(()) * (1 + (self.validation_set == "five"))
+        return {"val_loss": self.model(batch + noise).square().mean()}
+
+
+def with_uneven_sets(layout: str) -> Any:
+    return make(Path("runs"), kind=UnevenSets, layout=layout, training={"max_steps": 1})
+
+
+@pytest.mark.parametrize("kill_in", ["step", "validation"])
+@pytest.mark.parametrize(("layout", "num_ranks"), [("ddp", 2), ("fsdp", 2), ("fsdp", 4)])
+def test_runs_with_uneven_validation_sets_are_exact(
+    tmp_path: Path, layout: str, num_ranks: int, kill_in: Any
+) -> None:
+    proof = prove(
+        functools.partial(with_uneven_sets, layout),
+        tmp_path,
+        steps=6,
+        kill_in=kill_in,
+        num_ranks=num_ranks,
         timeout_s=60,
     )
 

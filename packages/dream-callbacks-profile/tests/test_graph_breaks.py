@@ -205,6 +205,7 @@ def test_losses_and_compilations_are_the_same_with_and_without_it(tmp_path):
     def run(*callbacks: Callback) -> tuple[list[float], dict[str, int]]:
         torch.compiler.reset()
         counters.clear()
+        torch.manual_seed(0)  # the blocks are made here, not by the trainer
         losses = Losses()
         fit(tmp_path, [Block(is_broken=True), OuterBlock()], losses, *callbacks)
         return losses.seen, dict(counters["frames"])

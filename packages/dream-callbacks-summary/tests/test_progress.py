@@ -21,11 +21,11 @@ from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
 from dream_trainer.trainer import BaseTrainer
 
 
-def lines_of(trainer: TinyTrainer) -> list[str]:
+def lines_of(trainer: TinyTrainer, call: Any = TinyTrainer.fit) -> list[str]:
     """Lines that a run prints, without times and speeds."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        trainer.fit()
+        call(trainer)
     text = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())  # if the environment enables colors
     without_speed = re.sub(r"  [\d,.]+ (steps/s|s/step)", "", text)
     without_times = re.sub(r"  (\d+:)+\d\d( left)?", "", without_speed)
@@ -55,6 +55,31 @@ def test_a_file_has_one_line_per_epoch_and_one_per_validation(tmp_path: Path):
         "epoch 2/2 step 16 loss #",
         "epoch 2/2 step 16 val_loss #",
     ]
+
+
+def loader(num_samples: int) -> Any:
+    return torch.utils.data.DataLoader(torch.zeros(num_samples, 4), 2)  # type: ignore[arg-type]
+
+
+class Several(TinyTrainer):
+    def configure_dataloaders(self) -> Any:
+        train, val = super().configure_dataloaders()
+        return train, {"clean": val, "noisy": val}
+
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        return {"size": float(len(batch))}
+
+
+def test_evaluations_have_a_line_each(tmp_path: Path):
+    trainer = Several(tiny_config(tmp_path, [ProgressBar()], n_epochs=1))
+    trainer.fit()
+
+    assert [shape_of(line) for line in lines_of(trainer, Several.validate)] == [
+        "validation 4 batches clean/val_loss # noisy/val_loss # at step 8"
+    ]
+    assert lines_of(trainer, lambda t: t.test(loader(5))) == ["test 3 batches size 1.800 at step 8"]
+    assert lines_of(trainer, lambda t: t.predict(loader(5))) == ["predict 3 batches"]
+    assert lines_of(Several(tiny_config(tmp_path, [ProgressBar()])), Several.validate)
 
 
 def test_a_line_shows_the_means_of_its_epoch(tmp_path: Path):

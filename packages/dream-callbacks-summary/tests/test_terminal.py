@@ -194,6 +194,26 @@ def test_the_bar_fits_any_width(tmp_path: Path, columns: int):
     assert len(screen.text) == 3
 
 
+def evaluate(root_dir: str) -> None:
+    trainer = SlowTrainer(tiny_config(root_dir, [ProgressBar()]))
+    trainer.setup()
+    trainer.validate()
+    trainer.predict(trainer.val_dataloader)
+    print("after")
+
+
+def test_an_evaluation_has_a_bar_and_leaves_a_line(tmp_path: Path):
+    screen, output, _ = in_terminal(evaluate, str(tmp_path))
+
+    assert without_numbers(screen.text) == [
+        "validation 2 batches val_loss # at step 0",
+        "predict 2 batches",
+        "after",
+    ]
+    assert re.search(r"validation.*━.*1/2 batches", output)
+    assert "epoch" not in output
+
+
 class Talker(Callback[BaseTrainer]):
     """Writes to stdout, stderr, logging and warnings."""
 

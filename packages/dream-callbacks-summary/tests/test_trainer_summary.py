@@ -126,6 +126,29 @@ def test_loaders_are_shown_with_known_sizes(tmp_path: Path):
     assert found["validation"] == ["Endless, any number of batches, each epoch"]
 
 
+def test_validation_sets_are_shown_by_name(tmp_path: Path):
+    class Several(TinyTrainer):
+        def configure_dataloaders(self) -> Any:
+            train, val = super().configure_dataloaders()
+            return train, {"clean": val, "noisy": val}
+
+    assert facts(tmp_path, Several)["validation"] == [
+        "clean: DataLoader, 2 batches of 4, each epoch",
+        "noisy: DataLoader, 2 batches of 4, each epoch",
+    ]
+
+
+def test_an_evaluation_is_named(tmp_path: Path):
+    class Facts(TrainerSummary):
+        def post_setup(self) -> None:
+            self.facts = run_facts(self.trainer)
+
+    summary = Facts()
+    TinyTrainer(tiny_config(tmp_path, [summary])).validate()
+
+    assert summary.facts["evaluation"] == ["validate()"]
+
+
 def test_without_a_validation_loader_validation_is_none(tmp_path: Path):
     class NoValidation(TinyTrainer):
         def configure_dataloaders(self) -> Any:

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, DistributedSampler, default_collate
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import TinyTrainer, tiny_config
 from dream_trainer.trainer import loader_watch
-from dream_trainer.trainer.batches import BatchStream, batches_together, length_of
+from dream_trainer.trainer.batches import BatchStream, length_of
+from dream_trainer.trainer.evaluation_sets import evaluation_sets, rounds
 from dream_trainer.trainer.loader_watch import LoaderWatch
 from dream_trainer.world import World
 
@@ -221,6 +222,12 @@ class Slow:
             yield torch.tensor(index)
 
 
+def validation_batches(loader: Any, watch: LoaderWatch) -> Iterator[Any]:
+    world = World(DeviceParameters(device="cpu"))
+    (only,) = evaluation_sets(loader, "validation", world)
+    return (now.batch for now in rounds(only, None, world, watch))
+
+
 @pytest.mark.parametrize("which", ["training", "validation"])
 def test_a_batch_that_does_not_arrive_warns(which: str, caplog: pytest.LogCaptureFixture) -> None:
     watch = LoaderWatch(rank=3, patience_s=0.2)
@@ -230,8 +237,7 @@ def test_a_batch_that_does_not_arrive_warns(which: str, caplog: pytest.LogCaptur
             stream.start_epoch(0)
             batches = [int(stream.next_batch()) for _ in range(4)]
         else:
-            world = World(DeviceParameters(device="cpu"))
-            batches = [int(b) for b in batches_together(Slow(), None, world, "validation", watch)]
+            batches = [int(batch) for batch in validation_batches(Slow(), watch)]
 
     assert batches == [0, 1, 2, 3]
     first, *more = [record.getMessage() for record in caplog.records]
@@ -326,8 +332,7 @@ def test_the_death_of_a_worker_while_it_sends_a_batch_is_raised(
         stream.start_epoch(0)
         batches = iter(stream.next_batch, None)
     else:
-        world = World(DeviceParameters(device="cpu"))
-        batches = batches_together(DiesOnTheWay(), 4, world, "validation", LoaderWatch())
+        batches = validation_batches(DiesOnTheWay(), LoaderWatch())
     before = signal.signal(signal.SIGUSR1, as_torch_does)
     try:
         with pytest.raises(RuntimeError, match="killed by signal") as raised:

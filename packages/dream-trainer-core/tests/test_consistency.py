@@ -86,8 +86,8 @@ class Dissenter(TinyTrainer):
             return train, SaysTooMuch(val, 1)
         if self.dissents("short_training"):
             return SaysTooMuch(train, 7), val
-        if self.dissents("length"):
-            return train, list(val)[:1]
+        if self.about == "shorter_validation":
+            return train, list(val)[: 1 if self.world.rank else 2]
         if self.dissents("no_validation"):
             return train
         return train, val
@@ -131,7 +131,7 @@ def train(root: str, about: str) -> tuple[int, int]:
     if about == "layout":
         make = partial(DeviceParameters.HSDP, dp_shard=2) if is_last else DeviceParameters.FSDP
         config.device_parameters = make(device="cpu", init_timeout_s=30)
-    if about in ("short_training", "length"):
+    if about == "short_training":
         config.training_parameters.train_steps_per_epoch = None
     if about == "seed":
         config.seed = None if is_last else 1
@@ -182,11 +182,10 @@ SAYS = {
         "rank {last}: ['top5']",
     ],
     "schedulers": ["ranks disagree on the schedulers:", "rank {last}: {{'scheduler': 'StepLR'}}"],
-    "length": ["the number of batches of the validation loader", "rank {others}: 2"],
     "no_validation": [
-        "the number of batches of the validation loader",
-        "rank {others}: 2",
-        "rank {last}: 'no loader'",
+        "ranks disagree on whether there is a validation loader",
+        "rank {others}: True",
+        "rank {last}: False",
     ],
 }
 ON_FOUR = ("training", "layout", "callbacks", "shapes")
@@ -219,8 +218,9 @@ def test_ranks_may_report_different_values(tmp_path: Path, num_ranks: int) -> No
     assert run_on_ranks(train, num_ranks, str(tmp_path), "results") == [(2, 2)] * num_ranks
 
 
-def test_loaders_without_length_end_with_the_shortest(tmp_path: Path) -> None:
-    assert run_on_ranks(train, 2, str(tmp_path), "validation_without_length") == [(2, 1)] * 2
+@pytest.mark.parametrize("about", ["validation_without_length", "shorter_validation"])
+def test_each_rank_validates_to_the_end_of_its_own_loader(tmp_path: Path, about: str) -> None:
+    assert run_on_ranks(train, 2, str(tmp_path), about) == [(2, 2), (2, 1)]
 
 
 @pytest.mark.parametrize(

@@ -111,9 +111,9 @@ def test_sanity_validation_comes_before_the_first_epoch_and_leaves_no_trace(
     events = recorded(
         tmp_path, n_epochs=1, train_steps_per_epoch=1, num_sanity_val_steps=1, val_steps_per_epoch=2
     )
-    assert events[len(SETUP) :][: len(validation(1)) + 2] == [
+    assert events[len(SETUP) :][: len(VALIDATION_BATCH) + 2] == [
         "pre_fit",
-        *validation(1),
+        *VALIDATION_BATCH,
         "pre_epoch",
     ]
 

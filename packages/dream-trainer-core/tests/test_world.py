@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -110,6 +111,39 @@ def test_reductions_on_two_ranks() -> None:
         "broadcast": 1,
         "object": "from 1",
     }
+
+
+def gather_what_differs(kind: str) -> Any:
+    world = launched()
+    value: Any = {
+        "shape": torch.zeros(2 + world.rank, 3),
+        "dtype": torch.zeros(2, dtype=[torch.float32, torch.int64][world.rank]),
+        "kind": torch.zeros(2) if world.rank else "nothing",
+    }[kind]
+    if kind == "shape":
+        parts = world.all_gather([value])
+        assert [len(part) for (part,) in parts] == [2, 3]
+    return world.all_gather(value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("shape", [r"float32 \(2, 3\)", r"float32 \(3, 3\)"]),
+        ("dtype", [r"float32 \(2,\)", r"int64 \(2,\)"]),
+        ("kind", ["an object", r"float32 \(2,\)"]),
+    ],
+    ids=["shape", "dtype", "kind"],
+)
+def test_gathering_tensors_that_differ_is_an_error_on_all_ranks(kind: str, said: list[str]) -> None:
+    with pytest.raises(RankError) as caught:
+        run_on_ranks(gather_what_differs, 2, kind)
+
+    assert sorted(caught.value.tracebacks) == [0, 1]
+    for text in caught.value.tracebacks.values():
+        assert "ranks disagree on what is gathered" in text
+        for rank, value in enumerate(said):
+            assert re.search(f"rank {rank}: .*{value}", text)
 
 
 def mixed_numbers() -> tuple[Any, ...]:

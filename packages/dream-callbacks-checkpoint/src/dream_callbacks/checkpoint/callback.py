@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Mapping
@@ -15,9 +16,10 @@ from dream_callbacks.checkpoint.io.filesystem import below
 from dream_callbacks.checkpoint.manager import CheckpointManager, PendingSave
 from dream_callbacks.checkpoint.restore import load_into
 from dream_callbacks.checkpoint.retention import is_among_best
+from dream_callbacks.checkpoint.weights import find_directory, load_weights_at
 from dream_trainer.callbacks import Cadence, Callback, Every
 from dream_trainer.numbers import as_float, is_number
-from dream_trainer.trainer import BaseTrainer
+from dream_trainer.trainer import BaseTrainer, Counters
 from dream_trainer.trainer.mixins import EvalMetricMixin
 from dream_trainer.world import RUN_SIGNALS, Request
 
@@ -41,6 +43,7 @@ class RunState:
     is_between_steps: bool = False
     knows_monitor: bool = False
     has_warned_of_monitor: bool = False
+    starts_afresh: bool = False
 
 
 class CheckpointCallback(Callback[BaseTrainer]):
@@ -84,19 +87,30 @@ class CheckpointCallback(Callback[BaseTrainer]):
     # Begin and end of a run
 
     def post_setup(self) -> None:
-        if self.parameters.enable:
-            run = self._run = self._new_run()
-            run.manager.open()
-            try:
-                self._restore(run)
-            finally:
-                run.manager.close()  # other processes may use it until `fit`
+        if not self.parameters.enable:
+            return
+        run = self._run = self._new_run()
+        if self.trainer.running not in ("fit", None):  # another run may be training
+            run.manager.look()
+            run.starts_afresh = self.parameters.resume_mode is None
+            with contextlib.ExitStack() as held:
+                if not run.starts_afresh:
+                    self._restore(run, held)
+            return
+        run.manager.open()
+        try:
+            self._restore(run)
+        finally:
+            run.manager.close()  # other processes may use it until `fit`
 
     def pre_fit(self) -> None:
         if not self.parameters.enable:
             return
         run = self._run = self._run or self._new_run()
         run.manager.open()
+        if run.starts_afresh:
+            run.manager.start_afresh()
+            run.starts_afresh = False
         self._start_counting(run)
         run.is_between_steps = True
 
@@ -117,7 +131,12 @@ class CheckpointCallback(Callback[BaseTrainer]):
         if run is None:
             return
         is_alone = not self.trainer.world.is_distributed
-        if self.parameters.save_on_exception and not isinstance(exception, CheckpointError):
+        trains = self.trainer.running in ("fit", None)
+        if (
+            trains
+            and self.parameters.save_on_exception
+            and not isinstance(exception, CheckpointError)
+        ):
             if is_alone and run.is_between_steps:
                 self._save(type(exception).__name__)
             else:
@@ -128,6 +147,40 @@ class CheckpointCallback(Callback[BaseTrainer]):
                     self._saved_step,
                 )
         self._close()
+
+    # Evaluation
+
+    def load_for_evaluation(self, checkpoint: str | int | Path) -> Counters:
+        """Load the weights of a checkpoint into the models: `trainer.validate(checkpoint=…)`.
+
+        Needs no lock: another run may be training in the directory. Collective.
+
+        Args:
+            checkpoint: "last", "best", "min", "max" or a step of this run; or a path, as for
+                LoadPartialCheckpointCallback, whose newest checkpoint is used.
+
+        Raises:
+            CheckpointError: On all ranks, if there is none, it is damaged, or its weights aren't
+                those of the trainer's models.
+        """
+        parameters, root, which = self.parameters, self.directory, checkpoint
+        if not (isinstance(which, int) or which in ("last", "best", "min", "max")):
+            root, step = find_directory(self.trainer, which)
+            which = "last" if step is None else step
+        counters, report = load_weights_at(
+            self.trainer,
+            root,
+            which,  # type: ignore[arg-type]  # one of these
+            parameters.monitor,
+            parameters.best_mode,
+            verify=parameters.verify,
+        )
+        if report.missing or report.unused or report.mismatched:
+            raise CheckpointError(
+                f"the weights of {report.checkpoint} aren't those of the trainer's models; "
+                f"evaluate it with the models that it was saved with.\n{report}"
+            )
+        return counters
 
     # When to save
 
@@ -179,12 +232,10 @@ class CheckpointCallback(Callback[BaseTrainer]):
 
     def post_validation_epoch(self, result: dict[str, Any]) -> None:
         run, counters = self._run, self.trainer.counters
-        if run is None:
+        if run is None or self.trainer.running != "fit":
             return
         run.is_between_steps = True
         self._check_monitor(run, result)
-        if counters.validated_step != counters.global_step:
-            return  # a sanity check before training
         self._note_metrics(run, result)
         reason = self._reason_after_validation(run)
         if reason is None:
@@ -370,7 +421,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
         if run is not None:
             run.manager.close()
 
-    def _restore(self, run: RunState) -> None:
+    def _restore(self, run: RunState, held: contextlib.ExitStack | None = None) -> None:
         manager, parameters = run.manager, self.parameters
         if parameters.resume_mode is None:
             manager.start_afresh()
@@ -380,6 +431,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
             parameters.monitor,
             parameters.best_mode,
             verify=parameters.verify,
+            held=held,
         )
         if checkpoint is None:
             return

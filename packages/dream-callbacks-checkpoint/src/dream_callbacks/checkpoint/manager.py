@@ -122,6 +122,14 @@ class CheckpointManager:
                 "to"
             ) from error
 
+    def look(self) -> None:
+        """List the checkpoints without the lock; they may be another run's, and are only read."""
+
+        def read() -> None:
+            self._catalog, self._was_opened = read_catalog(self.filesystem), True
+
+        self.ranks.on_rank_zero(read)
+
     def start_afresh(self) -> None:
         """Move existing checkpoints into a folder `before-N`."""
 
@@ -278,10 +286,12 @@ class CheckpointManager:
         mode: Literal["min", "max"],
         *,
         verify: bool,
+        held: contextlib.ExitStack | None = None,
     ) -> Checkpoint | None:
         """Choose the checkpoint to restore; see `catalog.choose`."""
+        catalog, ranks = self._catalog, self.ranks
         return choose(
-            self.filesystem, self._catalog, self.ranks, resume_mode, monitor, mode, verify=verify
+            self.filesystem, catalog, ranks, resume_mode, monitor, mode, verify=verify, held=held
         )
 
     # Private

@@ -30,6 +30,7 @@ from dream_callbacks.checkpoint.manager import coordination
 from dream_callbacks.checkpoint.restore import SavedState
 from dream_callbacks.checkpoint.retention import ResumeMode
 from dream_trainer.callbacks import Callback
+from dream_trainer.trainer import AbstractTrainer, Counters
 from dream_trainer.trainer.mixins import ModelSetupMixin
 from dream_trainer.world import Coordination
 
@@ -108,68 +109,116 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
         self.verify = verify
 
     def post_setup(self) -> None:
-        ranks = coordination(self.trainer.world)
-        root, step = ranks.on_rank_zero(lambda: directory_at(self.path))
-        filesystem = filesystem_at(root)
-        with contextlib.ExitStack() as held:
-            checkpoint = choose(
-                filesystem,
-                ranks.on_rank_zero(lambda: read_catalog(filesystem)),
-                ranks,
-                self.resume_mode if step is None else step,
-                self.monitor,
-                self.mode,
-                verify=self.verify,
-                held=held,
-            )
-            if checkpoint is None:
-                raise CheckpointError(f"there is no checkpoint in {filesystem}; give another path")
-            saved = ranks.each(lambda: SavedState(filesystem, checkpoint))
-            self._load(below(root, checkpoint.name), saved, ranks)
-
-    def _load(self, path: str | Path, saved: SavedState, ranks: Coordination) -> None:
-        models = self.trainer.named_models()
-        live = encode({"models": ranks.each(self.trainer.model_state_dict)}, ranks.rank).tensors
-        names = _matching_names(saved, set(models))
-        fits = {
-            name: tensor
-            for name, tensor in live.items()
-            if name in names and saved.index[names[name]].shape == tensor.shape
-        }
-        self.report = PartialLoad(
-            path,
-            tuple(sorted(map(_short, fits))),
-            tuple(sorted(_short(name) for name in live if name not in names)),
-            tuple(sorted(_short(there) for here, there in names.items() if here not in live)),
-            {
-                _short(name): (tuple(saved.index[names[name]].shape), tuple(tensor.shape))
-                for name, tensor in sorted(live.items())
-                if name in names and name not in fits
-            },
+        root, step = find_directory(self.trainer, self.path)
+        _, self.report = load_weights_at(
+            self.trainer,
+            root,
+            self.resume_mode if step is None else step,
+            self.monitor,
+            self.mode,
+            verify=self.verify,
         )
-        if not fits:
-            raise CheckpointError(
-                f"nothing in {path} matches the trainer; give a checkpoint of a "
-                f"model like this one.\n{self.report}"
-            )
-        ranks.each_without_timeout(lambda: saved.read({names[name]: t for name, t in fits.items()}))
-        ranks.each(lambda: self._give(fits))
-        if ranks.is_global_zero:
-            logger.info("%s", self.report)
 
-    def _give(self, tensors: dict[str, Tensor]) -> None:
-        """Load tensors into the models, whose state dict may hold copies."""
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-        for name, model in self.trainer.named_models().items():
-            prefix = f"models.{name}."
-            own: dict[str, Any] = {
-                key.removeprefix(prefix): tensor
-                for key, tensor in tensors.items()
-                if key.startswith(prefix)
-            }
-            if own:
-                set_model_state_dict(model, own, options=StateDictOptions(strict=False))
+def find_directory(trainer: AbstractTrainer, path: str | Path) -> tuple[str | Path, int | None]:
+    """`directory_at`, on rank 0 for all. Collective."""
+    return coordination(trainer.world).on_rank_zero(lambda: directory_at(path))
+
+
+def load_weights_at(
+    trainer: AbstractTrainer,
+    root: str | Path,
+    resume_mode: ResumeMode,
+    monitor: str,
+    mode: Literal["min", "max"],
+    *,
+    verify: bool,
+) -> tuple[Counters, PartialLoad]:
+    """Load the weights of a checkpoint that match by name and shape. Collective.
+
+    Args:
+        trainer: The trainer with the models.
+        root: A directory of checkpoints.
+        resume_mode: Which of them.
+        monitor: Metric of "best", "min" and "max".
+        mode: Whether "best" means low or high.
+        verify: Compare checksums before loading; otherwise only sizes.
+
+    Returns:
+        The counters of the checkpoint, and what was loaded.
+
+    Raises:
+        CheckpointError: On all ranks, if there is none that is intact, or nothing matches.
+    """
+    ranks = coordination(trainer.world)
+    filesystem = filesystem_at(root)
+    with contextlib.ExitStack() as held:
+        checkpoint = choose(
+            filesystem,
+            ranks.on_rank_zero(lambda: read_catalog(filesystem)),
+            ranks,
+            resume_mode,
+            monitor,
+            mode,
+            verify=verify,
+            held=held,
+        )
+        if checkpoint is None:
+            raise CheckpointError(f"there is no checkpoint in {filesystem}; give another path")
+        saved = ranks.each(lambda: SavedState(filesystem, checkpoint))
+        report = _load(trainer, below(root, checkpoint.name), saved, ranks)
+    counters = saved.shared["trainer"]["counters"]
+    step, epoch = counters["global_step"], counters["current_epoch"]
+    return Counters(global_step=step, current_epoch=epoch), report
+
+
+def _load(
+    trainer: AbstractTrainer, path: str | Path, saved: SavedState, ranks: Coordination
+) -> PartialLoad:
+    models = trainer.named_models()
+    live = encode({"models": ranks.each(trainer.model_state_dict)}, ranks.rank).tensors
+    names = _matching_names(saved, set(models))
+    fits = {
+        name: tensor
+        for name, tensor in live.items()
+        if name in names and saved.index[names[name]].shape == tensor.shape
+    }
+    report = PartialLoad(
+        path,
+        tuple(sorted(map(_short, fits))),
+        tuple(sorted(_short(name) for name in live if name not in names)),
+        tuple(sorted(_short(there) for here, there in names.items() if here not in live)),
+        {
+            _short(name): (tuple(saved.index[names[name]].shape), tuple(tensor.shape))
+            for name, tensor in sorted(live.items())
+            if name in names and name not in fits
+        },
+    )
+    if not fits:
+        raise CheckpointError(
+            f"nothing in {path} matches the trainer; give a checkpoint of a "
+            f"model like this one.\n{report}"
+        )
+    ranks.each_without_timeout(lambda: saved.read({names[name]: t for name, t in fits.items()}))
+    ranks.each(lambda: _give(trainer, fits))
+    if ranks.is_global_zero:
+        logger.info("%s", report)
+    return report
+
+
+def _give(trainer: AbstractTrainer, tensors: dict[str, Tensor]) -> None:
+    """Load tensors into the models, whose state dict may hold copies."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    for name, model in trainer.named_models().items():
+        prefix = f"models.{name}."
+        own: dict[str, Any] = {
+            key.removeprefix(prefix): tensor
+            for key, tensor in tensors.items()
+            if key.startswith(prefix)
+        }
+        if own:
+            set_model_state_dict(model, own, options=StateDictOptions(strict=False))
 
 
 class ExportCallback(Callback[ModelSetupMixin]):

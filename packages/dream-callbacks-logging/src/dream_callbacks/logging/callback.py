@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from dream_callbacks.logging.batch_cadence import BatchCadence, check_cadence
-from dream_callbacks.logging.log_keys import prefixed_key
-from dream_callbacks.logging.open_sinks import AnySink, OpenSinks, checked_sinks, planned_sinks
+from dream_callbacks.logging.log_keys import evaluation_group, prefixed_key, set_prefix
+from dream_callbacks.logging.open_sinks import (
+    AnySink,
+    OpenSinks,
+    checked_sinks,
+    logged_run,
+    planned_sinks,
+)
 from dream_callbacks.logging.scalars import (
     RankMeans,
     Scalars,
@@ -36,11 +43,16 @@ class LoggerCallback(Callback[LoggerMixin]):
     - `epoch/<key>` and `epoch/seconds` after each epoch: means over its samples.
     - `val/<key>` after each validation run. A key that already starts with "val", such as
       "val_loss", is not prefixed.
-    - `val_batch/<key>` and `val_batch/index` for single validation batches, if enabled.
+    - `val_batch/<key>` and `val_batch/index` for single validation batches, if enabled, once the
+      validation run is complete. Ranks may have different numbers of batches.
+    - `val/<key>` after `trainer.validate()` and `test/<key>` after `trainer.test()`. Without a
+      `fit` of this trainer before, another run may be logging to the run directory, so they are
+      logged to the folder `evaluation` in it.
 
     A step that logs costs an all-reduce of one vector and one copy to the host, which waits for the
-    device; other steps read nothing. The sinks are opened in `pre_fit` and closed in `post_fit`, on
-    global rank 0: put this callback before callbacks that log in these hooks.
+    device; other steps read nothing. The sinks are opened in `pre_fit`, or before an evaluation,
+    and closed after it, on global rank 0: put this callback before callbacks that log in these
+    hooks.
 
     Args:
         log_every_n_train_batches: "auto" logs the first batch of the run and every 50th. None
@@ -76,6 +88,7 @@ class LoggerCallback(Callback[LoggerMixin]):
         self.sinks = None if sinks is None else checked_sinks(sinks)
         self.reduce = reduce
         self._open_sinks: OpenSinks | None = None
+        self._has_fitted = False
         self._begin(0, 0)
 
     def _begin(self, step: int, num_batches: int) -> None:
@@ -87,6 +100,7 @@ class LoggerCallback(Callback[LoggerMixin]):
         self._epoch_began_s = 0.0
         self._was_training = False
         self._num_val_batches = 0
+        self._val_batches: dict[tuple[str, int], tuple[int, Scalars]] = {}
         self._train_means = RankMeans()
         self._val_means = RankMeans()
 
@@ -102,7 +116,7 @@ class LoggerCallback(Callback[LoggerMixin]):
         return None if every is None else BatchCadence(every, num_batches)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_open_sinks": None}
+        return {**super().__getstate__(), "_open_sinks": None, "_has_fitted": False}
 
     # Sinks
 
@@ -114,6 +128,7 @@ class LoggerCallback(Callback[LoggerMixin]):
     def pre_fit(self) -> None:
         trainer = self.trainer
         self._begin(trainer.global_step, trainer.local_batches)
+        self._has_fitted = True
         self._open_sinks = OpenSinks.open(self.sinks, trainer)
         if trainer.sinks:
             trainer.log_config(to_jsonable(trainer.config))
@@ -121,9 +136,19 @@ class LoggerCallback(Callback[LoggerMixin]):
                 trainer.log_code(self.code_dir)
 
     def post_fit(self) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self._open_sinks is not None:
             self._open_sinks.close()
             self._open_sinks = None
+
+    def _open_for_evaluation(self) -> None:
+        run = dataclasses.replace(logged_run(self.trainer), is_evaluation=True)
+        if not self._has_fitted:
+            run = dataclasses.replace(run, run_dir=run.run_dir / "evaluation")
+        self._open_sinks = OpenSinks.open(self.sinks, self.trainer, run)
+        self.trainer.at_end(self._close)
 
     # Training
 
@@ -162,25 +187,39 @@ class LoggerCallback(Callback[LoggerMixin]):
     def pre_validation_epoch(self) -> None:
         self._was_training = self._watch.is_running
         self._watch.pause()
+        self._val_batches.clear()
+        if self.trainer.running in ("validate", "test"):
+            self._open_for_evaluation()
 
     def post_validation_step(self, result: dict[str, Any], batch_idx: int) -> None:
         every, trainer = self.log_every_n_val_batches, self.trainer
-        if every is None or trainer.local_batches == 0:  # a sanity run
+        if every is None or trainer.is_sanity_validating or trainer.running == "predict":
             return
         self._num_val_batches += 1
         if (batch_idx + 1) % every == 0:
-            means = self._read([select_scalars(result)], self._val_means)
-            if trainer.sinks:
-                values = {f"val_batch/{key}": value for key, value in means.items()}
-                trainer.log_dict({**values, "val_batch/index": self._num_val_batches})
+            place = set_prefix(trainer), batch_idx
+            self._val_batches[place] = self._num_val_batches, select_scalars(result)
 
     def post_validation_epoch(self, result: dict[str, Any]) -> None:
         if self._was_training:
             self._watch.run()
-        if self.trainer.sinks and self.trainer.local_batches > 0:
-            values = self._numbers(result)
+        if self.log_every_n_val_batches is not None:
+            self._log_val_batches()
+        if self.trainer.sinks:
+            group, values = evaluation_group(self.trainer), self._numbers(result)
             if values:
-                self.trainer.log_dict({prefixed_key("val", k): v for k, v in values.items()})
+                self.trainer.log_dict({prefixed_key(group, k): v for k, v in values.items()})
+
+    def _log_val_batches(self) -> None:
+        """Log the validation batches, each averaged over the ranks that had one. Collective."""
+        mine = {place: index for place, (index, _) in self._val_batches.items()}
+        of_ranks = self.trainer.world.all_gather(mine) if self.reduce == "mean" else [mine]
+        for place, index in {p: i for indices in of_ranks for p, i in indices.items()}.items():
+            _, scalars = self._val_batches.get(place, (index, Scalars({}, {})))
+            means = self._read([scalars], self._val_means)
+            if self.trainer.sinks:
+                values = {f"val_batch/{place[0]}{key}": value for key, value in means.items()}
+                self.trainer.log_dict({**values, "val_batch/index": index})
 
     # Reading
 

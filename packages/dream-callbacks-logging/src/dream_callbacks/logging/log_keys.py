@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-_WORDS = {"train": {"train", "training"}, "val": {"val", "valid", "validation"}}
+if TYPE_CHECKING:
+    from dream_trainer.trainer import AbstractTrainer
+
+_WORDS = {
+    "train": {"train", "training"},
+    "val": {"val", "valid", "validation"},
+    "test": {"test", "testing"},
+}
 
 
 def prefixed_key(group: str, key: str) -> str:
@@ -14,8 +22,18 @@ def prefixed_key(group: str, key: str) -> str:
     is unchanged.
 
     Args:
-        group: "train" or "val".
+        group: "train", "val" or "test".
         key: Key in the step's result.
     """
     first_word = re.split(r"[/_.\- ]", key, maxsplit=1)[0].lower()
     return key if first_word in _WORDS[group] else f"{group}/{key}"
+
+
+def evaluation_group(trainer: AbstractTrainer) -> str:
+    """The group of what is being evaluated: "test" in `trainer.test`, else "val"."""
+    return "test" if trainer.running == "test" else "val"
+
+
+def set_prefix(trainer: AbstractTrainer) -> str:
+    """What the result of an epoch puts before the keys of the set that is being evaluated."""
+    return f"{trainer.validation_set}/" if trainer.validation_set else ""

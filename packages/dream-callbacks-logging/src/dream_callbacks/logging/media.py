@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dream_callbacks.logging.log_keys import prefixed_key
+from dream_callbacks.logging.log_keys import evaluation_group, prefixed_key, set_prefix
 from dream_trainer.callbacks import RankZeroCallback
 from dream_trainer.trainer.mixins import LoggerMixin
 
@@ -73,7 +73,7 @@ class MediaLoggerCallback(RankZeroCallback[LoggerMixin]):
         self._num_validations = 0
 
     def post_validation_epoch(self, result: dict[str, Any]) -> None:
-        if self.trainer.local_batches > 0:  # not a sanity run
+        if self.trainer.running == "fit":
             self._num_validations += 1
 
     def post_validation_step(self, result: dict[str, Any], batch_idx: int) -> None:
@@ -81,14 +81,14 @@ class MediaLoggerCallback(RankZeroCallback[LoggerMixin]):
         if (
             batch_idx not in self.batches
             or not trainer.sinks
-            or trainer.local_batches == 0  # a sanity run
-            or self._num_validations % self.every_n_validations
+            or trainer.is_sanity_validating
+            or (trainer.running == "fit" and self._num_validations % self.every_n_validations)
         ):
             return
         captions = None if self.captions_key is None else result.get(self.captions_key)
         for key in self._found(result):
             # Several batches of a run share a step, so each gets its own name.
-            name = prefixed_key("val", key)
+            name = prefixed_key(evaluation_group(trainer), f"{set_prefix(trainer)}{key}")
             name = name if len(self.batches) == 1 else f"{name}/batch_{batch_idx}"
             items = self._items(result[key])
             if _is_video(items):

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from dream_callbacks.logging.callback import LoggerCallback
-from dream_callbacks.logging.log_keys import prefixed_key
+from dream_callbacks.logging.log_keys import evaluation_group, prefixed_key, set_prefix
 from dream_callbacks.logging.scalars import Number, to_floats
 from dream_trainer.callbacks import RankZeroCallback, intersection
 from dream_trainer.numbers import as_number, is_number
@@ -48,17 +48,19 @@ class MetricLoggerCallback(RankZeroCallback[MetricsAndLogger]):
         self._reported = set()
 
     def post_validation_step(self, result: dict[str, Any], batch_idx: int) -> None:
-        self._reported |= result.keys()
+        prefix = set_prefix(self.trainer)
+        self._reported |= {f"{prefix}{key}" for key in result}
 
     def post_validation_epoch(self, result: dict[str, Any]) -> None:
-        if not self.trainer.sinks or self.trainer.local_batches == 0:  # a sanity run
+        if not self.trainer.sinks:
             return
         skips_scalars = any(isinstance(other, LoggerCallback) for other in self.trainer.callbacks)
         scalars: dict[str, Number] = {}
+        group = evaluation_group(self.trainer)
         for key, value in result.items():
             # A key that no step reported was computed by a metric.
             if key not in self._reported and not (skips_scalars and is_number(value)):
-                scalars.update(self._flat(prefixed_key("val", key), value))
+                scalars.update(self._flat(prefixed_key(group, key), value))
         if scalars:
             self.trainer.log_dict(to_floats(scalars, self.trainer.world.device))
 

@@ -61,6 +61,17 @@ def planned_sinks(sinks: Sequence[AnySink] | None, trainer: LoggerMixin) -> list
     return planned
 
 
+def logged_run(trainer: LoggerMixin) -> LoggedRun:
+    """The run that a trainer trains, as sinks know it."""
+    return LoggedRun(
+        project=trainer.project,
+        group=trainer.group,
+        experiment=trainer.experiment,
+        run_dir=trainer.run_dir,
+        step=trainer.global_step,
+    )
+
+
 class OpenSinks:
     """Sinks that are open and added to a trainer.
 
@@ -74,8 +85,15 @@ class OpenSinks:
         self._added: list[Sink] = []
 
     @classmethod
-    def open(cls, sinks: Sequence[AnySink] | None, trainer: LoggerMixin) -> OpenSinks:
+    def open(
+        cls, sinks: Sequence[AnySink] | None, trainer: LoggerMixin, run: LoggedRun | None = None
+    ) -> OpenSinks:
         """Open the sinks on global rank 0 and add them to the trainer. Collective.
+
+        Args:
+            sinks: `sinks` of LoggerCallback.
+            trainer: The trainer that runs.
+            run: What to open them for. Default: the run that the trainer trains.
 
         Raises:
             RankFailure: On all ranks, if a sink can't be opened; those already opened are closed.
@@ -85,7 +103,7 @@ class OpenSinks:
 
         def open_all() -> None:
             try:
-                opened._open_all(planned_sinks(sinks, trainer))
+                opened._open_all(planned_sinks(sinks, trainer), run or logged_run(trainer))
             except BaseException:
                 opened.close()
                 raise
@@ -112,15 +130,7 @@ class OpenSinks:
                 self.close()  # the remaining sinks
                 raise
 
-    def _open_all(self, sinks: Sequence[AnySink]) -> None:
-        trainer = self._trainer
-        run = LoggedRun(
-            project=trainer.project,
-            group=trainer.group,
-            experiment=trainer.experiment,
-            run_dir=trainer.run_dir,
-            step=trainer.global_step,
-        )
+    def _open_all(self, sinks: Sequence[AnySink], run: LoggedRun) -> None:
         for sink in sinks:
             if isinstance(sink, DeferredSink):
                 opened = sink.open(run)

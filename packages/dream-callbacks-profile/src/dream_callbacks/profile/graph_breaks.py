@@ -106,7 +106,9 @@ class FindGraphBreaksCallback(Callback):
             )
 
     def _take(self, step: int) -> list[Compilation]:
-        new = [] if self._watch is None else self._watch.take()
+        if self._watch is None:  # outside of fit
+            return []
+        new = self._watch.take()
         if self.skip and step - self._first_step <= self.skip:
             return []
         self._compilations += new

@@ -89,8 +89,9 @@ class FindHostSyncsCallback(Callback):
         self._finish()
 
     def _watch_if_due(self) -> None:
-        num_done = self.trainer.global_step - self._first_step
-        if self._is_enabled and self._watch is None and num_done >= self.skip:
+        if not self._is_enabled or self._watch is not None:
+            return
+        if self.trainer.global_step - self._first_step >= self.skip:
             on_cuda = self.trainer.world.device.type == "cuda"
             self._watch = CudaWatch() if on_cuda else DispatchWatch()
             self._watch.start()

@@ -25,10 +25,10 @@ class ProgressBar(RankZeroCallback[BaseTrainer]):
 
     The bar shows the epoch, its optimizer steps, steps per second, elapsed and remaining time, a
     scalar of the last step's result, and below that the current validation run or the result of
-    the last one. Above the bar, one line is written for each epoch and each validation (at most
-    one per second on average), as well as everything else that is printed, logged or warned about.
-    If stdout is not a terminal, all these lines are written without a bar, with additional lines
-    in between if they are far apart.
+    the last one. `validate`, `test` and `predict` have a bar of their own. Above the bar, one line
+    is written for each epoch and each validation (at most one per second on average), as well as
+    everything else that is printed, logged or warned about. If stdout is not a terminal, all these
+    lines are written without a bar, with additional lines in between if they are far apart.
 
     Costs one clock read per batch. At most five times per second it reads the scalar on the host,
     in the training thread, and draws. A scalar on a CUDA device is copied asynchronously and shown
@@ -65,6 +65,7 @@ class ProgressBar(RankZeroCallback[BaseTrainer]):
         self._session: ProgressSession | None = None
         self._key = metric
         self._latest: Any = None
+        self._num_evaluated = 0
         self._due_s = self._earliest_s = 0.0
         self._has_warned = False
 
@@ -99,15 +100,25 @@ class ProgressBar(RankZeroCallback[BaseTrainer]):
         self._active_session.end_epoch(read_scalars(result))
 
     def pre_validation_epoch(self) -> None:
+        self._begin_evaluation()
+
+    def post_validation_step(self, result: dict[str, Any], batch_idx: int) -> None:
+        if self._session is None or not self._session.is_evaluating:
+            self._begin_evaluation()  # no hook comes before a sanity validation and `predict`
+        self._num_evaluated += 1
+        if monotonic() >= self._due_s:
+            self._active_session.update_validation(self._num_evaluated)
+            self._draw()
+
+    def _begin_evaluation(self) -> None:
+        if self._session is None and self.trainer.running != "fit":
+            self.trainer.at_end(self._close)
+        self._num_evaluated = 0
         self._active_session.begin_validation()
         self._draw(soon=True)
 
-    def post_validation_step(self, result: dict[str, Any], batch_idx: int) -> None:
-        if monotonic() >= self._due_s:
-            self._active_session.update_validation(batch_idx + 1)
-            self._draw()
-
     def post_validation_epoch(self, result: dict[str, Any]) -> None:
+        self._active_session.update_validation(self._num_evaluated)
         self._active_session.end_validation(read_scalars(result))
         self._draw(soon=True)
 
@@ -153,5 +164,6 @@ class ProgressBar(RankZeroCallback[BaseTrainer]):
     def _close(self) -> None:
         session, self._session = self._session, None
         if session is not None:
+            session.update_validation(self._num_evaluated)
             session.close(self._key, self._latest)
         self._latest = None

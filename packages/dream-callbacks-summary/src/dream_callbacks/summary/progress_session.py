@@ -1,4 +1,4 @@
-"""ProgressSession: state and output of the progress bar during one call of `fit`."""
+"""ProgressSession: state and output of the progress bar during one call, such as `fit`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _LINES_PER_S = 1.0
 
 
 class ProgressSession:
-    """Tracks the progress of one `fit` and displays it.
+    """Tracks the progress of one `fit`, `validate`, `test` or `predict` and displays it.
 
     Args:
-        trainer: The trainer, in `fit`.
+        trainer: The trainer, in that call.
         smoothing: `smoothing` of ProgressBar.
         line_every: `line_every` of ProgressBar.
 
@@ -34,6 +34,7 @@ class ProgressSession:
 
     def __init__(self, trainer: BaseTrainer, smoothing: float, line_every: Every) -> None:
         self._trainer = trainer
+        self._trains = trainer.running in ("fit", None)
         self._start_s = monotonic()
         self._rate = SmoothedRate(smoothing)
         self._eta_rate = SmoothedRate(smoothing / 10)  # the remaining time should not fluctuate
@@ -57,6 +58,7 @@ class ProgressSession:
 
     def begin_epoch(self) -> None:
         """Start an epoch, before its first batch is loaded."""
+        self._validation = None  # a sanity validation has no end
         self._restart_clock()
 
     def update_training(self) -> None:
@@ -79,6 +81,11 @@ class ProgressSession:
         self._measure()
         self._validation = _ValidationRun(self._trainer)
 
+    @property
+    def is_evaluating(self) -> bool:
+        """Whether a validation run has begun and not ended."""
+        return self._validation is not None
+
     def update_validation(self, num_batches: int) -> None:
         """Set the number of completed batches of the validation run."""
         if self._validation is not None:
@@ -88,7 +95,10 @@ class ProgressSession:
         """End a validation run."""
         run, self._validation = self._validation, None
         self._restart_clock()
-        if run is None or run.is_sanity_check:
+        if run is None:
+            return
+        if not self._trains:
+            self._write([*run.position(), *progress_text.values(result), self._at_step()])
             return
         self._validation_s = run.elapsed_s
         self._last_validation = (self._trainer.global_step, result)
@@ -129,7 +139,7 @@ class ProgressSession:
         self._scalar.read(latest)
         if self._display.is_live:
             self._draw_live()
-        elif self._cadence.due(self._trainer.global_step):
+        elif self._trains and self._cadence.due(self._trainer.global_step):
             self._display.write_line(plain_line(self._status_line()))
 
     def close(self, name: str | None, latest: Any) -> None:
@@ -141,7 +151,9 @@ class ProgressSession:
             self.write_epoch()
             if self._skipped_line is not None:
                 self._display.write_line(fit_line(self._skipped_line, self._display.width))
-            if self._display.is_live:
+            if not self._trains:
+                self._close_evaluation()
+            elif self._display.is_live:
                 self._draw_live()
             elif self._trainer.counters.epoch_stage == "train":
                 self._display.write_line(plain_line(self._status_line()))
@@ -150,9 +162,16 @@ class ProgressSession:
         for piece in progress_text.ending(self._trainer):
             self._display.write_line(plain_line([piece]))
 
+    def _close_evaluation(self) -> None:
+        """Write the line of an evaluation without a result, and leave no bar."""
+        if self._validation is not None:
+            self._write(self._validation.position())
+        if self._display.is_live:
+            self._display.show([])
+
     def _draw_live(self) -> None:
-        lines = [self._training_line()]
-        if self._trainer.validates:  # the number of lines must not change
+        lines = [self._training_line()] if self._trains else []
+        if self._trainer.validates or not self._trains:  # the number of lines must not change
             lines.append(self._validation_line())
         width, ascii_only = self._display.width, self._display.ascii_only
         self._display.show([fit_line(line, width, ascii_only=ascii_only) for line in lines])
@@ -203,6 +222,9 @@ class ProgressSession:
             progress_text.result_of_step(step),
         ]
 
+    def _at_step(self) -> Piece:
+        return progress_text.result_of_step(self._trainer.global_step)
+
     def _position(self) -> tuple[Piece, Piece]:
         trainer = self._trainer
         max_steps = trainer.training_parameters.max_steps
@@ -233,25 +255,32 @@ class ProgressSession:
 
 
 class _ValidationRun:
-    """A validation run in progress."""
+    """A validation run, or another evaluation, in progress."""
 
     def __init__(self, trainer: BaseTrainer) -> None:
         self.num_done = 0
-        self.is_sanity_check = trainer.local_batches == 0
+        self._trainer = trainer
         self._start_s = monotonic()
-        self._total = trainer.num_val_batches
-        if self.is_sanity_check:
-            wanted = trainer.training_parameters.num_sanity_val_steps
-            self._total = min(wanted, self._total or wanted)
 
     @property
     def elapsed_s(self) -> float:
         return monotonic() - self._start_s
 
+    def position(self) -> list[Piece]:
+        """What has been evaluated: "test  12 batches"."""
+        return [self._label(), progress_text.count(self.num_done, None, "batches")]
+
     def line(self) -> list[Piece | Bar]:
+        total = self._trainer.num_val_batches
         return [
-            progress_text.label("sanity" if self.is_sanity_check else "validation"),
-            *progress_text.bar(self.num_done / self._total if self._total else None),
-            progress_text.count(self.num_done, self._total, "batches"),
+            self._label(self._trainer.validation_set),
+            *progress_text.bar(self.num_done / total if total else None),
+            progress_text.count(self.num_done, total, "batches"),
             progress_text.elapsed(self.elapsed_s),
         ]
+
+    def _label(self, name: str | None = None) -> Piece:
+        call = self._trainer.running
+        what: str = call if call in ("test", "predict") else "validation"
+        what = "sanity" if self._trainer.is_sanity_validating else what
+        return progress_text.label(f"{what} {name}" if name else what)

@@ -22,6 +22,7 @@ def run_facts(trainer: BaseTrainer) -> dict[str, list[str]]:
     """Facts about a trainer that is set up: lines of text by name, without empty ones."""
     facts = {
         "run": [f"{trainer.project} / {trainer.group} / {trainer.experiment}"],
+        "evaluation": [] if trainer.running in ("fit", None) else [f"{trainer.running}()"],
         "directory": [str(trainer.run_dir)],
         "resumes": _resumes(trainer),
         "seed": [str(trainer.seed)],
@@ -30,7 +31,7 @@ def run_facts(trainer: BaseTrainer) -> dict[str, list[str]]:
         "precision": [_precision(trainer)],
         "training": [_training(trainer)],
         "data": [_training_data(trainer)],
-        "validation": [_validation(trainer)],
+        "validation": list(_validation(trainer)),
         "optimizers": [_optimizer(*item) for item in trainer.named_optimizers().items()],
         "schedulers": _schedulers(trainer),
         "callbacks": list(_callbacks(trainer)),
@@ -120,20 +121,22 @@ def _training_data(trainer: BaseTrainer) -> str:
     return f"{text}; {size * accumulation * num_ranks:,} samples per step ({' × '.join(factors)})"
 
 
-def _validation(trainer: BaseTrainer) -> str:
-    parameters, loader = trainer.training_parameters, trainer.val_dataloader
-    if loader is None:
-        return "none"
+def _validation(trainer: BaseTrainer) -> Iterator[str]:
+    parameters, sets = trainer.training_parameters, trainer.validation_sets
+    if not sets:
+        yield "none"
+        return
     if not trainer.validates or parameters.val_every_n_steps == 0:
-        return "disabled, the loader is not used"
+        yield "disabled, the loader is not used"
+        return
     steps = parameters.val_every_n_steps
-    texts = [
-        _loader(loader, trainer.num_val_batches),
-        "each epoch" if steps is None else f"every {_plural(steps, 'step')}",
-    ]
+    texts = ["each epoch" if steps is None else f"every {_plural(steps, 'step')}"]
     if parameters.num_sanity_val_steps:
         texts.append(f"sanity check of {_plural(parameters.num_sanity_val_steps, 'batch')}")
-    return ", ".join(texts)
+    for each in sets:
+        num_batches = each.num_batches(trainer.world.rank, parameters.val_steps_per_epoch)
+        loader = _loader(each.loader, num_batches)
+        yield ", ".join([f"{each.name}: {loader}" if each.name else loader, *texts])
 
 
 def _loader(loader: Iterable[Any], num_batches: int | None) -> str:

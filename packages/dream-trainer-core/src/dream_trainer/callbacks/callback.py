@@ -13,7 +13,8 @@ The whole loop with every hook::
         build loaders, optimizers, schedulers, metrics
       post_setup                                # a checkpoint is restored here
       pre_fit
-      if num_sanity_val_steps and nothing has been trained: validate()
+      if num_sanity_val_steps and nothing has been trained: a few batches of each validation set,
+        with the hooks of a step alone          # trainer.is_sanity_validating
       for each epoch:
         pre_epoch
         pre_train_epoch
@@ -35,21 +36,29 @@ The whole loop with every hook::
           # the counters advance: batches each time, global_step with the last of a group
           post_train_step(result, batch_idx)                  [each batch]
           if the ranks have agreed to stop: leave             [after the last batch of a step]
-          if val_every_n_steps are done: validate()
+          if val_every_n_steps are done: a validation run
         post_train_epoch(result)
-        unless val_every_n_steps: validate()
+        unless val_every_n_steps: a validation run
         post_epoch
+      if max_steps are reached inside an epoch, unless val_every_n_steps: a validation run, after
+        which training would continue as if it hadn't been
       post_fit
 
-    validate()
+    a validation run
       pre_validation_epoch
-      for each batch:                           # moved to the device already
-        batch = pre_validation_step(batch, batch_idx)
-        with validation_context():
-          result = validation_step(batch, batch_idx)
-        post_validation_step(result, batch_idx)
-        if the ranks have agreed to stop: leave, to validate again when resumed
+      for each validation set:                  # its name, if it has one: trainer.validation_set
+        for each batch:                         # moved to the device already; batch_idx from 0
+          batch = pre_validation_step(batch, batch_idx)
+          with validation_context():
+            result = validation_step(batch, batch_idx)
+          post_validation_step(result, batch_idx)
+          if the ranks have agreed to stop: leave, to validate again when resumed
       post_validation_epoch(result)
+
+    validate(), test(loaders), predict(loader)  # trainer.running says which
+      everything up to post_setup, if that hasn't been done
+      a validation run, of test_step in test and predict_step in predict; in predict without the
+        two epoch hooks
 
     SIGTERM, Ctrl-C: stop() is called; after post_fit the signal takes effect
 
@@ -67,12 +76,19 @@ Payloads:
   tensor on the host (`.item()`, `float()`, `print`) is a device sync. Numbers are copies and may be
   kept; clone other tensors to keep them, since a later step may overwrite their memory.
 - `result` of an epoch: for each number that the steps returned, its mean over the epoch's samples
-  on all ranks that reported it, a float; computed metrics; the last batch's other values.
+  on all ranks that reported it, a float; computed metrics; the last batch's other values. Keys of a
+  validation set with a name begin with it: `noisy/val_loss`.
 - `model, optimizer`: the optimizer and the model that it updates.
 
 Hooks run in the order of the collection, `pre_` and `post_` alike; contexts nest, the first one
 outermost. Only overridden hooks are ever called. Every hook runs on every rank, except those of a
 RankZeroCallback.
+
+Each validation sample is evaluated on one rank, once, so ranks may have different numbers of
+validation batches. A rank that has none left repeats one while others have more, to take part in
+the collectives of the model, inside `validation_context`; it reports nothing, and its
+`pre_validation_step` and `post_validation_step` aren't called. In them, a collective is an error as
+soon as a rank has no batch.
 """
 
 from __future__ import annotations
@@ -182,7 +198,7 @@ class Callback(Generic[TrainerT]):
         """After each validation batch; `result` is this rank's."""
 
     def post_validation_epoch(self, result: dict[str, Any]) -> None:
-        """After a validation run; `result` is the mean over samples and ranks, and the metrics."""
+        """After a validation run; `result` has means over samples and ranks, and the metrics."""
 
     def post_epoch(self) -> None:
         """After training and validation of an epoch."""

@@ -22,11 +22,13 @@ class TrainingParameters:
         train_steps_per_epoch: Optimizer steps in an epoch. Default: one pass over the loader.
         gradient_accumulation_steps: Batches per optimizer step. The last group of an epoch may
             be smaller; its gradient is the mean over its batches.
-        val_steps_per_epoch: Batches in a validation run. Default: the whole validation loader.
+        val_steps_per_epoch: Batches of each validation set in a validation run, on each rank.
+            Default: all.
         val_every_n_steps: Validate every n optimizer steps instead of at the end of epochs; 0
             never validates. Default: at the end of each epoch.
-        num_sanity_val_steps: Validation batches to try before the first epoch. Their result is
-            dropped, and random number generators are restored.
+        num_sanity_val_steps: Batches of each validation set to try before the first epoch. Their
+            result is dropped, without a call of the epoch hooks, and random number generators are
+            restored.
         gradient_clip_val: Largest L2 norm of all gradients. Default: no clipping.
 
     Raises:

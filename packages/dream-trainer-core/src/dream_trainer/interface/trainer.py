@@ -7,7 +7,7 @@ import re
 import sys
 import unicodedata
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Never, NoReturn
@@ -129,6 +129,10 @@ class Counters:
     validated_step: int = -1
 
 
+Call = Literal["fit", "validate", "test", "predict"]
+"""A call that runs the loop."""
+
+
 class AbstractTrainer(metaclass=TrainerMeta):
     """The interface of trainers for callbacks.
 
@@ -207,7 +211,19 @@ class AbstractTrainer(metaclass=TrainerMeta):
     @property
     @abstractmethod
     def num_val_batches(self) -> int | None:
-        """Batches in a validation run on this rank; None if the loader has no length."""
+        """Batches in a validation run on this rank, over all sets; None if unknown.
+
+        While another evaluation runs (a sanity validation, `test`, `predict`), those of that run.
+        """
+
+    running: Call | None = None
+    """The call that is in progress, with the set-up that it begins with; None between calls."""
+
+    is_sanity_validating: bool = False
+    """Whether a validation run is the one that `num_sanity_val_steps` asks for."""
+
+    validation_set: str | None = None
+    """Name of the set that is being evaluated; None if it has none, and outside of its batches."""
 
     @abstractmethod
     def num_samples(self, batch: Any) -> float | Tensor:
@@ -239,6 +255,15 @@ class AbstractTrainer(metaclass=TrainerMeta):
 
         May be called where `stop` may, and takes effect as soon. Not collective.
         """
+
+    def at_end(self, function: Callable[[], object]) -> None:
+        """Call a function once, when the call in progress ends, also after an error or a stop.
+
+        `post_fit` is the place for what `pre_fit` began; this one is for what a hook of validation
+        begins, which may run in `validate`, `test` and `predict` too. The last one is called
+        first, after `post_fit`. Not collective.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no calls to wait for the end of")
 
     # Parts
 
@@ -273,8 +298,8 @@ class AbstractTrainer(metaclass=TrainerMeta):
 
     @property
     @abstractmethod
-    def val_dataloader(self) -> Iterable[Any] | None:
-        """The validation loader of this rank, if there is one.
+    def val_dataloader(self) -> Iterable[Any] | Mapping[str, Iterable[Any]] | None:
+        """The validation loader of this rank, if there is one; if there are several, by name.
 
         Raises:
             RuntimeError: If `setup` hasn't run.
@@ -320,6 +345,10 @@ class AbstractTrainer(metaclass=TrainerMeta):
 
     def build_metrics(self) -> None:
         """Build the metrics, if there are any: part of `setup`."""
+
+    def named_metrics(self) -> Mapping[str, Any]:
+        """Metrics by name."""
+        return {}
 
     def reset_metrics(self) -> None:
         """Reset the metrics, before a validation run."""

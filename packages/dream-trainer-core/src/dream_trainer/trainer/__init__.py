@@ -1,7 +1,8 @@
 """Trainers: abstract (for callbacks), base (the loop), dream (loop, setup, metrics, logging)."""
 
-from dream_trainer.interface.trainer import AbstractTrainer, AbstractTrainerConfig
-from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
+from dream_trainer.interface.trainer import AbstractTrainer, AbstractTrainerConfig, Counters
+from dream_trainer.trainer.base import BaseTrainer
+from dream_trainer.trainer.config import BaseTrainerConfig
 from dream_trainer.trainer.dream import DreamTrainer, DreamTrainerConfig
 from dream_trainer.trainer.results import WeightedMean
 
@@ -10,6 +11,7 @@ __all__ = [
     "AbstractTrainerConfig",
     "BaseTrainer",
     "BaseTrainerConfig",
+    "Counters",
     "DreamTrainer",
     "DreamTrainerConfig",
     "WeightedMean",

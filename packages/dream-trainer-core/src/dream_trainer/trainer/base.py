@@ -6,9 +6,8 @@ import functools
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,46 +15,25 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from dream_trainer.callbacks.collection import CallbackCollection
-from dream_trainer.configs.training import TrainingParameters
-from dream_trainer.interface.trainer import (
-    AbstractTrainer,
-    AbstractTrainerConfig,
-    Counters,
-    check_kind,
-)
-from dream_trainer.trainer import loop, state
+from dream_trainer.interface.trainer import AbstractTrainer, Call, Counters
+from dream_trainer.interface.weights_source import CheckpointChoice
+from dream_trainer.trainer import evaluation, loop, state
 from dream_trainer.trainer.batches import BatchStream
 from dream_trainer.trainer.class_checks import check_definition
+from dream_trainer.trainer.config import BaseTrainerConfig
 from dream_trainer.trainer.device_transfer import moved_to
+from dream_trainer.trainer.evaluation_sets import EvaluationSet, evaluation_sets
 from dream_trainer.trainer.loader_watch import LoaderWatch
 from dream_trainer.trainer.optimization import Optimization
+from dream_trainer.trainer.predictions import default_prediction
 from dream_trainer.trainer.results import EpochMeans
 from dream_trainer.trainer.samples import SampleCounter
+from dream_trainer.trainer.validation import EvaluationRun, validation_run
+from dream_trainer.world.determinism import RandomStream
 from dream_trainer.world.requests import Requests, Tick
 from dream_trainer.world.world import World
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True)
-class BaseTrainerConfig(AbstractTrainerConfig):
-    """Length of training, and callbacks.
-
-    Args:
-        training_parameters: Length and cadence.
-        callbacks: The callbacks, in the order in which they run.
-
-    Raises:
-        TypeError: If a field has the wrong type, such as callbacks in a plain list.
-    """
-
-    training_parameters: TrainingParameters = field(default_factory=TrainingParameters)
-    callbacks: CallbackCollection = field(default_factory=CallbackCollection)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_kind(self, "training_parameters", TrainingParameters, "TrainingParameters(…)")
-        check_kind(self, "callbacks", CallbackCollection, "CallbackCollection([…])")
 
 
 class BaseTrainer(AbstractTrainer):
@@ -79,6 +57,7 @@ class BaseTrainer(AbstractTrainer):
     config: BaseTrainerConfig
     optimization: Optimization
     train_batches: BatchStream
+    validation_sets: tuple[EvaluationSet, ...] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -108,12 +87,15 @@ class BaseTrainer(AbstractTrainer):
             self.world.device.type != "cpu" or type(self).move_batch is not BaseTrainer.move_batch
         )
         self.precision_context: Callable[[], AbstractContextManager[Any]] | None = None
+        self.random_stream = RandomStream()
         self.random_state_to_resume: dict[str, Any] | None = None
+        self.callback_states_to_resume: dict[str, Any] | None = None
+        self.evaluation_run: EvaluationRun | None = None
+        self._at_end: list[Callable[[], object]] = []
         self._is_configured = False
         self._is_set_up = False
-        self._is_fitting = False
         self._has_fitted = False
-        self._has_trained = False
+        self.has_trained = False
         self._stop_request = self.requests.register("stop")
         self._deadline_s: float | None = None
         self.callbacks = config.callbacks
@@ -158,6 +140,41 @@ class BaseTrainer(AbstractTrainer):
             A number, at least 0. A tensor with one element stays on its device.
         """
         return self._sample_counter.count(batch)
+
+    def configure_test_dataloaders(self) -> Any:
+        """Make the loaders for `test()` without arguments: one, or a dict by name. Optional."""
+        raise NotImplementedError(
+            f"test() has no data: pass a loader, test(loader), or write {type(self).__name__}"
+            ".configure_test_dataloaders"
+        )
+
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Any] | Tensor | None:
+        """Evaluate a batch in `test`, without gradients and in eval mode. Optional.
+
+        Default: `validation_step`.
+
+        Returns:
+            As `validation_step`.
+        """
+        written = getattr(self.validation_step, "__func__", None)
+        if written is BaseTrainer.validation_step:
+            raise NotImplementedError(
+                f"{type(self).__name__} has neither a test_step nor a validation_step; write one"
+            )
+        return self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """The model's outputs for a batch in `predict`, without gradients and in eval mode.
+
+        Default: the model's forward, if there is one model. It gets a tensor as it is, the first
+        item of a tuple or list, as in (inputs, targets), and the items of a dict as keyword
+        arguments.
+
+        Returns:
+            A tensor, or tuples, lists and dicts of them, with samples along dimension 0; or a list
+            with a value of any kind for each sample.
+        """
+        return default_prediction(self, batch)
 
     # What training_step calls
 
@@ -210,28 +227,102 @@ class BaseTrainer(AbstractTrainer):
         Called again, it continues where it stopped: raise `n_epochs` or `max_steps` first.
 
         Raises:
-            RuntimeError: If it is running already, or the world is simulated.
+            RuntimeError: If a call is running already, or the world is simulated.
             BaseException: The first error of the step, a loader or a callback, after clean-up.
         """
-        if self._is_fitting:
-            raise RuntimeError("fit() is running already; wait for it, or make a second trainer")
-        self.world.require_all_ranks("fit()")
-        self.training_parameters.validate()
-        self.callbacks.initialize(self)
-        self._is_fitting = True
-        if self._has_fitted:  # else a stop in post_setup counts
-            self.exception, self.stop_reason = None, None
-            self.requests.forget()
-        self._has_fitted, self._has_trained = True, False
-        try:
+        with self._calling("fit"):
+            self.training_parameters.validate()
+            if self._has_fitted:  # else a stop in post_setup counts
+                self.exception, self.stop_reason = None, None
+                self.requests.forget()
+            self._has_fitted, self.has_trained = True, False
             loop.fit(self)
+
+    def validate(self, *, checkpoint: CheckpointChoice | None = None) -> dict[str, Any]:
+        """Evaluate the validation sets, without training. Collective.
+
+        Calls `configure` and `setup` first if they haven't run. Hooks of validation run; training
+        continues afterwards as if it hadn't been called.
+
+        Args:
+            checkpoint: Evaluate the weights of "best", "last", a step, or a path of a checkpoint
+                or a run, which a CheckpointCallback loads. Afterwards the models have their
+                weights again. Another run may be training in the run directory.
+
+        Returns:
+            Means over all samples and ranks, and metrics, as `post_validation_epoch` gets them.
+            Empty, with a warning, if it was stopped.
+
+        Raises:
+            RuntimeError: If there is no validation loader, a call is running already, there is no
+                CheckpointCallback for `checkpoint`, or the world is simulated.
+            BaseException: The first error of a step, a loader or a callback, after clean-up.
+        """
+        with self._calling("validate"):
+            return evaluation.validate(self, checkpoint)
+
+    def test(
+        self, loaders: Any = None, *, checkpoint: CheckpointChoice | None = None
+    ) -> dict[str, Any]:
+        """Evaluate other loaders with `test_step`, as `validate` does. Collective.
+
+        Args:
+            loaders: This rank's loader, or several by name; each any iterable. Default: what
+                `configure_test_dataloaders` returns.
+            checkpoint: As for `validate`.
+
+        Returns:
+            As `validate`.
+        """
+        with self._calling("test"):
+            return evaluation.test(self, loaders, checkpoint)
+
+    def predict(
+        self, loader: Any, *, gather: bool = False, checkpoint: CheckpointChoice | None = None
+    ) -> list[Any]:
+        """Call `predict_step` on each batch of a loader. Collective.
+
+        Calls `configure` and `setup` first if they haven't run. Of the hooks of validation those
+        of a step run: there is no result for those of an epoch.
+
+        Args:
+            loader: This rank's loader.
+            gather: Send all outputs to rank 0, whatever their shapes, in the order of the data
+                set. It takes a DataLoader, with any sampler; with one data-parallel rank also a
+                stream.
+            checkpoint: As for `validate`.
+
+        Returns:
+            This rank's outputs, one item per batch. With `gather`, on rank 0, one item per sample
+            of the data set, and an empty list on other ranks. Tensors are in host memory. Empty,
+            with a warning, if it was stopped.
+
+        Raises:
+            ValueError: With `gather`, if the order of samples isn't known, or an output hasn't one
+                item per sample.
+            BaseException: As `validate`.
+        """
+        with self._calling("predict"):
+            return evaluation.predict(self, loader, checkpoint, gather=gather)
+
+    @contextmanager
+    def _calling(self, call: Call) -> Iterator[None]:
+        if self.running is not None:
+            raise RuntimeError(
+                f"{self.running}() is running already; wait for it, or make a second trainer"
+            )
+        self.world.require_all_ranks(f"{call}()")
+        self.callbacks.initialize(self)
+        self.running = call
+        try:
+            yield
         finally:
-            self._is_fitting = False
+            self.running = None
 
     def stop(self, reason: str) -> None:
         if self.world.is_distributed:
             self._stop_request.ask(reason)
-        elif self.stop_reason is None and not self._has_trained:
+        elif self.stop_reason is None and not self.has_trained:
             self.stop_reason = reason
 
     def request_save(self, reason: str) -> None:
@@ -250,6 +341,9 @@ class BaseTrainer(AbstractTrainer):
     ) -> None:
         state.load_state_dict(self, state_dict, strict=strict, resume_data=resume_data)
 
+    def at_end(self, function: Callable[[], object]) -> None:
+        self._at_end.append(function)
+
     # What the loop calls
 
     def move_batch(self, batch: Any) -> Any:
@@ -266,6 +360,8 @@ class BaseTrainer(AbstractTrainer):
 
     def finish_setup(self) -> None:
         """Create what needs models, optimizers and loaders to exist."""
+        if self.val_dataloader is not None and not self.validation_sets:
+            self.validation_sets = evaluation_sets(self.val_dataloader, "validation", self.world)
         never_validates = self.training_parameters.val_every_n_steps == 0
         written = getattr(self.validation_step, "__func__", None)
         if self.validates and not never_validates and written is BaseTrainer.validation_step:
@@ -296,6 +392,23 @@ class BaseTrainer(AbstractTrainer):
         """Whether there are validation batches."""
         return self.val_dataloader is not None and self.training_parameters.val_steps_per_epoch != 0
 
+    @property
+    def num_val_batches(self) -> int | None:
+        if self.evaluation_run is None and not self.validation_sets:
+            return None
+        return (self.evaluation_run or validation_run(self)).num_batches(self.world.rank)
+
+    def end_call(self) -> Exception | None:
+        """Call the functions of `at_end`, also if one raises; the first error, if any."""
+        first: Exception | None = None
+        while self._at_end:
+            try:
+                self._at_end.pop()()
+            except Exception as error:
+                logger.exception("a function of at_end failed")
+                first = first or error
+        return first
+
     def start_clock(self) -> None:
         """Start the clock of `max_time`."""
         max_time_s = self.training_parameters.max_time
@@ -321,7 +434,7 @@ class BaseTrainer(AbstractTrainer):
     def finish_requests(self) -> None:
         """Read the exchange in flight, after the last step: from now on nothing is stopped."""
         self.requests.finish()
-        self._has_trained = True
+        self.has_trained = True
 
     def _note_stop(self) -> None:
         if self._stop_request.take():

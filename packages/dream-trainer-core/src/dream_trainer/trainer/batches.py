@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
+
+import torch
 
 from dream_trainer.trainer.loader_watch import LoaderWatch
 from dream_trainer.world.determinism import random_state, random_state_kept, set_random_state
 from dream_trainer.world.torch_private import has_running_workers
 from dream_trainer.world.worker_signals import protected_workers
-from dream_trainer.world.world import World
 
 
 @runtime_checkable
@@ -82,7 +84,7 @@ class BatchStream:
         except StopIteration:
             batch = self._next_of_new_pass()
         except BaseException as error:
-            _explain(error, self.loader, self.name, self._position, self._epoch_at_start)
+            explain_error(error, self.loader, self.name, self._position, self._epoch_at_start)
             raise
         finally:
             self._watch.waits_for = None
@@ -103,6 +105,21 @@ class BatchStream:
         if self._iterator is not None and getattr(self.loader, "num_workers", 0) > 0:
             self._paused = self.state_dict()
             self._iterator = None
+
+    @contextmanager
+    def generators_kept(self) -> Iterator[None]:
+        """Restore generators of the loader and its samplers, which another loader may share."""
+        outer = (self.loader, getattr(self.loader, "batch_sampler", None))
+        owners = (*outer, *(getattr(owner, "sampler", None) for owner in outer))
+        generators = [getattr(owner, "generator", None) for owner in owners]
+        kept = [
+            (each, each.get_state()) for each in generators if isinstance(each, torch.Generator)
+        ]
+        try:
+            yield
+        finally:
+            for generator, state in kept:
+                generator.set_state(state)
 
     def state_dict(self) -> dict[str, Any]:
         """Position on this rank, as plain data."""
@@ -151,7 +168,7 @@ class BatchStream:
     def _next_of_new_pass(self) -> Any:
         length = length_of(self.loader)
         if length is not None:
-            raise RuntimeError(_ended_early(self.name, length, self._position))
+            raise RuntimeError(ended_early(self.name, length, self._position))
         ended_after = self._position
         self._begin(self._epoch_at_start + 1)
         try:
@@ -177,51 +194,10 @@ def start_iterator(loader: Iterable[Any]) -> Iterator[Any]:
         return iter(loader)
 
 
-def batches_together(
-    loader: Iterable[Any], limit: int | None, world: World, name: str, watch: LoaderWatch
-) -> Iterator[Any]:
-    """The batches of a loader, the same number on all ranks. Collective if it has no length.
-
-    Lengths have been compared over ranks before. A loader without length ends where the first
-    rank's ends; ranks exchange that before each batch.
-
-    Args:
-        loader: Any iterable.
-        limit: Largest number of batches; None for no limit.
-        world: The ranks that iterate together.
-        name: Used in errors.
-        watch: Warns of long waits.
-
-    Raises:
-        RuntimeError: If the loader ends before its length.
-    """
-    length = length_of(loader)
-    end = min((n for n in (limit, length) if n is not None), default=None)
-    asks = length is None and world.is_distributed
-    iterator = start_iterator(loader)
-    position = 0
-    while end is None or position < end:
-        watch.waits_for = (name, position)
-        try:
-            batch = next(iterator, _NO_BATCH)
-        except BaseException as error:
-            _explain(error, loader, name, position)
-            raise
-        finally:
-            watch.waits_for = None
-        if world.any_rank(batch is _NO_BATCH) if asks else batch is _NO_BATCH:
-            break
-        yield batch
-        position += 1
-    if length is not None and end is not None and position < end:
-        raise RuntimeError(_ended_early(name, length, position))
-
-
-_NO_BATCH = object()
 _WORKER_DIED = "DataLoader worker (pid"
 
 
-def _explain(
+def explain_error(
     error: BaseException,
     loader: Iterable[Any],
     name: str,
@@ -259,7 +235,8 @@ def _what_killed_a_worker(error: BaseException) -> BaseException:
     return error
 
 
-def _ended_early(name: str, length: int, position: int) -> str:
+def ended_early(name: str, length: int, position: int) -> str:
+    """The message for a loader that has ended before its length."""
     return (
         f"the {name} loader has length {length} and ended after {position} batches; its "
         "__len__ and its __iter__ must agree"

@@ -10,6 +10,8 @@ from dream_trainer.callbacks.callback import HOOKS
 # A misspelt required method fails when it is called; these would silently keep their default.
 OPTIONAL = (
     "validation_step",
+    "test_step",
+    "predict_step",
     "init_weights",
     "configure_schedulers",
     "configure_metrics",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from dream_trainer.configs.logging import LoggingParameters
-from dream_trainer.trainer.base import BaseTrainer, BaseTrainerConfig
+from dream_trainer.trainer.base import BaseTrainer
+from dream_trainer.trainer.config import BaseTrainerConfig
 from dream_trainer.trainer.mixins.eval_metric import EvalMetricMixin
 from dream_trainer.trainer.mixins.logger import LoggerMixin
 from dream_trainer.trainer.mixins.setup import SetupMixin

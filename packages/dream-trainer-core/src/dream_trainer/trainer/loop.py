@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from dream_trainer.trainer.consistency import agree_on_models, agree_on_plan
 from dream_trainer.trainer.divergence import refuse_divergence
 from dream_trainer.trainer.results import with_metrics
+from dream_trainer.trainer.state import resume_callbacks, training_state_kept
 from dream_trainer.trainer.steps import in_contexts, note_place
 from dream_trainer.trainer.validation import sanity_validate, validate_if_due, validate_if_new
 from dream_trainer.world import signals
-from dream_trainer.world.determinism import random_state_kept, set_random_state
+from dream_trainer.world.determinism import random_state, set_random_state
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 def configure(trainer: BaseTrainer) -> None:
     """Launch the world, seed, build the models."""
     callbacks = trainer.callbacks
-    with failing_cleanly(trainer):
+    with failing_cleanly(trainer), trainer.random_stream.active():
         callbacks.pre_launch()
         trainer.world.connect()
         agree_on_plan(trainer)
@@ -40,7 +41,7 @@ def configure(trainer: BaseTrainer) -> None:
 
 def setup(trainer: BaseTrainer) -> None:
     """Prepare the models, and build optimizers, schedulers, loaders and metrics."""
-    with failing_cleanly(trainer):
+    with failing_cleanly(trainer), trainer.random_stream.active():
         trainer.world.use_device()  # `configure` may have run in another thread
         trainer.callbacks.pre_setup()
         agree_on_models(trainer)
@@ -59,18 +60,14 @@ def fit(trainer: BaseTrainer) -> None:
         callbacks, monitor = trainer.callbacks, trainer.world.failure_monitor()
         trainer.requests.start()
         _set_train_mode(trainer)
-        callbacks.pre_fit()
-        with trainer.loader_watch.watching():
-            sanity_validate(trainer)
-            if trainer.random_state_to_resume is not None:
-                set_random_state(trainer.random_state_to_resume)
-                trainer.random_state_to_resume = None
-            try:
-                _train(trainer)
-            finally:
-                trainer.train_batches.pause()
-        trainer.finish_requests()
-        error = callbacks.post_fit()
+        resume_callbacks(trainer)
+        with trainer.random_stream.active():
+            callbacks.pre_fit()
+            with trainer.loader_watch.watching():
+                sanity_validate(trainer)
+                _train_and_pause(trainer)
+            trainer.finish_requests()
+            error = callbacks.post_fit() or trainer.end_call()
         if error is not None:
             raise error
         monitor.finish()
@@ -91,11 +88,23 @@ def failing_cleanly(trainer: BaseTrainer) -> Iterator[None]:
         with trainer.world.cleaning_up():
             trainer.callbacks.on_exception(shown)
             trainer.callbacks.post_fit()
+            trainer.end_call()
         trainer.world.abandon()
         monitor.leave()
         if shown is error:
             raise
         raise shown  # noqa: B904  # it has its cause
+
+
+def _train_and_pause(trainer: BaseTrainer) -> None:
+    """Train with the random numbers that the last training stopped with, in any process."""
+    if trainer.random_state_to_resume is not None:
+        set_random_state(trainer.random_state_to_resume)
+    try:
+        _train(trainer)
+    finally:
+        trainer.train_batches.pause()
+        trainer.random_state_to_resume = random_state()
 
 
 def _train(trainer: BaseTrainer) -> None:
@@ -117,7 +126,7 @@ def _train(trainer: BaseTrainer) -> None:
         _run_epoch(trainer)
     ended_inside_epoch = counters.epoch_stage == "train" and counters.epoch_batches > 0
     if ended_inside_epoch and trainer.stop_reason is None and parameters.val_every_n_steps is None:
-        with random_state_kept():  # a run that continues from here must not be affected
+        with training_state_kept(trainer):  # a run that continues from here doesn't validate here
             validate_if_new(trainer)
 
 

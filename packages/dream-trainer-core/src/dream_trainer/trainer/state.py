@@ -17,12 +17,15 @@ RankLocal. `train_metrics` is left out if there are none.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dream_trainer.callbacks.plain_data import RankLocal, without_rank_local
 from dream_trainer.world.determinism import random_state
@@ -45,7 +48,7 @@ def state_dict(trainer: BaseTrainer, *, as_target: bool = False) -> dict[str, An
     return {
         "trainer": {
             "counters": dataclasses.asdict(trainer.counters),
-            "callbacks": trainer.callbacks.state_dict(),
+            "callbacks": _states_of_callbacks(trainer),
             "random_state": RankLocal(random_state()),
             "epoch_means": RankLocal(trainer.epoch_means.state_dict()),
             **({"train_metrics": RankLocal(metrics)} if metrics else {}),
@@ -93,6 +96,7 @@ def load_state_dict(
     for name, value in own["counters"].items():
         setattr(trainer.counters, name, value)
     trainer.callbacks.load_state_dict(own["callbacks"], trainer)
+    trainer.callback_states_to_resume = None
     if resume_data:
         trainer.train_batches.load_state_dict(state["dataloaders"].get("train", {}))
         trainer.epoch_means.load_state_dict(own.get("epoch_means", {}))
@@ -101,6 +105,101 @@ def load_state_dict(
         trainer.counters.epoch_batches = 0
     # Restored when training continues, so random numbers drawn until then have no effect.
     trainer.random_state_to_resume = own.get("random_state")
+
+
+@contextmanager
+def training_state_kept(trainer: BaseTrainer) -> Iterator[None]:
+    """Inside, hooks of validation run, and training continues as if they hadn't. Collective.
+
+    They may step a ReduceLROnPlateau or count towards an early stop. Schedulers and the options of
+    parameter groups are restored at the end. Callbacks keep their state, to be read and shown;
+    what is saved is their state before, which the next `fit` begins with. Tensors of models and
+    optimizers aren't covered.
+    """
+    callbacks = _snapshot(_states_of_callbacks(trainer))
+    validated_step = trainer.counters.validated_step
+    schedulers = {
+        name: copy.deepcopy(scheduler.state_dict())
+        for name, scheduler in trainer.named_schedulers().items()
+    }
+    options = {
+        name: [_options(group) for group in optimizer.param_groups]
+        for name, optimizer in trainer.named_optimizers().items()
+    }
+    try:
+        yield
+    finally:
+        trainer.counters.validated_step = validated_step
+        for name, scheduler in trainer.named_schedulers().items():
+            scheduler.load_state_dict(schedulers[name])
+        for name, optimizer in trainer.named_optimizers().items():
+            for group, before in zip(optimizer.param_groups, options[name], strict=True):
+                _restore_options(group, before)
+    if not _are_equal(trainer.callbacks.state_dict(), callbacks):
+        trainer.callback_states_to_resume = callbacks
+
+
+def resume_callbacks(trainer: BaseTrainer) -> None:
+    """Give callbacks the state that was kept for them, if any."""
+    states, trainer.callback_states_to_resume = trainer.callback_states_to_resume, None
+    if states is not None:
+        trainer.callbacks.load_state_dict(states, trainer)
+
+
+def _states_of_callbacks(trainer: BaseTrainer) -> dict[str, Any]:
+    kept = trainer.callback_states_to_resume
+    return trainer.callbacks.state_dict() if kept is None else _snapshot(kept)
+
+
+_LARGEST_COPIED = 2**20
+"""Elements of a tensor up to which a snapshot has a copy; larger ones are taken to be weights."""
+
+
+def _snapshot(value: Any) -> Any:
+    """A copy of plain data; large and sharded tensors aren't copied."""
+    if isinstance(value, Tensor):
+        return (
+            value.clone() if type(value) is Tensor and value.numel() <= _LARGEST_COPIED else value
+        )
+    if isinstance(value, RankLocal):
+        return RankLocal(_snapshot(value.value))
+    if isinstance(value, dict):
+        return type(value)({key: _snapshot(each) for key, each in value.items()})
+    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+        return type(value)(_snapshot(each) for each in value)
+    return copy.copy(value)
+
+
+def _are_equal(now: Any, before: Any) -> bool:
+    """Whether plain data equals its snapshot."""
+    if type(now) is not type(before):
+        return False
+    if isinstance(now, Tensor):
+        if type(now) is not Tensor or now.numel() > _LARGEST_COPIED:
+            return True  # not copied
+        return now.dtype == before.dtype and torch.equal(now, before)
+    if isinstance(now, RankLocal):
+        return _are_equal(now.value, before.value)
+    if isinstance(now, dict):
+        return now.keys() == before.keys() and all(
+            _are_equal(each, before[key]) for key, each in now.items()
+        )
+    if isinstance(now, (list, tuple)):
+        return len(now) == len(before) and all(map(_are_equal, now, before))
+    return bool(now == before or (now != now and before != before))
+
+
+def _options(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
+
+
+def _restore_options(group: dict[str, Any], before: Mapping[str, Any]) -> None:
+    for name, value in before.items():
+        now = group.get(name)
+        if isinstance(now, Tensor) and isinstance(value, Tensor):
+            now.copy_(value)  # a compiled step reads this one
+        else:
+            group[name] = value
 
 
 def _optimizer_state(trainer: BaseTrainer, name: str, *, as_target: bool) -> dict[str, Any]:

@@ -1,30 +1,84 @@
-"""Validation: when it is due, and its run over the loader in eval mode."""
+"""Validation: when it is due, and how a model is evaluated on one or several sets."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dream_trainer.trainer.batches import batches_together
 from dream_trainer.trainer.divergence import refuse_divergence
-from dream_trainer.trainer.results import EpochMeans, with_metrics
+from dream_trainer.trainer.evaluation_sets import (
+    NO_BATCH,
+    EvaluationSet,
+    Round,
+    rounds,
+    without_padding,
+)
+from dream_trainer.trainer.filler import Filler
+from dream_trainer.trainer.results import with_metrics
 from dream_trainer.trainer.steps import in_contexts, note_place
 from dream_trainer.world import torch_private
-from dream_trainer.world.determinism import random_state, random_state_kept, set_random_state
+from dream_trainer.world.determinism import random_state_kept
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
 
 
+Collect = Callable[[Any, Any], dict[str, Any]]
+"""Takes what a step returned, and `num_samples` of its batch; returns what callbacks see."""
+
+
+@dataclass(frozen=True)
+class EvaluationRun:
+    """What is evaluated, and how.
+
+    Attributes:
+        sets: Evaluated one after the other.
+        step: The user's step, called with a batch and its index.
+        step_name: Its name, for messages.
+        limit: Largest number of batches of each set on a rank; None for all.
+    """
+
+    sets: Sequence[EvaluationSet]
+    step: Callable[[Any, int], Any]
+    step_name: str
+    limit: int | None = None
+
+    def num_batches(self, rank: int) -> int | None:
+        """Batches on a rank; None if a set has no length."""
+        numbers = [each.num_batches(rank, self.limit) for each in self.sets]
+        return None if None in numbers else sum(n for n in numbers if n is not None)
+
+
+def validation_run(trainer: BaseTrainer, limit: int | None = None) -> EvaluationRun:
+    """A run over the validation sets.
+
+    Args:
+        trainer: The trainer, set up.
+        limit: Largest number of batches of each set, in addition to `val_steps_per_epoch`.
+    """
+    limits = [n for n in (limit, trainer.training_parameters.val_steps_per_epoch) if n is not None]
+    step, least = trainer.validation_step, min(limits, default=None)
+    return EvaluationRun(trainer.validation_sets, step, "validation_step", least)
+
+
 def sanity_validate(trainer: BaseTrainer) -> None:
-    """Try validation before training, so that a mistake in it is found now."""
+    """Try validation before training, so that a mistake in it is found now.
+
+    Of the callbacks' hooks only those of a step are called.
+    """
     num_batches = trainer.training_parameters.num_sanity_val_steps
     if num_batches and trainer.counters.local_batches == 0 and trainer.validates:
-        with random_state_kept():
-            _validate(trainer, max_batches=num_batches)
+        trainer.is_sanity_validating = True
+        try:
+            with random_state_kept(), trainer.train_batches.generators_kept():
+                evaluate(trainer, validation_run(trainer, num_batches))
+            trainer.reset_metrics()
+        finally:
+            trainer.is_sanity_validating = False
 
 
 def validate_if_due(trainer: BaseTrainer) -> None:
@@ -40,84 +94,152 @@ def validate_if_new(trainer: BaseTrainer) -> bool:
     Returns:
         False if the run was stopped before the last batch; by `validated_step` it is still due.
     """
-    if trainer.validates and trainer.counters.validated_step != trainer.counters.global_step:
-        return _validate(trainer, max_batches=None)
-    return True
-
-
-def _validate(trainer: BaseTrainer, max_batches: int | None) -> bool:
-    """Run validation over the loader, or over `max_batches` of it.
-
-    If the run is stopped, returns after the current batch and restores the random state, so that a
-    resumed run repeats the validation exactly.
-
-    Returns:
-        Whether it was completed.
-    """
-    callbacks = trainer.callbacks
-    random_state_before = random_state()
-    callbacks.pre_validation_epoch()
-    trainer.reset_metrics()
-    means = trainer.new_means("validation_step")
-    with torch.no_grad(), _eval_mode(trainer):
-        num_batches = _evaluate(trainer, max_batches, means)
-    _reshard(trainer)
-    if trainer.stop_reason is not None:
-        set_random_state(random_state_before)
-        return False
-    if num_batches == 0:
-        raise RuntimeError(
-            "the validation loader gave no batch; at least 1 is required: return an iterable "
-            "that can be iterated repeatedly, or no validation loader"
-        )
-    result = means.reduce(trainer.world)
-    refuse_divergence(trainer, result, "validation_step")
-    result = with_metrics(result, trainer.compute_metrics(), "validation_step")
-    if max_batches is None:
+    if not trainer.validates or trainer.counters.validated_step == trainer.counters.global_step:
+        return True
+    # Training goes on as if there had been no validation.
+    with random_state_kept(), trainer.train_batches.generators_kept():
+        trainer.callbacks.pre_validation_epoch()
+        result = evaluate(trainer, validation_run(trainer))
+        if result is None:
+            return False
         trainer.counters.validated_step = trainer.counters.global_step
-    callbacks.post_validation_epoch(result)
+        trainer.callbacks.post_validation_epoch(result)
     trainer.exchange_requests()
     return True
 
 
-def _evaluate(trainer: BaseTrainer, max_batches: int | None, means: EpochMeans) -> int:
-    """Evaluate batches of the validation loader until its end, the limit or a stop.
+def evaluate(trainer: BaseTrainer, run: EvaluationRun) -> dict[str, Any] | None:
+    """Means and metrics of each set, in eval mode and without gradients.
 
     Returns:
-        Number of batches.
+        Results by name, those of a named set as `name/key`; None if it was stopped.
     """
-    limits = [n for n in (max_batches, trainer.num_val_batches) if n is not None]
-    loader, limit = trainer.val_dataloader or (), min(limits, default=None)
-    batch_idx = 0
-    for batch in batches_together(loader, limit, trainer.world, "validation", trainer.loader_watch):
-        _validation_step(trainer, batch, batch_idx, means)
-        batch_idx += 1
-        if trainer.stop_reason is not None:
-            break
-    return batch_idx
+    result: dict[str, Any] = {}
+    with evaluating(trainer, run):
+        for each in run.sets:
+            of_set = _evaluated(trainer, run, each)
+            if of_set is None:
+                return None
+            prefix = f"{each.name}/" if each.name else ""
+            result |= {f"{prefix}{key}": value for key, value in of_set.items()}
+    return result
 
 
-def _validation_step(trainer: BaseTrainer, batch: Any, batch_idx: int, means: EpochMeans) -> None:
+def _evaluated(
+    trainer: BaseTrainer, run: EvaluationRun, each: EvaluationSet
+) -> dict[str, Any] | None:
+    """Means and metrics of one set; None if it was stopped."""
+    means = trainer.new_means(run.step_name)
+    trainer.reset_metrics()
+
+    def collect(result: Any, num_samples: Any) -> dict[str, Any]:
+        return means.add({} if result is None else result, num_samples)
+
+    if not evaluate_set(trainer, run, each, collect):
+        return None
+    reduced = means.reduce(trainer.world)
+    refuse_divergence(trainer, reduced, run.step_name)
+    return with_metrics(reduced, trainer.compute_metrics(), run.step_name)
+
+
+@contextmanager
+def evaluating(trainer: BaseTrainer, run: EvaluationRun) -> Iterator[None]:
+    """Inside, models are in eval mode and a run is the trainer's current one; no gradients."""
+    before, trainer.evaluation_run = trainer.evaluation_run, run
+    try:
+        with torch.no_grad(), _eval_mode(trainer):
+            yield
+        _reshard(trainer)
+    finally:
+        trainer.evaluation_run, trainer.validation_set = before, None
+
+
+def evaluate_set(
+    trainer: BaseTrainer, run: EvaluationRun, each: EvaluationSet, collect: Collect
+) -> bool:
+    """Run the step on the batches of a set, until the last rank has none, the limit, or a stop.
+
+    Returns:
+        False if it was stopped.
+    """
+    trainer.validation_set = each.name or None
+    num_rounds = 0
+    with without_padding(each.loader), Filler(trainer) as filler:
+        for now in rounds(each, run.limit, trainer.world, trainer.loader_watch):
+            if now.batch is NO_BATCH:
+                _filler_step(trainer, run, now, num_rounds, filler)
+            else:
+                kept_by = filler if each.may_be_uneven else None
+                _evaluation_step(trainer, run, now, num_rounds, collect, kept_by)
+            trainer.send_requests("validate")
+            num_rounds += 1
+            if trainer.stop_reason is not None:
+                return False
+    if num_rounds == 0:
+        raise RuntimeError(
+            f"the {each.title} loader gave no batch; at least 1 is required: return an iterable "
+            "that can be iterated repeatedly, or no validation loader"
+        )
+    return True
+
+
+def _evaluation_step(
+    trainer: BaseTrainer,
+    run: EvaluationRun,
+    now: Round,
+    batch_idx: int,
+    collect: Collect,
+    filler: Filler | None,
+) -> None:
+    """Run one batch: move it, hooks, the user's step."""
     callbacks = trainer.callbacks
-    if trainer.moves_batches:
-        batch = trainer.move_batch(batch)
-    batch = callbacks.pre_validation_step(batch, batch_idx)
-    torch_private.mark_cudagraph_step()
+    batch = trainer.move_batch(now.batch) if trainer.moves_batches else now.batch
+    with _guarded(trainer, now, "pre_validation_step"):
+        batch = callbacks.pre_validation_step(batch, batch_idx)
+    if filler is not None:
+        filler.exchange(batch, now if batch_idx == 0 else None)
     try:
         num_samples = trainer.num_samples(batch)  # before the step, which may take it apart
-        if callbacks.validation_context is None and trainer.precision_context is None:
-            result = trainer.validation_step(batch, batch_idx)
-        else:
-            result = in_contexts(
-                trainer, callbacks.validation_context, trainer.validation_step, batch, batch_idx
-            )
-        result = means.add({} if result is None else result, num_samples)
+        result = collect(_run_step(trainer, run, batch, batch_idx), num_samples)
     except BaseException as error:
-        note_place(error, trainer, "validation_step", batch_idx)
+        note_place(error, trainer, run.step_name, batch_idx)
         raise
     trainer.receive_requests()
-    callbacks.post_validation_step(result, batch_idx)
-    trainer.send_requests("validate")
+    with _guarded(trainer, now, "post_validation_step"):
+        callbacks.post_validation_step(result, batch_idx)
+
+
+def _filler_step(
+    trainer: BaseTrainer, run: EvaluationRun, now: Round, batch_idx: int, filler: Filler
+) -> None:
+    """Take part in the collectives of other ranks' steps, while this rank has no batch."""
+    filler.exchange(NO_BATCH, now if batch_idx == 0 else None)
+    try:
+        filler.step(lambda batch: _run_step(trainer, run, batch, batch_idx))
+    except BaseException as error:
+        error.add_note("this rank has no batch left, and repeats one while other ranks have more")
+        note_place(error, trainer, run.step_name, batch_idx)
+        raise
+    trainer.receive_requests()
+
+
+def _run_step(trainer: BaseTrainer, run: EvaluationRun, batch: Any, batch_idx: int) -> Any:
+    torch_private.mark_cudagraph_step()
+    context = trainer.callbacks.validation_context
+    if context is None and trainer.precision_context is None:
+        return run.step(batch, batch_idx)
+    return in_contexts(trainer, context, run.step, batch, batch_idx)
+
+
+def _guarded(trainer: BaseTrainer, now: Round, hook: str) -> AbstractContextManager[None]:
+    """Makes collectives an error in a hook that isn't called on ranks without a batch."""
+    if now.is_full:
+        return nullcontext()
+    advice = (
+        "some ranks have no batch left and would never join; collect values in the hook, and "
+        "reduce them in post_validation_epoch"
+    )
+    return trainer.world.no_collectives(hook, advice)
 
 
 def _reshard(trainer: BaseTrainer) -> None:

@@ -38,11 +38,20 @@ def is_true_on_all(flag: bool, group: ProcessGroup | None) -> bool:
     return not is_true_on_any(not flag, group)
 
 
+def gathered_ints(value: int, group: ProcessGroup | None) -> list[int]:
+    """The integers (int64) of all ranks, by rank."""
+    if group is None:
+        return [value]
+    values = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
+    dist.all_gather(values, torch.tensor([value], dtype=torch.int64), group=group)
+    return [int(each) for each in values]
+
+
 def gathered_bytes(data: bytes, group: ProcessGroup | None) -> list[bytes]:
     """The bytes of all ranks, by rank. If all are empty, only their lengths are exchanged."""
     if group is None:
         return [data]
-    lengths = _lengths(data, group)
+    lengths = gathered_ints(len(data), group)
     longest = max(lengths)
     if longest == 0:
         return [b""] * len(lengths)
@@ -55,7 +64,7 @@ def gathered_bytes_on_zero(data: bytes, group: ProcessGroup | None) -> list[byte
     """The bytes of all ranks, by rank, on rank 0; None on the others."""
     if group is None:
         return [data]
-    lengths = _lengths(data, group)
+    lengths = gathered_ints(len(data), group)
     longest = max(lengths)
     if dist.get_rank() != 0:
         dist.gather(_as_tensor(data, longest), None, dst=0, group=group)
@@ -99,6 +108,14 @@ def gathered_objects(value: Any, group: ProcessGroup | None) -> list[Any]:
     return [pickle.loads(data) for data in gathered_bytes(pickle.dumps(value), group)]  # noqa: S301
 
 
+def gathered_objects_on_zero(value: Any, group: ProcessGroup | None) -> list[Any] | None:
+    """The picklable objects of all ranks, by rank, on rank 0; None on the others."""
+    if group is None:
+        return [value]
+    parts = gathered_bytes_on_zero(pickle.dumps(value), group)
+    return None if parts is None else [pickle.loads(data) for data in parts]  # noqa: S301
+
+
 def broadcast_object(value: Any, src: int, group: ProcessGroup | None) -> Any:
     """The picklable object of rank `src`; `value` of other ranks is ignored."""
     if group is None:
@@ -106,12 +123,6 @@ def broadcast_object(value: Any, src: int, group: ProcessGroup | None) -> Any:
     is_source = dist.get_rank() == src
     data = broadcast_bytes(pickle.dumps(value) if is_source else b"", src, group)
     return value if is_source else pickle.loads(data)  # noqa: S301
-
-
-def _lengths(data: bytes, group: ProcessGroup) -> list[int]:
-    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(group.size())]
-    dist.all_gather(lengths, torch.tensor([len(data)]), group=group)
-    return [int(length) for length in lengths]
 
 
 def _as_tensor(data: bytes, num_bytes: int) -> Tensor:

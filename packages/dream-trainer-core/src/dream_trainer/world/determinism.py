@@ -68,6 +68,42 @@ def random_state_kept() -> Iterator[None]:
         set_random_state(before)
 
 
+class RandomStream:
+    """The random numbers of one trainer, kept apart from those of others in this process.
+
+    All draw from the same global generators. Inside `active`, these continue where the stream
+    stopped, whatever was drawn in between.
+    """
+
+    _num_active = 0
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] | None = None
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Draw from this stream inside; may be nested in that of another trainer."""
+        outer = random_state() if RandomStream._num_active else None
+        if self.state is not None:
+            set_random_state(self.state)
+        RandomStream._num_active += 1
+        try:
+            yield
+        finally:
+            RandomStream._num_active -= 1
+            self.state = random_state()
+            if outer is not None:
+                set_random_state(outer)
+
+    @contextmanager
+    def peeked(self) -> Iterator[None]:
+        """Draw from this stream inside; afterwards it, and the generators, are as before."""
+        with random_state_kept():
+            if self.state is not None:
+                set_random_state(self.state)
+            yield
+
+
 class FullTensorRandom(TorchDispatchMode):
     """Draws for a sharded or meta tensor the random numbers that the full, real one would get.
 

@@ -305,11 +305,20 @@ class World(RankIdentity):
     def all_gather(self, value: Any) -> Any:
         """The values of all ranks, by rank. Collective.
 
+        Args:
+            value: A tensor of the same shape and dtype on all ranks, or anything picklable: to
+                gather tensors of any shape, pass `[tensor.cpu()]`.
+
         Returns:
-            For a tensor, which must have the same shape on all ranks, `(world_size, *shape)`;
-            for anything else, which must be picklable, a list.
+            For a tensor, `(world_size, *shape)` on its device; for anything else, a list.
+
+        Raises:
+            ValueError: On all ranks, if shapes or dtypes differ; it shows them by rank.
         """
         self._refuse_if_guarded("all_gather")
+        is_tensor = isinstance(value, Tensor)
+        # NCCL and gloo would hang or abort the process.
+        self.agree(collectives.kinds(value) if is_tensor else "an object", "what is gathered")
         return collectives.gathered(value, self._default_group, self.group())
 
     def broadcast(self, value: Tensor, src: int = 0) -> Tensor:

@@ -20,6 +20,7 @@ class LoggedRun:
         run_dir: Run directory; may not exist yet.
         step: Completed optimizer steps. Above 0, the run is resumed: values that a crashed
             session logged for later steps will be logged again.
+        is_evaluation: Whether it is opened for `validate` or `test`: nothing is logged again.
     """
 
     project: str
@@ -27,6 +28,7 @@ class LoggedRun:
     experiment: str
     run_dir: Path
     step: int = 0
+    is_evaluation: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

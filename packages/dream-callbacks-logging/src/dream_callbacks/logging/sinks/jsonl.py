@@ -5,9 +5,10 @@ Lines with numbers::
     {"step": 40, "time": 1767225600.25, "train/loss": 2.31, "epoch": 0.5}
 
 All others have an "event": "start" (a new session, which supersedes earlier lines for later
-steps), "config", "code", "images", "videos", "plot", "histogram", "end". Images are PNG files next
-to the log. NaN and infinities are the strings "NaN", "Infinity", "-Infinity", since JSON has no
-numbers for them: every JSON parser reads the line, and float() parses the string.
+steps), "evaluation" (a session that supersedes none), "config", "code", "images", "videos", "plot",
+"histogram", "end". Images are PNG files next to the log. NaN and infinities are the strings "NaN",
+"Infinity", "-Infinity", since JSON has no numbers for them: every JSON parser reads the line, and
+float() parses the string.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class _JSONLinesFile(OpenedSink):
         self._is_cut_off = _ends_inside_line(path)
         self._write(
             {
-                "event": START,
+                "event": "evaluation" if run.is_evaluation else START,
                 "project": run.project,
                 "group": run.group,
                 "experiment": run.experiment,

@@ -53,7 +53,7 @@ class TensorBoardSink(DeferredSink):
         directory.mkdir(parents=True, exist_ok=True)
         writer = SummaryWriter(
             str(directory),
-            purge_step=run.step + 1 if any(directory.iterdir()) else None,
+            purge_step=run.step + 1 if any(directory.iterdir()) and not run.is_evaluation else None,
             flush_secs=self.flush_s,
         )
         return BackgroundSink("TensorBoard", lambda: _EventFile(writer, run))

@@ -297,7 +297,7 @@ class _Connection(OpenedSink):
             resume=None if mode == "offline" else "allow",  # offline, wandb only warns about it
             tags=sink.tags or None,
             notes=sink.notes,
-            job_type=sink.job_type,
+            job_type=sink.job_type or ("evaluation" if logged.is_evaluation else None),
             dir=str(logged.run_dir),
             settings=self._wandb.Settings(**settings),
         )

@@ -1,16 +1,31 @@
-"""Loaders: building them, the length of an epoch, and checks that ranks agree on it."""
+"""Loaders: making and checking them, and the length of an epoch."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
+
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from dream_trainer.configs.training import TrainingParameters
 from dream_trainer.interface.trainer import AbstractTrainer
 from dream_trainer.trainer.batches import BatchStream, length_of
+from dream_trainer.trainer.evaluation_sets import (
+    EvaluationSet,
+    empty_text,
+    evaluation_sets,
+    problem_of,
+    refuse_problems,
+)
 from dream_trainer.trainer.loader_watch import LoaderWatch
-from dream_trainer.world import RankFailure
+from dream_trainer.trainer.rank_sampler import RankSampler
 
 logger = logging.getLogger(__name__)
 
@@ -21,26 +36,77 @@ class DataLoaderSetupMixin(AbstractTrainer):
     training_parameters: TrainingParameters
     loader_watch: LoaderWatch
     train_batches: BatchStream
+    seed: int | None
+    validation_sets: tuple[EvaluationSet, ...]
     _train_dataloader: Iterable[Any] | None = None
     _val_dataloader: Iterable[Any] | None = None
     _num_train_batches: int | None = None
-    _num_val_batches: int | None = None
 
     # What the user writes
 
     def configure_dataloaders(self) -> Any:
-        """Make the loaders of this rank.
+        """Make the loaders of this rank, with `self.loader` for example.
 
-        Each data-parallel rank must read its own part: pass `self.world.dp_rank` and
-        `self.world.dp_size` to a DistributedSampler, for example.
+        Each data-parallel rank must read its own part of the data: part `self.world.dp_rank` of
+        `self.world.dp_size`.
 
         Returns:
-            The training loader, or (training loader, validation loader); any iterables.
+            The training loader, or (training loader, validation loader); any iterables. Several
+            validation loaders are a dict by name: `{"clean": …, "noisy": …}`.
         """
         raise NotImplementedError(
             f"{type(self).__name__} has no configure_dataloaders; write one that returns the "
             "training loader, or (training loader, validation loader)"
         )
+
+    # What the user calls
+
+    def loader(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        drop_last: bool | None = None,
+        **options: Any,
+    ) -> DataLoader[Any]:
+        """A DataLoader of this rank's part of a data set, for training or evaluation.
+
+        The batches of all data-parallel ranks together are the same on any number of ranks. Each
+        sample is read once per epoch, on one rank; with `shuffle` in an order that depends on the
+        trainer's seed and the epoch, which a resumed run continues.
+
+        Args:
+            dataset: A data set with `__getitem__` and `__len__`.
+            batch_size: Samples per batch over all data-parallel ranks; a multiple of `dp_size`.
+            shuffle: Shuffle anew in each epoch.
+            drop_last: Drop the incomplete batch at the end of an epoch. Default: as `shuffle`, so
+                that training has batches of one size and evaluation all samples.
+            **options: Of DataLoader, such as `num_workers`.
+
+        Raises:
+            ValueError: If `batch_size` isn't a multiple of the number of data-parallel ranks.
+            TypeError: If the data set has no length, or a sampler is given.
+        """
+        _refuse_for_loader(dataset, options)
+        num_ranks = self.world.dp_size
+        if batch_size < 1 or batch_size % num_ranks:
+            raise ValueError(
+                f"batch_size={batch_size} over all ranks can't be divided among {num_ranks} "
+                f"data-parallel ranks; use a multiple of {num_ranks}"
+            )
+        if shuffle and self.seed is None:
+            raise RuntimeError("loader(shuffle=True) needs the seed, which configure() sets")
+        sampler = RankSampler(
+            len(dataset),  # type: ignore[arg-type]  # it has a length
+            batch_size,
+            rank=self.world.dp_rank,
+            num_ranks=num_ranks,
+            shuffle=shuffle,
+            seed=self.seed or 0,
+            drop_last=shuffle if drop_last is None else drop_last,
+        )
+        return DataLoader(dataset, batch_size // num_ranks, sampler=sampler, **options)
 
     # What the trainer reads
 
@@ -60,10 +126,6 @@ class DataLoaderSetupMixin(AbstractTrainer):
     def num_train_batches(self) -> int | None:
         return self._num_train_batches
 
-    @property
-    def num_val_batches(self) -> int | None:
-        return self._num_val_batches
-
     # Building
 
     def build_dataloaders(self) -> None:
@@ -71,37 +133,44 @@ class DataLoaderSetupMixin(AbstractTrainer):
 
         Raises:
             ValueError: On all ranks, if a loader is empty, ranks have different numbers of
-                batches, the length of an epoch is unknown, a loader isn't iterable, or is a list
-                of loaders.
+                training batches, the length of an epoch is unknown, or a loader isn't iterable.
         """
         returned = self.configure_dataloaders()
         train, val = (
             returned if isinstance(returned, tuple) and len(returned) == 2 else (returned, None)
         )
-        try:
-            self.world.each(lambda: self._check_loaders(train, val))
-        except RankFailure as error:
-            raise ValueError(str(error)) from error.__cause__
+        refuse_problems([self._problem_of_training(train)], self.world)
         self.world.agree(
             {
                 "the number of batches of the training loader": length_of(train),
-                "the number of batches of the validation loader": (
-                    "no loader" if val is None else length_of(val)
-                ),
+                "whether there is a validation loader": val is not None,
             }
         )
         self._train_dataloader, self._val_dataloader = train, val
         self._num_train_batches = self._epoch_length(train)
-        self._num_val_batches = None if val is None else self._validation_length(val)
+        if val is not None:
+            self.validation_sets = evaluation_sets(val, "validation", self.world)
         self.train_batches = BatchStream(train, "training", self.loader_watch)
         self._warn_of_repeated_data(train)
 
-    def _check_loaders(self, train: Any, val: Any) -> None:
-        problem = _error_in(train, "training", type(self).__name__)
-        if problem is None and val is not None:
-            problem = _error_in(val, "validation", type(self).__name__)
-        if problem is not None:
-            raise ValueError(problem)
+    def _problem_of_training(self, loader: Any) -> str | None:
+        if loader is None:
+            return (
+                f"{type(self).__name__}.configure_dataloaders returned no training loader (None); "
+                "return an iterable of batches, or (training loader, validation loader)"
+            )
+        problem = problem_of(loader, "training")
+        if problem is None and length_of(loader) == 0:
+            return empty_text(loader, "training")
+        sampler = getattr(loader, "sampler", None)
+        if problem is None and isinstance(sampler, RankSampler) and sampler.leaves_ranks_out:
+            return (
+                f"the incomplete batch at the end of an epoch, of "
+                f"{sampler.num_samples % sampler.batch_size} samples, has none for some of the "
+                f"{sampler.num_ranks} ranks, which then can't train together; use "
+                "self.loader(…, drop_last=True)"
+            )
+        return problem
 
     def _epoch_length(self, loader: Iterable[Any]) -> int:
         length = length_of(loader)
@@ -125,13 +194,7 @@ class DataLoaderSetupMixin(AbstractTrainer):
             return length
         return wanted
 
-    def _validation_length(self, loader: Iterable[Any]) -> int | None:
-        length, wanted = length_of(loader), self.training_parameters.val_steps_per_epoch
-        return min((n for n in (length, wanted) if n is not None), default=None)
-
     def _warn_of_repeated_data(self, loader: Iterable[Any]) -> None:
-        from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
-
         if (
             self.world.dp_size > 1
             and isinstance(loader, DataLoader)
@@ -139,37 +202,24 @@ class DataLoaderSetupMixin(AbstractTrainer):
         ):
             logger.warning(
                 "the training loader's %s doesn't know that there are %d data-parallel ranks, so "
-                "each of them reads all of the data; use DistributedSampler(dataset, "
-                "num_replicas=self.world.dp_size, rank=self.world.dp_rank)",
+                "each of them reads all of the data; use self.loader(dataset, batch_size=…, "
+                "shuffle=…), or a DistributedSampler with num_replicas=self.world.dp_size and "
+                "rank=self.world.dp_rank",
                 type(loader.sampler).__name__,
                 self.world.dp_size,
             )
 
 
-def _error_in(loader: Any, kind: str, trainer_name: str) -> str | None:
-    """The message of the error in a loader, if any."""
-    from torch.utils.data import DataLoader
-
-    if loader is None:
-        return (
-            f"{trainer_name}.configure_dataloaders returned no {kind} loader (None); return an "
-            "iterable of batches, or (training loader, validation loader)"
+def _refuse_for_loader(dataset: Any, options: Mapping[str, Any]) -> None:
+    for name in ("sampler", "batch_sampler"):
+        if options.get(name) is not None:
+            raise TypeError(
+                f"loader({name}=…): it makes the sampler itself; for one of your own, use "
+                "torch's DataLoader and give it this rank's part: world.dp_rank of world.dp_size"
+            )
+    if isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized):
+        raise TypeError(
+            f"loader() can't divide a {type(dataset).__name__}, which has no index or no length; "
+            "use torch's DataLoader over a data set that yields this rank's part, such as "
+            "itertools.islice(samples, world.dp_rank, None, world.dp_size)"
         )
-    parts = loader.values() if isinstance(loader, Mapping) else loader
-    if isinstance(loader, (list, tuple, Mapping)) and any(isinstance(p, DataLoader) for p in parts):
-        return (
-            f"the {kind} loader is a {type(loader).__name__} of loaders, and an iterable of "
-            "batches is required; return the training loader, or the tuple (training loader, "
-            "validation loader)"
-        )
-    if not isinstance(loader, Iterable):
-        return (
-            f"the {kind} loader, of type {type(loader).__qualname__}, can't be iterated over; "
-            "return an iterable of batches, or (training loader, validation loader)"
-        )
-    if length_of(loader) == 0:
-        return (
-            f"the {kind} loader ({type(loader).__name__}) is empty: it has 0 batches, and at "
-            "least 1 is required; look at the data set's length, the batch size and drop_last"
-        )
-    return None
