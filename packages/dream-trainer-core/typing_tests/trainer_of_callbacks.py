@@ -28,7 +28,7 @@ class OfMixin(Callback[LoggerMixin]):
     def pre_fit(self) -> None:
         assert_type(self.trainer, LoggerMixin)
         self.trainer.log_scalar("x", 1.0)
-        self.trainer.named_metrics()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+        self.trainer.configure_metrics()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class OfOwnTrainer(Callback[TinyTrainer]):
