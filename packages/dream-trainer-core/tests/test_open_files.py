@@ -35,10 +35,10 @@ def warnings_for(world_size: int, hard: int) -> list[str]:
     return messages
 
 
-def test_a_hard_limit_that_is_too_low_is_warned_of() -> None:
+def test_a_limit_that_is_too_low_is_warned_of() -> None:
     ((message,),) = run_on_ranks(warnings_for, 1, 1024, 4096)
 
-    assert "1024 ranks take about 5376 open files each, and the hard limit is 4096" in message
+    assert "1024 ranks take about 5376 open files each, and the limit is 4096" in message
     assert run_on_ranks(warnings_for, 1, 256, 4096) == [[]]
 
 
