@@ -16,12 +16,8 @@ from typing import BinaryIO
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import FileSum
-from dream_callbacks.checkpoint.io.checksummed_writer import (
-    ChecksummedWriter,
-    DirectFile,
-    content_of,
-    sums_of,
-)
+from dream_callbacks.checkpoint.io.checksummed_writer import ChecksummedWriter, content_of, sums_of
+from dream_callbacks.checkpoint.io.direct_file import DirectFile
 from dream_callbacks.checkpoint.io.directory_lock import DirectoryLock
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
