@@ -1,62 +1,23 @@
-"""A file that is written in blocks, past the page cache on a disk, and that knows its checksum."""
+"""A file that is written in blocks and that knows its checksum."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import io
-import mmap
 import os
 import random
-import resource
 import signal
-import subprocess
-import tempfile
-import threading
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from mounts import have_mounts_of_its_own, skip_unless_mountable
+from new_files import BLOCK, MIB, fill, is_let_go, new, opened, size_limit
 
 from dream_callbacks.checkpoint import DamagedCheckpointError
 from dream_callbacks.checkpoint.format.manifest import FileSum
-from dream_callbacks.checkpoint.io.checksummed_writer import (
-    ChecksummedWriter,
-    DirectFile,
-    content_of,
-    sums_of,
-)
-from dream_trainer.testing import run_on_ranks
-
-MIB = 1 << 20
-BLOCK = 4 * MIB
-
-
-@pytest.fixture(params=["disk", "memory"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A folder on a block device, and one on a file system without."""
-    if request.param == "disk":
-        if os.major(tmp_path.stat().st_dev) == 0:
-            pytest.skip("the temporary folder isn't on a block device")
-        yield tmp_path
-        return
-    if not Path("/dev/shm").is_dir() or os.major(Path("/dev/shm").stat().st_dev) != 0:
-        pytest.skip("needs a tmpfs at /dev/shm")
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
-        yield Path(name)
-
-
-def opened(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-
-
-def new(path: Path) -> ChecksummedWriter:
-    return ChecksummedWriter("x", DirectFile(opened(path)))
+from dream_callbacks.checkpoint.io.checksummed_writer import ChecksummedWriter, content_of, sums_of
+from dream_callbacks.checkpoint.io.direct_file import DirectFile
 
 
 @pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 7 * BLOCK + 4097])
@@ -104,19 +65,6 @@ def test_a_tensor_is_written_as_its_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_bytes() == tensor.numpy().tobytes()
 
 
-def test_a_large_file_bypasses_the_page_cache_where_a_disk_is_below(folder: Path) -> None:
-    descriptor = opened(folder / "x")
-    with ChecksummedWriter("x", DirectFile(descriptor)) as file:
-        file.write(bytes(BLOCK - 1))
-        assert not is_direct(descriptor)
-        file.write(bytes(2))
-        assert is_direct(descriptor) is (folder.parts[1] != "dev")
-
-
-def is_direct(descriptor: int) -> bool:
-    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
-
-
 def test_small_pieces_are_written_together() -> None:
     sizes = []
 
@@ -134,20 +82,6 @@ def test_small_pieces_are_written_together() -> None:
     assert file.tell() == file.sums.num_bytes == sum(sizes)
 
 
-def test_the_calling_thread_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    threads, pwrite = [], os.pwrite
-
-    def told(*args: Any) -> int:
-        threads.append(threading.get_ident())
-        return pwrite(*args)
-
-    monkeypatch.setattr(os, "pwrite", told)
-    with new(tmp_path / "x") as file:
-        file.write(bytes(3 * BLOCK + 1))
-
-    assert threads == [threading.get_ident()] * 4
-
-
 # Errors
 
 
@@ -163,11 +97,11 @@ def test_an_error_of_the_file_system_is_raised_and_the_file_closed(
     assert is_let_go(descriptor)
 
 
-def test_an_error_of_one_block_is_raised_though_later_ones_could_be_written(folder: Path) -> None:
+def test_an_error_of_the_second_block_is_raised_by_all_that_follows(folder: Path) -> None:
     descriptor = opened(folder / "x")
     file = ChecksummedWriter("x", DirectFile(descriptor))
-    with size_limit(BLOCK), pytest.raises(OSError, match="File too large") as first:
-        file.write(bytes(2 * BLOCK))
+    with size_limit(BLOCK), pytest.raises(OSError, match="File too large: 'x'") as first:
+        file.write(bytes(3 * BLOCK))  # the second block is awaited when the third one is there
     for call in (lambda: file.write(b"1"), lambda: file.write(bytes(3 * BLOCK)), file.close):
         with pytest.raises(OSError, match="File too large") as again:
             call()
@@ -244,30 +178,6 @@ def test_a_closed_file_refuses_what_would_go_to_another(tmp_path: Path) -> None:
     os.close(other)
 
 
-@pytest.mark.parametrize("num_before", [0, 1, 2])
-def test_an_interrupted_write_reaches_the_caller_of_torch_save_and_closes_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_before: int
-) -> None:
-    descriptor = opened(tmp_path / "x")
-    calls = []
-    pwrite = os.pwrite
-
-    def interrupted(*args: Any) -> int:
-        calls.append(args)
-        if len(calls) == num_before + 1:
-            signal.raise_signal(signal.SIGINT)
-        return pwrite(*args)
-
-    monkeypatch.setattr(os, "pwrite", interrupted)
-    file = ChecksummedWriter("x", DirectFile(descriptor))
-    with pytest.raises(KeyboardInterrupt), file:
-        torch.save(torch.zeros(3 * BLOCK, dtype=torch.uint8), file)  # type: ignore[arg-type]  # torch asks for less
-
-    assert isinstance(file.first_error, KeyboardInterrupt)
-    assert len(calls) == num_before + 1
-    assert is_let_go(descriptor)
-
-
 def test_a_file_that_is_interrupted_while_it_is_closed_isnt_closed_as_if_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +189,23 @@ def test_a_file_that_is_interrupted_while_it_is_closed_isnt_closed_as_if_whole(
         file.close()
 
     assert is_let_go(descriptor)
+
+
+def test_ctrl_c_is_raised_though_closing_fails_too() -> None:
+    class Interrupted(io.BytesIO):
+        def write(self, data: Any) -> int:
+            raise KeyboardInterrupt
+
+        def close(self) -> None:
+            super().close()
+            raise OSError(5, "Input/output error")
+
+    file = ChecksummedWriter("x", Interrupted())
+    file.write(bytes(10))
+    with pytest.raises(KeyboardInterrupt):
+        file.close()
+
+    assert file.closed
 
 
 def test_an_error_of_the_caller_is_raised_though_closing_fails_too() -> None:
@@ -306,65 +233,6 @@ def save_tensors(descriptor: int, num_tensors: int) -> None:
             torch.save(torch.zeros(BLOCK, dtype=torch.uint8), file)  # type: ignore[arg-type]  # torch asks for less
 
 
-# File systems that accept O_DIRECT and refuse what is written with it
-
-
-def test_a_file_is_whole_where_direct_writes_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if os.major(tmp_path.stat().st_dev) == 0:
-        pytest.skip("the temporary folder isn't on a block device")
-    refused, pwrite = [], os.pwrite
-
-    def misaligned(descriptor: int, data: memoryview, offset: int) -> int:
-        """Write from an odd address, which a disk refuses with O_DIRECT, and only then."""
-        copy = memoryview(mmap.mmap(-1, len(data) + 1))[1:]
-        copy[:] = data
-        try:
-            return pwrite(descriptor, copy, offset)
-        except OSError as error:
-            refused.append((error.errno, is_direct(descriptor)))
-            raise
-
-    monkeypatch.setattr(os, "pwrite", misaligned)
-    data = random.Random(0).randbytes(3 * BLOCK + 5)
-    with new(tmp_path / "x") as file:
-        file.write(data)
-
-    assert refused == [(errno.EINVAL, True)]
-    assert (tmp_path / "x").read_bytes() == data
-    assert file.sums == FileSum(len(data), zlib.crc32(data))
-
-
-def test_a_short_write_to_a_disk_of_large_sectors_is_reported_as_what_it_is(tmp_path: Path) -> None:
-    skip_unless_mountable(tmp_path, "ext4")
-    (found,) = run_on_ranks(error_on_large_sectors, 1, tmp_path)
-
-    # After a write that was cut short within a sector, O_DIRECT alone would say EINVAL.
-    assert found == (errno.EFBIG, 3 * BLOCK + 512)
-
-
-def error_on_large_sectors(root: Path) -> tuple[int | None, int]:
-    have_mounts_of_its_own()
-    image, disk = root / "disk.img", root / "disk"
-    disk.mkdir()
-    with image.open("wb") as file:
-        file.truncate(64 << 20)
-    command = ["losetup", "--find", "--show", "--sector-size", "4096", str(image)]
-    device = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    try:
-        subprocess.run(["mkfs.ext4", "-q", device], check=True)
-        subprocess.run(["mount", device, str(disk)], check=True)
-        try:
-            with size_limit(3 * BLOCK + 512), pytest.raises(OSError) as caught:  # noqa: PT011  # returned
-                fill(opened(disk / "x"), 20)
-            return caught.value.errno, (disk / "x").stat().st_size
-        finally:
-            subprocess.run(["umount", str(disk)], check=True)
-    finally:
-        subprocess.run(["losetup", "--detach", device], check=True)
-
-
 # Reading
 
 
@@ -372,29 +240,3 @@ def test_no_more_is_read_than_was_asked_for() -> None:
     assert content_of(io.BytesIO(b"abc"), "x", 3) == b"abc"
     with pytest.raises(DamagedCheckpointError, match="x has more than 2 bytes"):
         content_of(io.BytesIO(b"abc"), "x", 2)
-
-
-def fill(descriptor: int, num_pieces: int) -> None:
-    with ChecksummedWriter("x", DirectFile(descriptor)) as file:
-        for _ in range(num_pieces):
-            file.write(bytes(MIB + 1))
-
-
-@contextlib.contextmanager
-def size_limit(num_bytes: int) -> Iterator[None]:
-    """While this lasts, the system refuses to make files larger."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def is_let_go(descriptor: int) -> bool:
-    """Whether the descriptor is closed."""
-    try:
-        os.fstat(descriptor)
-    except OSError as error:
-        return error.errno == errno.EBADF
-    return False

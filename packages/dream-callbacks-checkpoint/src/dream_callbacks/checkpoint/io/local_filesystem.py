@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 
 from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from dream_callbacks.checkpoint.format import file_names
-from dream_callbacks.checkpoint.io.checksummed_writer import ChecksummedWriter, DirectFile
+from dream_callbacks.checkpoint.io.checksummed_writer import ChecksummedWriter
+from dream_callbacks.checkpoint.io.direct_file import DirectFile
 from dream_callbacks.checkpoint.io.filesystem import Filesystem, lock_content, parsed_lock
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
