@@ -56,7 +56,8 @@ class TwoSets(TinyTrainer):
 
 
 def made(root: Any, **logger: Any) -> TwoSets:
-    callbacks = [LoggerCallback(**logger), MetricLoggerCallback(), MediaLoggerCallback()]
+    logger_callback = LoggerCallback(log_every_n_train_batches=1, **logger)
+    callbacks = [logger_callback, MetricLoggerCallback(), MediaLoggerCallback()]
     return TwoSets(tiny_config(root, callbacks, n_epochs=1, num_sanity_val_steps=1))
 
 

@@ -119,7 +119,8 @@ class CheckpointManager:
             raise CheckpointError(
                 f"checkpoints can't be written to {self.filesystem}: {error_text(error)}. Unless "
                 "another run is the cause, set root_dir to a directory that this user may write "
-                "to"
+                "to. To evaluate while another run trains, call validate(), test() or predict() "
+                "without setup() before it"
             ) from error
 
     def look(self) -> None:
