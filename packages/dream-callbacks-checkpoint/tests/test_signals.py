@@ -12,8 +12,9 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 from forked_runs import forked, free_port, resumed_step, wait_for
-from tiny_runs import SendSignal, saved, steps, tiny
+from tiny_runs import Average, SendSignal, saved, steps, tiny
 from training import Everything, Filled, History, different, make, weights
 
 from dream_trainer.callbacks import Callback, Every
@@ -215,6 +216,30 @@ class InterruptsAValidation(Callback[Any]):
             signal.raise_signal(signal.SIGINT)
 
 
+class ValidatesAnAverage(Average):
+    """Exchanges the weights for their average around a validation, as the docs' MovingAverage."""
+
+    is_exchanged = False
+
+    def pre_validation_epoch(self) -> None:
+        self._exchange()
+
+    def post_validation_epoch(self, result: dict[str, Any]) -> None:
+        self._exchange()
+
+    def post_fit(self) -> None:
+        if self.is_exchanged:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        self.is_exchanged = not self.is_exchanged
+        for name, parameter in self.trainer.model.named_parameters():
+            kept = parameter.clone()
+            parameter.copy_(self.average[name])
+            self.average[name].copy_(kept)
+
+
 class ManyValidationBatches(Everything):
     """Long enough that two ranks know of the stop before the validation ends."""
 
@@ -235,6 +260,7 @@ def interrupted_and_resumed(
                 root / name,
                 history,
                 *callbacks,
+                ValidatesAnAverage(),
                 kind=ManyValidationBatches,
                 layout=layout,
                 keep_last=None,
