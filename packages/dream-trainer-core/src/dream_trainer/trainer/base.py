@@ -181,7 +181,7 @@ class BaseTrainer(AbstractTrainer):
     def backward(self, loss: Tensor) -> None:
         """`loss.backward()`, scaled so that the gradients of a step's batches sum to their mean.
 
-        Runs outside of autocast.
+        Runs outside of the autocast of `param_dtype`.
 
         Args:
             loss: Scalar `()`.
@@ -366,12 +366,18 @@ class BaseTrainer(AbstractTrainer):
         written = getattr(self.validation_step, "__func__", None)
         if self.validates and not never_validates and written is BaseTrainer.validation_step:
             self.validation_step(None, 0)  # raises now instead of after an epoch of training
+        dtype = self.config.device_parameters.param_dtype
+        if dtype is not None and not self.world.shape.uses_fsdp:
+            self.precision_context = functools.partial(
+                torch.autocast, self.world.device.type, dtype=dtype
+            )
         self.optimization = Optimization(
             self.named_models(),
             {optimizer: self.model_of(optimizer) for optimizer in self.named_optimizers().values()},
             self.named_schedulers(),
             self.training_parameters.gradient_clip_val,
             device_type=self.world.device.type,
+            autocasts=self.precision_context is not None,
             is_distributed=self.world.is_distributed,
             reduces_every_batch=self.config.device_parameters.reduce_every_batch,
         )
@@ -379,11 +385,6 @@ class BaseTrainer(AbstractTrainer):
         if torch_private.is_compiled(self.training_step):
             # Else the optimizer and the hooks are compiled with it.
             self._optimizer_step = torch.compiler.disable(self.optimization.step)
-        dtype = self.config.device_parameters.param_dtype
-        if dtype is not None and not self.world.shape.uses_fsdp:
-            self.precision_context = functools.partial(
-                torch.autocast, self.world.device.type, dtype=dtype
-            )
         if self.world.is_distributed and self.seed is not None:
             self.world.seed_parts(self.seed)  # dropout differs between parts of the data
 
