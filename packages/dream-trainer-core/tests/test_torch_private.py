@@ -124,6 +124,20 @@ def test_sharded_random_is_seeded_only_on_cuda() -> None:
     run_on_ranks(seed_on_cpu_mesh, 2)
 
 
+def test_functions_and_methods_that_torch_compiled_are_known() -> None:
+    class Methods:
+        def plain(self) -> None: ...
+
+        @torch.compile(backend="eager")
+        def compiled(self) -> None: ...
+
+    methods = Methods()
+
+    assert torch_private.is_compiled(methods.compiled)
+    assert torch_private.is_compiled(torch.compile(methods.plain, backend="eager"))
+    assert not torch_private.is_compiled(methods.plain)
+
+
 def generations_of_cudagraphs() -> tuple[bool, bool]:
     torch_private.mark_cudagraph_step()
     is_loaded = "torch._inductor.cudagraph_trees" in sys.modules

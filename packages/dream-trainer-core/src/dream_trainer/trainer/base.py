@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dream_trainer.callbacks.collection import CallbackCollection
 from dream_trainer.interface.trainer import AbstractTrainer, Call, Counters
 from dream_trainer.interface.weights_source import CheckpointChoice
 from dream_trainer.trainer import evaluation, loop, state
@@ -29,6 +28,7 @@ from dream_trainer.trainer.predictions import default_prediction
 from dream_trainer.trainer.results import EpochMeans
 from dream_trainer.trainer.samples import SampleCounter
 from dream_trainer.trainer.validation import EvaluationRun, validation_run
+from dream_trainer.world import torch_private
 from dream_trainer.world.determinism import RandomStream
 from dream_trainer.world.requests import Requests, Tick
 from dream_trainer.world.world import World
@@ -181,7 +181,7 @@ class BaseTrainer(AbstractTrainer):
     def backward(self, loss: Tensor) -> None:
         """`loss.backward()`, scaled so that the gradients of a step's batches sum to their mean.
 
-        Runs outside of autocast.
+        Runs outside of the autocast of `param_dtype`.
 
         Args:
             loss: Scalar `()`.
@@ -366,24 +366,25 @@ class BaseTrainer(AbstractTrainer):
         written = getattr(self.validation_step, "__func__", None)
         if self.validates and not never_validates and written is BaseTrainer.validation_step:
             self.validation_step(None, 0)  # raises now instead of after an epoch of training
+        dtype = self.config.device_parameters.param_dtype
+        if dtype is not None and not self.world.shape.uses_fsdp:
+            self.precision_context = functools.partial(
+                torch.autocast, self.world.device.type, dtype=dtype
+            )
         self.optimization = Optimization(
             self.named_models(),
             {optimizer: self.model_of(optimizer) for optimizer in self.named_optimizers().values()},
             self.named_schedulers(),
             self.training_parameters.gradient_clip_val,
             device_type=self.world.device.type,
+            autocasts=self.precision_context is not None,
             is_distributed=self.world.is_distributed,
             reduces_every_batch=self.config.device_parameters.reduce_every_batch,
         )
-        # Else torch compiles the optimizer and the hooks with a `training_step` that is compiled.
-        self._optimizer_step: Callable[[Optimizer, CallbackCollection], Tensor] = (
-            torch.compiler.disable(self.optimization.step)
-        )
-        dtype = self.config.device_parameters.param_dtype
-        if dtype is not None and not self.world.shape.uses_fsdp:
-            self.precision_context = functools.partial(
-                torch.autocast, self.world.device.type, dtype=dtype
-            )
+        self._optimizer_step = self.optimization.step
+        if torch_private.is_compiled(self.training_step):
+            # Else the optimizer and the hooks are compiled with it.
+            self._optimizer_step = torch.compiler.disable(self.optimization.step)
         if self.world.is_distributed and self.seed is not None:
             self.world.seed_parts(self.seed)  # dropout differs between parts of the data
 

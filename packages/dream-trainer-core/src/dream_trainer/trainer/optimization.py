@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class Optimization:
     """Turns the gradients of a group of batches into one optimizer step.
 
-    `backward` and `step` turn autocast off: only the forward is meant to run in low precision, not
-    the products inside an optimizer such as Shampoo or Muon.
+    `backward` and `step` turn off the autocast of `param_dtype`, and `step` any other: only the
+    forward is meant to run in low precision, not the products inside an optimizer such as Shampoo
+    or Muon.
 
     Args:
         models: All models; their gradient synchronization is off while gradients accumulate.
@@ -30,6 +31,7 @@ class Optimization:
             a metric: step it yourself.
         clip_norm: Largest gradient norm per optimizer; None for no clipping.
         device_type: Device whose autocast is turned off.
+        autocasts: Whether the loop calls `training_step` inside autocast.
         is_distributed: Whether gradients may be sharded over ranks.
         reduces_every_batch: Whether FSDP shards gradients of each batch while they accumulate.
     """
@@ -42,6 +44,7 @@ class Optimization:
         clip_norm: float | None,
         *,
         device_type: str,
+        autocasts: bool,
         is_distributed: bool,
         reduces_every_batch: bool = False,
     ) -> None:
@@ -50,6 +53,7 @@ class Optimization:
         self.num_steps = 0
         self.clip_norm = clip_norm
         self._device_type = device_type
+        self._autocasts = autocasts
         self._clip = clip_sharded_gradients if is_distributed else clip_gradients
         self._model_of = model_of
         self._schedulers_of = {
@@ -82,7 +86,7 @@ class Optimization:
         """Compute the gradients of a batch's loss, divided by the number of batches of the step."""
         if self.group_size != 1:
             loss = loss / self.group_size
-        if torch.is_autocast_enabled(self._device_type):
+        if self._autocasts:
             with torch.autocast(self._device_type, enabled=False):
                 loss.backward()
         else:
@@ -107,14 +111,13 @@ class Optimization:
                 f"({self.group_size} batches make a step); write "
                 "`if not self.is_accumulating_gradients: self.step(optimizer)`"
             )
-        if torch.is_autocast_enabled(self._device_type):
+        if self._autocasts or torch.is_autocast_enabled(self._device_type):
             with torch.autocast(self._device_type, enabled=False):
                 norm = self._step(optimizer, callbacks)
-        else:
-            norm = self._step(optimizer, callbacks)
-        # An autocast region that is still open keeps low-precision copies of the old weights.
-        torch.clear_autocast_cache()
-        return norm
+            # A region that is still open has low-precision copies of the old weights.
+            torch.clear_autocast_cache()
+            return norm
+        return self._step(optimizer, callbacks)
 
     def _step(self, optimizer: Optimizer, callbacks: CallbackCollection) -> Tensor:
         model = self._model_of.get(optimizer)

@@ -74,7 +74,12 @@ def seed_sharded_random(seed: int, mesh: DeviceMesh) -> None:
     manual_seed(seed, mesh)
 
 
-# CUDA graphs
+# Compiled code
+
+
+def is_compiled(function: Callable[..., Any]) -> bool:
+    """Whether a function or method is what `torch.compile` returned."""
+    return getattr(function, "_torchdynamo_orig_callable", None) is not None
 
 
 def mark_cudagraph_step() -> None:
