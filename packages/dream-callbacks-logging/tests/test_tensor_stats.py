@@ -1,29 +1,12 @@
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dream_callbacks.logging.tensor_stats import tensor_stats
 from dream_trainer.configs import DeviceParameters
+from dream_trainer.testing import BlockingCopies
 from dream_trainer.world import World
-
-
-class BlockingCopies(TorchDispatchMode):
-    """Records copies between devices that the host waits for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ == "_to_copy" and not kwargs.get("non_blocking"):
-            if result.device != args[0].device:
-                self.found.append(f"{args[0].device} to {result.device}")
-        return result
 
 
 def test_statistics_of_tensors_on_a_gpu_never_wait_for_it():

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dream_trainer.configs import DeviceParameters
-from dream_trainer.testing import run_on_ranks
+from dream_trainer.testing import BlockingCopies, run_on_ranks
 from dream_trainer.trainer.results import EpochMeans, WeightedMean, weights_of
 from dream_trainer.world import World
 
@@ -137,21 +137,6 @@ def test_an_error_of_the_device_keeps_its_kind(error: RuntimeError) -> None:
     with Refuses(error), pytest.raises(type(error)) as caught:
         means.state_dict()
     assert caught.value is error
-
-
-class BlockingCopies(TorchDispatchMode):
-    """Records copies between devices that the host waits for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ == "_to_copy" and not kwargs.get("non_blocking"):
-            if result.device != args[0].device:
-                self.found.append(f"{args[0].device} to {result.device}")
-        return result
 
 
 def test_the_host_never_waits_for_a_gpu_in_300_batches() -> None:
