@@ -40,6 +40,29 @@ def test_another_process_is_refused_until_the_lock_is_released(tmp_path: Path) -
     assert in_child(DirectoryLock(path, "bb").acquire) == 0
 
 
+def test_asking_whether_the_lock_is_free_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    lock, other = DirectoryLock(path, "aa"), DirectoryLock(path, "bb")
+
+    def check_from_outside(expected: bool) -> None:
+        def compare() -> None:
+            assert DirectoryLock(path, "cc").is_free() is expected
+
+        assert in_child(compare) == 0
+
+    assert lock.is_free()
+    assert not path.exists()
+    lock.acquire()
+    assert lock.is_free()
+    assert not other.is_free()
+    check_from_outside(False)
+    check_from_outside(False)
+    lock.release()
+    assert other.is_free()
+    check_from_outside(True)
+    assert lock.fence == 1
+
+
 def test_the_error_names_the_holder(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     reading, writing = os.pipe()

@@ -90,18 +90,19 @@ class CheckpointCallback(Callback[BaseTrainer]):
         if not self.parameters.enable:
             return
         run = self._run = self._new_run()
-        if self.trainer.running not in ("fit", None):  # another run may be training
-            run.manager.look()
-            run.starts_afresh = self.parameters.resume_mode is None
-            with contextlib.ExitStack() as held:
-                if not run.starts_afresh:
-                    self._restore(run, held)
+        running = self.trainer.running
+        if running == "fit" or (running is None and run.manager.is_free()):
+            run.manager.open()
+            try:
+                self._restore(run)
+            finally:
+                run.manager.close()  # other processes may use it until `fit`
             return
-        run.manager.open()
-        try:
-            self._restore(run)
-        finally:
-            run.manager.close()  # other processes may use it until `fit`
+        run.manager.look()  # another run may be training
+        run.starts_afresh = self.parameters.resume_mode is None
+        with contextlib.ExitStack() as held:
+            if not run.starts_afresh:
+                self._restore(run, held)
 
     def pre_fit(self) -> None:
         if not self.parameters.enable:

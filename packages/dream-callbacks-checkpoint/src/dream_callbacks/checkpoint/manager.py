@@ -119,9 +119,12 @@ class CheckpointManager:
             raise CheckpointError(
                 f"checkpoints can't be written to {self.filesystem}: {error_text(error)}. Unless "
                 "another run is the cause, set root_dir to a directory that this user may write "
-                "to. To evaluate while another run trains, call validate(), test() or predict() "
-                "without setup() before it"
+                "to. While another run trains there, validate(), test() and predict() work"
             ) from error
+
+    def is_free(self) -> bool:
+        """Whether `open` would succeed now, and take the directory from nobody."""
+        return self.ranks.on_rank_zero(self.lock.is_free)
 
     def look(self) -> None:
         """List the checkpoints without the lock; they may be another run's, and are only read."""

@@ -168,6 +168,10 @@ class FsspecLock:
         self.run = run
         self.fence = 0
 
+    def is_free(self) -> bool:
+        """False: whether a run uses the directory isn't known, and `acquire` would take it."""
+        return False
+
     def acquire(self) -> None:
         """Take over the directory."""
         found = self._content()

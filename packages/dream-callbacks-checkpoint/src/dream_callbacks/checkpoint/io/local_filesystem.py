@@ -21,6 +21,7 @@ from dream_callbacks.checkpoint.io.direct_file import DirectFile
 from dream_callbacks.checkpoint.io.filesystem import Filesystem, lock_content, parsed_lock
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_LOCK_FILE = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 _MAX_LOCK_BYTES = 4096
 
 
@@ -214,6 +215,24 @@ class DirectoryLock:
         held = _held.get(self.path)
         return held is not None and held.owner is self and held.pid == os.getpid()
 
+    def is_free(self) -> bool:
+        """Whether `acquire` would succeed now."""
+        if _is_held_here(self.path):
+            return self.is_held
+        try:
+            descriptor = os.open(self.path, _LOCK_FILE)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
+        return True
+
     def acquire(self) -> None:
         """Acquire the lock; does nothing if it is held.
 
@@ -222,11 +241,9 @@ class DirectoryLock:
         """
         if self.is_held:
             return
-        held = _held.get(self.path)
-        if held is not None and held.pid == os.getpid():
+        if _is_held_here(self.path):
             raise CheckpointError(_in_use(self.path, "another trainer of this process"))
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        descriptor = os.open(self.path, flags, 0o666)
+        descriptor = os.open(self.path, _LOCK_FILE | os.O_CREAT, 0o666)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -279,6 +296,12 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_held_here(path: Path) -> bool:
+    """Whether this process holds the lock; closing a descriptor of the file would release it."""
+    held = _held.get(path)
+    return held is not None and held.pid == os.getpid()
 
 
 def _content(descriptor: int) -> dict[str, Any]:
