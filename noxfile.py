@@ -29,7 +29,8 @@ from tools.packages import (
 from tools.release import parsed_tag
 
 STRICT = run_snippets.WARNINGS
-PYTEST = ("pytest", "pytest-timeout", "coverage")
+PYTEST = ("pytest", "pytest-timeout", "pytest-xdist", "coverage")
+IN_PARALLEL = ("-n", "2", "--dist", "loadfile")  # a test may have four ranks of its own
 
 PACKAGES = [nox.param(name, id=name) for name in BY_SHORT_NAME]
 CELLS = [nox.param(cell, id=str(cell), tags=["full"]) for cell in matrix.CELLS]
@@ -97,7 +98,8 @@ def package_tests(session: nox.Session, package: str, marked: str) -> None:
     tests = BY_SHORT_NAME[package].folder / "tests"
     # Not every package has slow tests; pytest returns 5 if it finds none.
     codes = [0, 5] if marked == "full" else [0]
-    run(session, environment, "-m", "pytest", tests, "-m", marked, *session.posargs, codes=codes)
+    command = ["-m", "pytest", tests, "-m", marked, *IN_PARALLEL]
+    run(session, environment, *command, *session.posargs, codes=codes)
 
 
 @nox.session
@@ -105,7 +107,7 @@ def package_tests(session: nox.Session, package: str, marked: str) -> None:
 def integration(session: nox.Session, cell: matrix.Cell | str) -> None:
     """Run the integration tests: quick ones, slow ones, or one cell of the matrix."""
     if isinstance(cell, str):
-        command = ["-m", "pytest", "integration_tests", TESTS_OF_GPU, "-m", cell]
+        command = ["-m", "pytest", "integration_tests", TESTS_OF_GPU, "-m", cell, *IN_PARALLEL]
         run(session, for_tests("all"), *command, *session.posargs)
         return
     if cell.torch == "oldest" and "OLDEST_TORCH" not in os.environ:

