@@ -16,11 +16,12 @@ from damaged_files import damage, reseal
 from tiny_runs import read_tensors, scored, steps, tiny
 from training import different, directory, weights
 
-from dream_callbacks.checkpoint.__main__ import main, table
+from dream_callbacks.checkpoint.__main__ import main
 from dream_callbacks.checkpoint.catalog import read_catalog
+from dream_callbacks.checkpoint.command_output import table
 from dream_callbacks.checkpoint.errors import format_bytes
 from dream_callbacks.checkpoint.io.local_filesystem import DirectoryLock, LocalFilesystem
-from dream_callbacks.checkpoint.retention import candidates
+from dream_callbacks.checkpoint.retention import Choice, candidates
 from dream_trainer.callbacks import Every
 
 
@@ -200,7 +201,7 @@ def test_it_runs_as_a_module_and_survives_a_closed_pipe(root: Path) -> None:
 def test_read_only_commands_do_not_import_torch(root: Path) -> None:
     program = """
 import sys
-from dream_callbacks.checkpoint.__main__ import main, table
+from dream_callbacks.checkpoint.__main__ import main
 
 status = main(sys.argv[1:])
 sys.exit(status or "torch" in sys.modules)
@@ -218,7 +219,7 @@ def test_ten_thousand_checkpoints_are_listed_and_chosen_from(
         (folder / "MANIFEST.json").write_bytes(manifest(step=step, seq=step).encode())
 
     text = output(capsys, "ls", tmp_path)
-    newest = candidates(read_catalog(LocalFilesystem(tmp_path)), "last", "val_loss", "min")
+    newest = candidates(read_catalog(LocalFilesystem(tmp_path)), Choice("last"))
 
     assert len(text.splitlines()) == 10_002
     assert newest.checkpoints[0].step == 9_999
