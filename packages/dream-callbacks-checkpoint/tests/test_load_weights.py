@@ -146,7 +146,7 @@ def test_the_path_may_be_a_url(tmp_path: Path, on_meta: bool) -> None:
         ({"which": 5}, "which=5 asks for step-0000000005, which doesn't exist"),
         ({"monitor": "bleu", "mode": "max"}, r'they have accuracy.*or which="last"'),
         ({"monitor": "bleu"}, "whether a low or a high value"),
-        ({"model": "generator"}, "has no model 'generator'; its models: model"),
+        ({"model": "generator"}, "has no model 'generator'; its models: 'model'"),
     ],
     ids=["step", "metric", "mode", "model"],
 )
@@ -176,7 +176,7 @@ def test_one_of_several_models_is_chosen_by_name(several: TinyTrainer) -> None:
 
 
 def test_without_a_name_the_names_are_listed(several: TinyTrainer) -> None:
-    with pytest.raises(CheckpointError, match=r"has 2 models: model, tied; choose one, as in mo"):
+    with pytest.raises(CheckpointError, match=r"has 2 models: 'model', 'tied'; choose one, as"):
         load_weights(several.run_dir, model())
 
 

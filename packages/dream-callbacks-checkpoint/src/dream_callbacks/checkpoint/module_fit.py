@@ -123,10 +123,12 @@ def check_fit(
     if not differences and not report.loaded and (report.missing or report.unused):
         differences = ["  no name is in both"]
     if differences:
+        names_differ = strict and (report.missing or report.unused)
+        hint = "; strict=False loads the names that are in both" if names_differ else ""
         raise CheckpointError(
             f"{report.checkpoint} doesn't fit the module, a {type(module).__name__}:\n"
             + "\n".join(differences)
-            + "\nBuild the module as it was trained; strict=False loads the names that are in both"
+            + f"\nBuild the module as it was trained{hint}"
         )
 
 

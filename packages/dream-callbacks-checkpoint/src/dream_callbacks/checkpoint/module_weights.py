@@ -145,7 +145,7 @@ def _values_of(saved: SavedState, model: str | None) -> dict[str, Any]:
     models = as_dict(saved.shared.get("models"))
     if not isinstance(models, dict):
         raise DamagedCheckpointError("it has no models")
-    names = ", ".join(models) or "none"
+    names = ", ".join(map(repr, models)) or "none"
     if model is None and len(models) > 1:
         raise CheckpointError(
             f"{where} has {len(models)} models: {names}; choose one, as in "
@@ -156,6 +156,8 @@ def _values_of(saved: SavedState, model: str | None) -> dict[str, Any]:
         raise CheckpointError(
             f"{where} has no model{'' if model is None else f' {model!r}'}; its models: {names}"
         )
+    if not all(isinstance(key, str) for key in values):
+        raise DamagedCheckpointError("a name in a state dict isn't text")
     lost = [name for name in tensor_names(values) if name not in saved.index]
     if lost:
         raise DamagedCheckpointError(f"{lost[0]!r:.200} isn't in the index of tensors")
