@@ -27,6 +27,9 @@ def manifest(**changes: Any) -> Manifest:
         "has_nan": False,
         "torch_version": "2.13.0",
         "files": {"state.json": FileSum(10, 20), "__0_0.distcp": FileSum(30, 40)},
+        "monitor": "val_loss",
+        "mode": "min",
+        "keeps_best": True,
     }
     return Manifest(**{**fields, **changes})
 

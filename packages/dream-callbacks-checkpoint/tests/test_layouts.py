@@ -14,10 +14,12 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
-from training import Everything, History, different, make, moments, weights
+from training import Everything, History, different, directory, make, moments, weights
 
+from dream_callbacks.checkpoint import load_weights
 from dream_trainer.callbacks import Callback, Every
 from dream_trainer.testing import run_on_ranks
+from dream_trainer.testing.trainers import TinyModel
 from dream_trainer.trainer import WeightedMean
 
 
@@ -64,7 +66,7 @@ WAYS = [
     [("single", 1, 3), ("fsdp", 2, None)],
     [("ddp", 2, 8), ("fsdp", 2, None)],
     [("fsdp", 2, 4), ("ddp", 2, 7), ("single", 1, None)],
-    [("fsdp", 4, 3), ("fsdp", 2, 5), ("single", 1, 8), ("fsdp", 4, None)],
+    [("fsdp", 4, 3), ("fsdp", 2, 5), ("single", 1, 8), ("hsdp", 4, None)],
     [("fsdp", 2, 3), ("ddp", 2, 7), ("fsdp+tp", 4, 9), ("single", 1, None)],
 ]
 
@@ -83,6 +85,10 @@ def test_a_run_resumes_in_another_layout(
             assert not different(results[0]["loaded"][1], before[1]), "moments, bit for bit"
         before = results[0]["final"]
         seen |= results[0]["seen"]
+        module = TinyModel(8, 2)
+        load_weights(directory(tmp_path / "moved"), module, "last")
+        plain = {f"model.{name}": tensor for name, tensor in module.state_dict().items()}
+        assert not different(plain, before[0]), f"weights of {layout} in a plain module"
 
     assert seen.keys() == uninterrupted["seen"].keys()
     for batch, (loss, inputs) in uninterrupted["seen"].items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +17,15 @@ from damaged_files import damage, reseal
 from tiny_runs import read_tensors, scored, steps, tiny
 from training import different, directory, weights
 
-from dream_callbacks.checkpoint.__main__ import main, table
+from dream_callbacks.checkpoint import load_weights
+from dream_callbacks.checkpoint.__main__ import main
 from dream_callbacks.checkpoint.catalog import read_catalog
+from dream_callbacks.checkpoint.command_output import table
 from dream_callbacks.checkpoint.errors import format_bytes
 from dream_callbacks.checkpoint.io.local_filesystem import DirectoryLock, LocalFilesystem
-from dream_callbacks.checkpoint.retention import candidates
+from dream_callbacks.checkpoint.retention import Choice, candidates
 from dream_trainer.callbacks import Every
+from dream_trainer.testing.trainers import TinyModel
 
 
 @pytest.fixture
@@ -151,6 +155,58 @@ def test_export_writes_weights_without_the_model(
     assert not different(found, weights(trainer))
 
 
+@pytest.mark.parametrize(
+    ("flags", "step"),
+    [
+        (["--best"], 12),
+        (["--best", "--mode", "max"], 8),
+        (["--last"], 16),
+        (["--step", 4], 4),
+        ([], 16),
+    ],
+    ids=str,
+)
+def test_export_chooses_a_checkpoint(
+    root: Path, capsys: pytest.CaptureFixture[str], flags: list[Any], step: int
+) -> None:
+    text = output(capsys, "export", directory(root), *flags, root / "model.pt")
+
+    assert f"from step-{step:010d}" in text
+    module = TinyModel(8, 2)
+    load_weights(directory(root), module, step)
+    assert not different(read_tensors(root / "model.pt"), module.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["--best", "--monitor", "bleu", "--mode", "max"], "--best uses 'bleu'.*or --last"),
+        (["--best", "--monitor", "bleu"], "--best by 'bleu'"),
+        (["--step", 5], "--step 5 asks for step-0000000005, which doesn't exist"),
+    ],
+    ids=str,
+)
+def test_export_of_no_checkpoint_writes_nothing(
+    root: Path, capsys: pytest.CaptureFixture[str], flags: list[Any], error: str
+) -> None:
+    text = output(capsys, "export", directory(root), *flags, root / "out" / "model.pt", status=1)
+
+    assert re.search(error, text)
+    assert not (root / "out").exists()
+
+
+def test_export_of_one_checkpoint_is_of_no_other(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = directory(root) / "step-0000000008"
+
+    assert "from step-0000000008" in output(capsys, "export", one, root / "model.pt")
+    text = output(capsys, "export", one, "--best", root / "model.pt", status=1)
+    assert "is the checkpoint of step 8; give the run directory" in text
+    text = output(capsys, "export", one, "s3://bucket/model.pt", status=1)
+    assert "'s3://bucket/model.pt' is a URL" in text
+
+
 def test_export_refuses_a_damaged_checkpoint(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,7 +256,7 @@ def test_it_runs_as_a_module_and_survives_a_closed_pipe(root: Path) -> None:
 def test_read_only_commands_do_not_import_torch(root: Path) -> None:
     program = """
 import sys
-from dream_callbacks.checkpoint.__main__ import main, table
+from dream_callbacks.checkpoint.__main__ import main
 
 status = main(sys.argv[1:])
 sys.exit(status or "torch" in sys.modules)
@@ -218,7 +274,7 @@ def test_ten_thousand_checkpoints_are_listed_and_chosen_from(
         (folder / "MANIFEST.json").write_bytes(manifest(step=step, seq=step).encode())
 
     text = output(capsys, "ls", tmp_path)
-    newest = candidates(read_catalog(LocalFilesystem(tmp_path)), "last", "val_loss", "min")
+    newest = candidates(read_catalog(LocalFilesystem(tmp_path)), Choice("last"))
 
     assert len(text.splitlines()) == 10_002
     assert newest.checkpoints[0].step == 9_999

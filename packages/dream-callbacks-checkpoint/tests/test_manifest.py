@@ -49,7 +49,19 @@ def test_unknown_fields_are_ignored() -> None:
     assert Manifest.decode(sealed(document)) == manifest()
 
 
-@pytest.mark.parametrize("name", sorted(unsealed(manifest().encode())))
+ADDED = {"monitor", "mode", "keeps_best"}
+"""Fields that earlier versions didn't write."""
+
+
+def test_a_manifest_of_an_earlier_version_has_no_monitor() -> None:
+    document = unsealed(manifest(monitor="accuracy", mode="max").encode())
+
+    found = Manifest.decode(sealed({k: v for k, v in document.items() if k not in ADDED}))
+
+    assert found.monitor == ""
+
+
+@pytest.mark.parametrize("name", sorted(unsealed(manifest().encode()).keys() - ADDED))
 def test_a_missing_field_is_named(name: str) -> None:
     document = unsealed(manifest().encode())
     del document[name]

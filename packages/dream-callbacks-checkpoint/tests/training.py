@@ -33,6 +33,7 @@ LAYOUTS: dict[str, Callable[[], DeviceParameters]] = {
     "single": lambda: DeviceParameters.SINGLE_DEVICE(device="cpu"),
     "ddp": lambda: DeviceParameters.DDP(device="cpu"),
     "fsdp": lambda: DeviceParameters.FSDP(device="cpu"),
+    "hsdp": lambda: DeviceParameters.HSDP(dp_shard=2, device="cpu"),
     "fsdp+tp": lambda: DeviceParameters.FSDP(device="cpu", tensor_parallel=2),
 }
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dream_callbacks.checkpoint.async_callback import AsyncCheckpointCallback
     from dream_callbacks.checkpoint.callback import CheckpointCallback
     from dream_callbacks.checkpoint.config import CheckpointParameters
+    from dream_callbacks.checkpoint.module_weights import load_weights
     from dream_callbacks.checkpoint.weights import (
         ExportCallback,
         LoadPartialCheckpointCallback,
@@ -26,6 +27,7 @@ __all__ = [
     "ExportCallback",
     "LoadPartialCheckpointCallback",
     "PartialLoad",
+    "load_weights",
 ]
 
 _NEED_TORCH = {
@@ -35,6 +37,7 @@ _NEED_TORCH = {
     "ExportCallback": "weights",
     "LoadPartialCheckpointCallback": "weights",
     "PartialLoad": "weights",
+    "load_weights": "module_weights",
 }
 """Imported on first access: `python -m dream_callbacks.checkpoint ls` needs no torch."""
 

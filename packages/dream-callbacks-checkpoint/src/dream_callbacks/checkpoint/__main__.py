@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
-import math
 import os
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +22,7 @@ from dream_callbacks.checkpoint.catalog import (
     filesystem_at,
     read_catalog,
 )
+from dream_callbacks.checkpoint.command_output import json_text, table
 from dream_callbacks.checkpoint.errors import (
     CheckpointError,
     DamagedCheckpointError,
@@ -33,9 +32,15 @@ from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.state_codec import decode_plain
 from dream_callbacks.checkpoint.io import atomic_commit
 from dream_callbacks.checkpoint.io.filesystem import Filesystem
-from dream_callbacks.checkpoint.retention import KeepRules, to_delete
+from dream_callbacks.checkpoint.retention import (
+    KeepRules,
+    candidates,
+    recorded_choice,
+    to_delete,
+)
 
 if TYPE_CHECKING:
+    from dream_callbacks.checkpoint.retention import ResumeMode
     from dream_callbacks.checkpoint.weights import Format
 
 # torch takes a second to import: only the commands that need it import it.
@@ -90,9 +95,15 @@ def _parser() -> argparse.ArgumentParser:
     prune.add_argument("--mode", choices=("min", "max"), default="min")
     prune.add_argument("--dry-run", action="store_true", help="list without deleting")
     export = command("export", _export, "Write the weights of a checkpoint to files.")
-    export.add_argument("output", type=Path, help="a file, or a folder for a file per model")
+    export.add_argument("output", metavar="OUT", help="a file, or a folder for a file per model")
     export.add_argument("--format", choices=("safetensors", "torch"), default=None)
-    for each in (verify, show, export):
+    which = export.add_mutually_exclusive_group()
+    which.add_argument("--best", action="store_true", help="the checkpoint with the best metric")
+    which.add_argument("--last", action="store_true", help="the newest one: the default")
+    which.add_argument("--step", type=_count, default=None, help="that of a step")
+    export.add_argument("--monitor", default=None, help="metric of --best; default: the run's")
+    export.add_argument("--mode", choices=("min", "max"), default=None, help="of --monitor")
+    for each in (verify, show):
         each.add_argument("--step", type=int, default=None, help="step; default: see above")
     text = "Train a trainer straight through, and killed and resumed; name the first difference."
     proof = commands.add_parser("prove", help=text, description=text)
@@ -123,7 +134,7 @@ def _ls(options: argparse.Namespace) -> int:
     checkpoints = [c for c in catalog.checkpoints if step in (None, c.step)]
     if options.json:
         documents = [_document(filesystem, c) for c in checkpoints]
-        print(_json({"checkpoints": documents, "damaged": catalog.damaged}))
+        print(json_text({"checkpoints": documents, "damaged": catalog.damaged}))
         return 0
     names = sorted({n for c in checkpoints for n in c.metrics})
     shown = names if options.monitor is None else [options.monitor]
@@ -174,7 +185,7 @@ def _verify(options: argparse.Namespace) -> int:
             for problem in damage:
                 print(f"  {problem}")
     if options.json:
-        print(_json({"damage": found}))
+        print(json_text({"damage": found}))
     else:
         for name, what in catalog.damaged.items():
             if name in found:
@@ -193,7 +204,7 @@ def _show(options: argparse.Namespace) -> int:
     if options.json:
         tensors = {n: [str(t.dtype), list(t.shape)] for n, t in saved.index.items()}
         extra = {"counters": counters, "callbacks": callbacks, "tensors": tensors}
-        print(_json({**_document(filesystem, checkpoint), **extra}))
+        print(json_text({**_document(filesystem, checkpoint), **extra}))
         return 0
     manifest = checkpoint.manifest
     axes = ", ".join(f"{axis} {size}" for axis, size in manifest.shape.items() if size > 1)
@@ -255,7 +266,7 @@ def _prune(options: argparse.Namespace) -> int:
         lock.release()
     num_bytes = sum(c.manifest.num_bytes for c in doomed)
     if options.json:
-        print(_json({"deleted": [c.name for c in doomed], "bytes": num_bytes}))
+        print(json_text({"deleted": [c.name for c in doomed], "bytes": num_bytes}))
         return 0
     verb = "would delete" if options.dry_run else "deleted"
     for checkpoint in doomed:
@@ -267,11 +278,29 @@ def _prune(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from dream_callbacks.checkpoint.weights import export_checkpoint
 
-    filesystem, catalog, step = _opened(options)
-    checkpoint = _one(filesystem, catalog, step)
-    kind: Format = "torch" if options.output.suffix == ".pt" else "safetensors"
+    root, step = directory_at(options.directory)
+    which: ResumeMode = "best" if options.best else "last"
+    which = which if options.step is None else options.step
+    if step is not None:
+        if options.best or options.last or options.step not in (None, step):
+            raise CheckpointError(
+                f"{options.directory} is the checkpoint of step {step}; give the run directory to "
+                "choose another one"
+            )
+        which = step
+    filesystem = filesystem_at(root)
+    catalog = read_catalog(filesystem)
+    choice = recorded_choice(catalog, which, options.monitor, options.mode, "--")
+    found = candidates(catalog, choice)
+    for text in found.warnings:
+        sys.stderr.write(f"{text}\n")
+    if not found.checkpoints:
+        raise CheckpointError(f"there is no checkpoint in {filesystem} yet")
+    checkpoint = found.checkpoints[0]
+    kind: Format = "torch" if Path(options.output).suffix == ".pt" else "safetensors"
     kind = options.format or kind
     with filesystem.reading(checkpoint.name):
+        _check_intact(filesystem, catalog, checkpoint)
         paths = export_checkpoint(filesystem, checkpoint, options.output, kind)
     for path in paths:
         print(f"{path}  {format_bytes(path.stat().st_size)}  from {checkpoint.name}")
@@ -292,7 +321,7 @@ def _prove(options: argparse.Namespace) -> int:
             ignore=options.ignore,
             timeout_s=options.timeout,
         )
-    print(_json(dataclasses.asdict(proof)) if options.json else proof)
+    print(json_text(dataclasses.asdict(proof)) if options.json else proof)
     return 0 if proof.difference is None else 1
 
 
@@ -308,17 +337,28 @@ def _opened(options: argparse.Namespace) -> tuple[Filesystem, Catalog, int | Non
 
 def _one(filesystem: Filesystem, catalog: Catalog, step: int | None) -> Checkpoint:
     """The checkpoint of a step, or the newest, with verified files."""
-    steps = ", ".join(str(c.step) for c in catalog.checkpoints[-10:]) or "none"
     found = catalog.of_step(step) if step is not None else None
     if step is None and catalog.checkpoints:
         found = catalog.checkpoints[-1]
     if found is None:
         what = "checkpoint" if step is None else f"intact checkpoint of step {step}"
-        raise CheckpointError(f"there is no {what} in {filesystem}; the newest steps are: {steps}")
-    damage = damage_of(filesystem, found, checksums=True)
-    if damage:
-        raise CheckpointError(f"{damage[0]}; give the --step of another checkpoint: {steps}")
+        raise CheckpointError(
+            f"there is no {what} in {filesystem}; the newest steps are: {_newest_steps(catalog)}"
+        )
+    _check_intact(filesystem, catalog, found)
     return found
+
+
+def _check_intact(filesystem: Filesystem, catalog: Catalog, checkpoint: Checkpoint) -> None:
+    damage = damage_of(filesystem, checkpoint, checksums=True)
+    if damage:
+        raise CheckpointError(
+            f"{damage[0]}; give the --step of another checkpoint: {_newest_steps(catalog)}"
+        )
+
+
+def _newest_steps(catalog: Catalog) -> str:
+    return ", ".join(str(c.step) for c in catalog.checkpoints[-10:]) or "none"
 
 
 def _document(filesystem: Filesystem, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -339,45 +379,11 @@ def _document(filesystem: Filesystem, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _json(document: Any) -> str:
-    return json.dumps(_without_non_finite(document), indent=2, allow_nan=False)
-
-
 def _count(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError("a whole number of at least 0 is required")
     return value
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format rows as aligned columns; numeric columns are right-aligned."""
-    columns = list(zip(head, *rows, strict=True))
-    lines = [[] for _ in columns[0]] if columns else []  # type: list[list[str]]
-    for column in columns:
-        width = max(map(len, column))
-        is_numeric = all(_is_number(cell) for cell in column[1:]) and any(column[1:])
-        for line, cell in zip(lines, column, strict=True):
-            line.append(cell.rjust(width) if is_numeric else cell.ljust(width))
-    return "\n".join("  ".join(line).rstrip() for line in lines)
-
-
-def _without_non_finite(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON lacks, by "nan", "inf" and "-inf"."""
-    if isinstance(value, Mapping):
-        return {str(key): _without_non_finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_non_finite(item) for item in value]
-    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _is_number(cell: str) -> bool:
-    number = cell.split(" ", 1)[0]
-    try:
-        float(number or "0")
-    except ValueError:
-        return False
-    return True
 
 
 if __name__ == "__main__":

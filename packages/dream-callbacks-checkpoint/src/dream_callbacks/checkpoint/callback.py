@@ -15,7 +15,7 @@ from dream_callbacks.checkpoint.errors import CheckpointError, failed_save_text
 from dream_callbacks.checkpoint.io.filesystem import below
 from dream_callbacks.checkpoint.manager import CheckpointManager, PendingSave
 from dream_callbacks.checkpoint.restore import load_into
-from dream_callbacks.checkpoint.retention import is_among_best
+from dream_callbacks.checkpoint.retention import Choice, is_among_best
 from dream_callbacks.checkpoint.weights import find_directory, load_weights_at
 from dream_trainer.callbacks import Cadence, Callback, Every
 from dream_trainer.numbers import as_float, is_number
@@ -168,14 +168,13 @@ class CheckpointCallback(Callback[BaseTrainer]):
         if not (isinstance(which, int) or which in ("last", "best", "min", "max")):
             root, step = find_directory(self.trainer, which)
             which = "last" if step is None else step
-        counters, report = load_weights_at(
-            self.trainer,
-            root,
+        choice = Choice(
             which,  # type: ignore[arg-type]  # one of these
             parameters.monitor,
             parameters.best_mode,
-            verify=parameters.verify,
+            "checkpoint",
         )
+        counters, report = load_weights_at(self.trainer, root, choice, verify=parameters.verify)
         if report.missing or report.unused or report.mismatched:
             raise CheckpointError(
                 f"the weights of {report.checkpoint} aren't those of the trainer's models; "
@@ -427,13 +426,8 @@ class CheckpointCallback(Callback[BaseTrainer]):
         if parameters.resume_mode is None:
             manager.start_afresh()
             return
-        checkpoint = manager.choose(
-            parameters.resume_mode,
-            parameters.monitor,
-            parameters.best_mode,
-            verify=parameters.verify,
-            held=held,
-        )
+        choice = Choice(parameters.resume_mode, parameters.monitor, parameters.best_mode)
+        checkpoint = manager.choose(choice, verify=parameters.verify, held=held)
         if checkpoint is None:
             return
         load_into(

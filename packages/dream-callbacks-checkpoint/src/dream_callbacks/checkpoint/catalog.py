@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpointError
 from dream_callbacks.checkpoint.format import file_names
@@ -15,7 +16,7 @@ from dream_callbacks.checkpoint.format.manifest import FileSum, Manifest, sealed
 from dream_callbacks.checkpoint.format.state_codec import decode_plain, encode_plain
 from dream_callbacks.checkpoint.io.filesystem import Filesystem, is_url
 from dream_callbacks.checkpoint.io.local_filesystem import LocalFilesystem
-from dream_callbacks.checkpoint.retention import ResumeMode, candidates
+from dream_callbacks.checkpoint.retention import Candidates, Choice, candidates
 
 if TYPE_CHECKING:
     from dream_trainer.world import Coordination
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_MANIFEST_BYTES = 1 << 26
+
+_MAX_LISTINGS = 10
+"""Attempts to choose a checkpoint while a run deletes what was chosen."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +160,9 @@ def read_catalog(filesystem: Filesystem) -> Catalog:
             continue
         late = _read_late_metrics(filesystem, manifest) if step in with_metrics else {}
         checkpoints.append(Checkpoint(name, manifest, late))
+    if damaged:  # but not what a run deleted while its manifest was read
+        remaining = filesystem.entries()
+        damaged = {name: what for name, what in damaged.items() if name in remaining}
     checkpoints.sort(key=lambda checkpoint: (checkpoint.manifest.seq, checkpoint.step))
     return Catalog(tuple(checkpoints), dict(sorted(damaged.items())))
 
@@ -251,9 +258,7 @@ def choose(
     filesystem: Filesystem,
     catalog: Catalog,
     ranks: Coordination,
-    resume_mode: ResumeMode,
-    monitor: str,
-    mode: Literal["min", "max"],
+    choice: Choice,
     *,
     verify: bool,
     held: contextlib.ExitStack | None = None,
@@ -264,9 +269,7 @@ def choose(
         filesystem: The checkpoint directory.
         catalog: Its checkpoints; only rank 0's is used.
         ranks: All ranks of the run.
-        resume_mode: Which checkpoint to prefer.
-        monitor: Metric of "best", "min" and "max".
-        mode: Whether "best" means low or high.
+        choice: Which checkpoint to prefer.
         verify: Compare checksums; otherwise only sizes.
         held: Protects the checkpoint from deletion by another run until it is closed. Not needed
             while holding the directory's lock.
@@ -277,27 +280,84 @@ def choose(
     Raises:
         CheckpointError: If there are candidates and all are damaged.
     """
-    chosen = ranks.on_rank_zero(lambda: candidates(catalog, resume_mode, monitor, mode))
-    if ranks.is_global_zero:
-        for text in chosen.passed_over:
-            logger.warning("%s/%s; not resumed from", filesystem, text)
+
+    def damage(checkpoint: Checkpoint) -> list[str]:
+        problems = _held(filesystem, checkpoint, ranks, held) if held is not None else []
+        return problems or _damage_seen(filesystem, checkpoint, ranks, checksums=verify)
+
+    found = ranks.on_rank_zero(lambda: candidates(catalog, choice))
+    return _first_intact(filesystem, found, choice, damage, warns=ranks.is_global_zero)
+
+
+def choose_alone(
+    filesystem: Filesystem,
+    choice_in: Callable[[Catalog], Choice],
+    *,
+    verify: bool,
+    held: contextlib.ExitStack,
+) -> Checkpoint | None:
+    """As `choose`, in one process, while a run may save and delete. Not collective.
+
+    Args:
+        filesystem: The checkpoint directory.
+        choice_in: Returns which checkpoint to prefer.
+        verify: Compare checksums; otherwise only sizes.
+        held: Protects the checkpoint from deletion by runs on this machine until it is closed.
+    """
+
+    def damage(checkpoint: Checkpoint) -> list[str]:
+        try:
+            held.enter_context(filesystem.reading(checkpoint.name))
+        except DamagedCheckpointError:
+            raise _DeletedError from None
+        problems = damage_of(filesystem, checkpoint, checksums=verify)
+        if problems and checkpoint.name not in filesystem.entries():
+            raise _DeletedError
+        return problems
+
+    for _ in range(_MAX_LISTINGS):
+        catalog = read_catalog(filesystem)
+        choice = choice_in(catalog)
+        with contextlib.suppress(_DeletedError):
+            found = candidates(catalog, choice)
+            return _first_intact(filesystem, found, choice, damage, warns=True)
+    raise CheckpointError(
+        f"checkpoints in {filesystem} were deleted {_MAX_LISTINGS} times before they were read; "
+        "raise keep_last in the run, or copy one and load the copy"
+    )
+
+
+class _DeletedError(Exception):
+    """A checkpoint was deleted since the catalog was read."""
+
+
+def _first_intact(
+    filesystem: Filesystem,
+    found: Candidates,
+    choice: Choice,
+    damage: Callable[[Checkpoint], list[str]],
+    *,
+    warns: bool,
+) -> Checkpoint | None:
+    if warns:
+        for text in found.warnings:
+            logger.warning("%s: %s", filesystem, text)
     problems: list[str] = []
-    for checkpoint in chosen.checkpoints:
-        damage = _held(filesystem, checkpoint, ranks, held) if held is not None else []
-        damage = damage or _damage_seen(filesystem, checkpoint, ranks, checksums=verify)
-        if not damage:
+    for checkpoint in found.checkpoints:
+        wrong = damage(checkpoint)
+        if not wrong:
             return checkpoint
-        problems.append("; ".join(damage[:3]))
-        if ranks.is_global_zero:
+        problems.append("; ".join(wrong[:3]))
+        if warns:
             logger.warning(
                 "%s is damaged: %s; trying the previous one", checkpoint.name, problems[-1]
             )
-    if not chosen.checkpoints:
+    if not found.checkpoints:
         return None
     raise CheckpointError(
-        f"none of the checkpoints in {filesystem} that resume_mode={resume_mode!r} allows is "
-        f"intact ({'; '.join(problems[:3])}); restore one from a copy, choose another step, or "
-        "move them away to start from scratch"
+        f"none of the checkpoints in {filesystem} that {choice} allows is intact "
+        f"({'; '.join(problems[:3])}); restore one from a copy, choose another step, or move them "
+        "away to start from scratch"
     )
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+
+MAX_NAMES = 10
+"""Names listed per kind in an error."""
 
 
 class CheckpointError(RuntimeError):
@@ -11,6 +15,13 @@ class CheckpointError(RuntimeError):
 
 class DamagedCheckpointError(ValueError):
     """A checkpoint on disk is corrupt or incomplete."""
+
+
+def listed(what: str, names: list[str]) -> Iterator[str]:
+    """A line of names for an error; none without names."""
+    if names:
+        more = f" … and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+        yield f"  {what}: {', '.join(names[:MAX_NAMES])}{more}"
 
 
 def failed_save_text(

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -30,7 +30,7 @@ from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import FileSum, Manifest
 from dream_callbacks.checkpoint.format.state_codec import EncodedState, encode
 from dream_callbacks.checkpoint.io import atomic_commit
-from dream_callbacks.checkpoint.retention import KeepRules, ResumeMode, to_delete
+from dream_callbacks.checkpoint.retention import Choice, KeepRules, to_delete
 from dream_trainer.world import Coordination, RankFailure, World
 
 if TYPE_CHECKING:
@@ -198,6 +198,9 @@ class CheckpointManager:
             num_train_batches=num_train_batches,
             metrics=metrics,
             torch_version=torch.__version__,
+            monitor=self.rules.monitor,
+            mode=self.rules.mode,
+            keeps_best=self.rules.last is None or self.rules.top_k > 0,
         )
         return PendingSave(manifest, state, tensors, folder)
 
@@ -284,19 +287,10 @@ class CheckpointManager:
     # Restoring
 
     def choose(
-        self,
-        resume_mode: ResumeMode,
-        monitor: str,
-        mode: Literal["min", "max"],
-        *,
-        verify: bool,
-        held: contextlib.ExitStack | None = None,
+        self, choice: Choice, *, verify: bool, held: contextlib.ExitStack | None = None
     ) -> Checkpoint | None:
         """Choose the checkpoint to restore; see `catalog.choose`."""
-        catalog, ranks = self._catalog, self.ranks
-        return choose(
-            self.filesystem, catalog, ranks, resume_mode, monitor, mode, verify=verify, held=held
-        )
+        return choose(self.filesystem, self._catalog, self.ranks, choice, verify=verify, held=held)
 
     # Private
 

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from dream_callbacks.checkpoint.catalog import Checkpoint
-from dream_callbacks.checkpoint.errors import CheckpointError
+from dream_callbacks.checkpoint.errors import (
+    MAX_NAMES,
+    CheckpointError,
+    DamagedCheckpointError,
+    listed,
+)
 from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import parsed_json
 from dream_callbacks.checkpoint.format.state_codec import EncodedState, decode, encode, tensor_names
@@ -26,9 +31,6 @@ logger = logging.getLogger(__name__)
 
 _IN_PLACE = ("models", "optimizers")
 """Sections whose tensors are loaded in place."""
-
-_SHOWN = 10
-"""Names listed per kind in an error."""
 
 
 class SavedState:
@@ -63,7 +65,7 @@ class SavedState:
     def new_tensor(self, name: str) -> Tensor:
         """An uninitialized, unsharded CPU tensor for a saved tensor."""
         stored = self.index[name]
-        return torch.empty(stored.shape, dtype=stored.dtype)
+        return torch.empty(stored.shape, dtype=stored.dtype, device="cpu")
 
 
 def load_into(
@@ -142,13 +144,13 @@ def _matched(
     wrong_shape = [n for n in here if n in there and index[n].shape != here[n].shape]
     wrong_dtype = [n for n in here if n in there and index[n].dtype != here[n].dtype]
     differences = [
-        *_listed("only in the checkpoint", sorted(there - set(here))),
-        *_listed("only in the trainer", sorted(set(here) - there)),
-        *_listed(
+        *listed("only in the checkpoint", sorted(there - set(here))),
+        *listed("only in the trainer", sorted(set(here) - there)),
+        *listed(
             "of another shape",
             [f"{n} {list(index[n].shape)} → {list(here[n].shape)}" for n in wrong_shape],
         ),
-        *_listed(
+        *listed(
             "of another dtype", [f"{n} {index[n].dtype} → {here[n].dtype}" for n in wrong_dtype]
         ),
     ]
@@ -218,7 +220,7 @@ def _own_tensors(
 
 def _overlaid(live: Any, saved: Any) -> Any:
     """Saved values where keys match, live values elsewhere."""
-    live, saved = _as_dict(live), _as_dict(saved)
+    live, saved = as_dict(live), as_dict(saved)
     if not isinstance(live, dict) or not isinstance(saved, dict):
         return saved
     if "$tensor" in live or any(key.startswith("$") for key in (*live, *saved)):
@@ -228,9 +230,13 @@ def _overlaid(live: Any, saved: Any) -> Any:
     return {k: _overlaid(value, saved[k]) if k in saved else value for k, value in live.items()}
 
 
-def _as_dict(document: Any) -> Any:
+def as_dict(document: Any) -> Any:
+    """A dict of `state.json` without its tag; another value as it is."""
     if isinstance(document, dict) and "$ordered_dict" in document:
-        return dict(document["$ordered_dict"])
+        try:
+            return dict(document["$ordered_dict"])
+        except (TypeError, ValueError) as error:
+            raise DamagedCheckpointError(f"{file_names.STATE}: {error!r:.200}") from error
     return document
 
 
@@ -292,7 +298,7 @@ def _reshard_data(
     if callbacks:
         logger.warning(
             "rank-local states, given to the new ranks in turn: %s",
-            ", ".join(callbacks[:_SHOWN]),
+            ", ".join(callbacks[:MAX_NAMES]),
         )
 
 
@@ -316,12 +322,6 @@ def _refuse_other_data(manifest: Any, counters: Mapping[str, Any], trainer: Base
             "changed, set resume_data=False to restart the epoch",
             before, now, counters["epoch_batches"],
         )  # fmt: skip
-
-
-def _listed(what: str, names: list[str]) -> Iterator[str]:
-    if names:
-        more = f" … and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        yield f"  {what}: {', '.join(names[:_SHOWN])}{more}"
 
 
 # Pure rules for another number of data-parallel ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -35,16 +36,44 @@ class KeepRules:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Which checkpoint of a directory to load.
+
+    Attributes:
+        which: "last" is the newest, "best" the one with the best metric, "min" or "max" the one
+            with the lowest or highest, a number the one of that step.
+        monitor: Metric of "best", "min" and "max".
+        mode: Whether "best" means low or high.
+        argument: Name of the argument that `which` was passed as, for messages; "--" for a flag of
+            the command line.
+    """
+
+    which: ResumeMode
+    monitor: str = "val_loss"
+    mode: Literal["min", "max"] = "min"
+    argument: str = "resume_mode"
+
+    def __str__(self) -> str:
+        return self.spelled(self.which)
+
+    def spelled(self, which: ResumeMode) -> str:
+        """The argument with another value."""
+        if self.argument == "--":
+            return f"--step {which}" if isinstance(which, int) else f"--{which}"
+        return f"{self.argument}={json.dumps(which)}"
+
+
+@dataclass(frozen=True)
 class Candidates:
     """Checkpoints to try, in order.
 
     Attributes:
         checkpoints: Empty to start from scratch.
-        passed_over: Why newer checkpoints are not tried first.
+        warnings: Why a better or newer one may be missing.
     """
 
     checkpoints: tuple[Checkpoint, ...] = ()
-    passed_over: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def best_first(
@@ -97,10 +126,40 @@ def is_among_best(value: float, checkpoints: Sequence[Checkpoint], rules: KeepRu
     return value <= worst if rules.mode == "min" else value >= worst
 
 
-def candidates(
-    catalog: Catalog, resume_mode: ResumeMode, monitor: str, mode: Literal["min", "max"]
-) -> Candidates:
-    """Checkpoints to try to restore, in order.
+def recorded_choice(
+    catalog: Catalog,
+    which: ResumeMode,
+    monitor: str | None,
+    mode: Literal["min", "max"] | None,
+    argument: str,
+) -> Choice:
+    """A choice by the metric that the newest checkpoint records, unless one is given.
+
+    Raises:
+        CheckpointError: If the metric, or whether a low or a high one is better, isn't known.
+    """
+    if which == "last" or isinstance(which, int) or not catalog.checkpoints:
+        return Choice(which, argument=argument)
+    newest = catalog.checkpoints[-1].manifest
+    monitor = monitor or newest.monitor
+    if not monitor:
+        raise CheckpointError(
+            f"{Choice(which, argument=argument)} needs a metric, and the run has recorded none; "
+            f"give monitor and mode (the checkpoints have {_metric_names(catalog)})"
+        )
+    if mode is None and monitor == newest.monitor:
+        mode = newest.mode
+    choice = Choice(which, monitor, mode or "min", argument)
+    if mode is None and which == "best":
+        raise CheckpointError(
+            f"{choice} by {monitor!r}: the run hasn't recorded whether a low or a high value of it "
+            "is better; give mode, min or max"
+        )
+    return choice
+
+
+def candidates(catalog: Catalog, choice: Choice) -> Candidates:
+    """Checkpoints to try to load, in order.
 
     "last" prefers the one written last, whatever its step; checkpoints with NaN weights come
     after all others. "best" sorts by the metric. A step selects only that checkpoint.
@@ -109,9 +168,10 @@ def candidates(
         CheckpointError: If there are checkpoints but no candidate; a run never starts from
             scratch in that case.
     """
+    which = choice.which
     newest_first = tuple(reversed(catalog.checkpoints))
-    if isinstance(resume_mode, int):
-        return Candidates((_of_step(catalog, resume_mode),))
+    if isinstance(which, int):
+        return Candidates((_of_step(catalog, choice, which),))
     broken = tuple(f"{name}: {what}" for name, what in reversed(catalog.damaged.items()))
     if not newest_first:
         if broken:
@@ -120,47 +180,58 @@ def candidates(
                 "from a copy, or move them away to start from scratch"
             )
         return Candidates()
-    if resume_mode == "last":
+    if which == "last":
         clean = tuple(c for c in newest_first if not c.manifest.has_nan)
         with_nan = tuple(c for c in newest_first if c.manifest.has_nan)
         passed_over = tuple(
-            f"{c.name} has NaN in its weights; resume_mode={c.step} would still resume from it"
+            f"{c.name} has NaN in its weights and isn't used; {choice.spelled(c.step)} would still "
+            "load it"
             for c in with_nan
             if clean and c.manifest.seq > clean[0].manifest.seq
         )
-        newer_broken = tuple(
-            text for text in broken if _named_step(text) > (clean or newest_first)[0].step
-        )
-        return Candidates((*clean, *with_nan), (*newer_broken, *passed_over))
+        newest_step = (clean or newest_first)[0].step
+        newer = (text for text in broken if _named_step(text) > newest_step)
+        not_used = tuple(f"{text}; it isn't used" for text in newer)
+        return Candidates((*clean, *with_nan), (*not_used, *passed_over))
     ranked = best_first(
-        catalog.checkpoints, monitor, mode if resume_mode == "best" else resume_mode
+        catalog.checkpoints, choice.monitor, choice.mode if which == "best" else which
     )
     if not ranked:
-        known = sorted({name for c in catalog.checkpoints for name in c.metrics})
         raise CheckpointError(
-            f"resume_mode={resume_mode!r} uses {monitor!r}, and none of the "
-            f"{len(newest_first)} checkpoints has it as a number (they have "
-            f"{', '.join(known) or 'no metrics'}); set monitor to one of these, or "
-            'resume_mode="last"'
+            f"{choice} uses {choice.monitor!r}, and none of the {len(newest_first)} checkpoints "
+            f"has it as a number (they have {_metric_names(catalog)}); set monitor to one of "
+            f"these, or {choice.spelled('last')}"
         )
-    return Candidates(tuple(ranked))
+    warnings = [f"{text}; it isn't used" for text in broken]
+    newest, num_left = newest_first[0].manifest, len(newest_first)
+    if not newest.keeps_best and newest.seq > num_left:
+        warnings.append(
+            f"{choice} is the best of the {num_left} checkpoints that are left; a run with "
+            "keep_top_k=0 doesn't keep its best"
+        )
+    return Candidates(tuple(ranked), tuple(warnings))
 
 
-def _of_step(catalog: Catalog, step: int) -> Checkpoint:
+def _of_step(catalog: Catalog, choice: Choice, step: int) -> Checkpoint:
     found = catalog.of_step(step)
     if found is not None:
         return found
     name = file_names.checkpoint_name(step)
     if name in catalog.damaged:
         raise CheckpointError(
-            f"resume_mode={step} asks for {name}, which is damaged: {catalog.damaged[name]}; "
-            'choose another step, or resume_mode="last"'
+            f"{choice} asks for {name}, which is damaged: {catalog.damaged[name]}; "
+            f"choose another step, or {choice.spelled('last')}"
         )
     steps = ", ".join(str(c.step) for c in catalog.checkpoints[-10:]) or "none"
     raise CheckpointError(
-        f"resume_mode={step} asks for {name}, which doesn't exist; the newest steps are: "
-        f'{steps}; choose one of them, or resume_mode="last"'
+        f"{choice} asks for {name}, which doesn't exist; the newest steps are: "
+        f"{steps}; choose one of them, or {choice.spelled('last')}"
     )
+
+
+def _metric_names(catalog: Catalog) -> str:
+    names = sorted({name for c in catalog.checkpoints for name in c.metrics})
+    return ", ".join(names) or "no metrics"
 
 
 def _named_step(text: str) -> int:

@@ -28,7 +28,7 @@ from dream_callbacks.checkpoint.io.filesystem import Filesystem, below, is_url
 from dream_callbacks.checkpoint.io.local_filesystem import LocalFilesystem
 from dream_callbacks.checkpoint.manager import coordination
 from dream_callbacks.checkpoint.restore import SavedState
-from dream_callbacks.checkpoint.retention import ResumeMode
+from dream_callbacks.checkpoint.retention import Choice, ResumeMode
 from dream_trainer.callbacks import Callback
 from dream_trainer.trainer import AbstractTrainer, Counters
 from dream_trainer.trainer.mixins import ModelSetupMixin
@@ -63,7 +63,7 @@ class PartialLoad:
         lines = [
             f"{len(self.loaded)} tensors were loaded from {self.checkpoint}",
             *_named("not in the checkpoint, unchanged", self.missing),
-            *_named("not in the trainer, unused", self.unused),
+            *_named("not in the model, unused", self.unused),
             *_named(
                 "of another shape, unchanged",
                 [f"{n} {list(was)} → {list(now)}" for n, (was, now) in self.mismatched.items()],
@@ -110,14 +110,8 @@ class LoadPartialCheckpointCallback(Callback[ModelSetupMixin]):
 
     def post_setup(self) -> None:
         root, step = find_directory(self.trainer, self.path)
-        _, self.report = load_weights_at(
-            self.trainer,
-            root,
-            self.resume_mode if step is None else step,
-            self.monitor,
-            self.mode,
-            verify=self.verify,
-        )
+        choice = Choice(self.resume_mode if step is None else step, self.monitor, self.mode)
+        _, self.report = load_weights_at(self.trainer, root, choice, verify=self.verify)
 
 
 def find_directory(trainer: AbstractTrainer, path: str | Path) -> tuple[str | Path, int | None]:
@@ -126,22 +120,14 @@ def find_directory(trainer: AbstractTrainer, path: str | Path) -> tuple[str | Pa
 
 
 def load_weights_at(
-    trainer: AbstractTrainer,
-    root: str | Path,
-    resume_mode: ResumeMode,
-    monitor: str,
-    mode: Literal["min", "max"],
-    *,
-    verify: bool,
+    trainer: AbstractTrainer, root: str | Path, choice: Choice, *, verify: bool
 ) -> tuple[Counters, PartialLoad]:
     """Load the weights of a checkpoint that match by name and shape. Collective.
 
     Args:
         trainer: The trainer with the models.
         root: A directory of checkpoints.
-        resume_mode: Which of them.
-        monitor: Metric of "best", "min" and "max".
-        mode: Whether "best" means low or high.
+        choice: Which of them.
         verify: Compare checksums before loading; otherwise only sizes.
 
     Returns:
@@ -157,9 +143,7 @@ def load_weights_at(
             filesystem,
             ranks.on_rank_zero(lambda: read_catalog(filesystem)),
             ranks,
-            resume_mode,
-            monitor,
-            mode,
+            choice,
             verify=verify,
             held=held,
         )
@@ -239,11 +223,7 @@ class ExportCallback(Callback[ModelSetupMixin]):
     def __init__(self, path: str | Path, format: Format = "safetensors") -> None:  # noqa: A002  # the contract's name
         if format not in _SUFFIXES:
             raise ValueError(f'format={format!r}: "safetensors" or "torch" is required')
-        if is_url(path):
-            raise ValueError(
-                f"path={str(path)!r} is a URL, and weights are exported to files of this machine; "
-                "give a path, and copy"
-            )
+        _check_output(path)
         self.path = path
         self.format: Format = format
 
@@ -275,7 +255,7 @@ class ExportCallback(Callback[ModelSetupMixin]):
 def export_checkpoint(
     filesystem: Filesystem,
     checkpoint: Checkpoint,
-    path: Path,
+    path: str | Path,
     kind: Format,
 ) -> list[Path]:
     """Write the weights of a verified checkpoint; needs no model.
@@ -285,18 +265,31 @@ def export_checkpoint(
 
     Raises:
         CheckpointError: If the checkpoint has no models.
+        ValueError: If there is no such path for them.
+        ImportError: If safetensors is required and not installed.
     """
+    _check_output(path)
+    if kind == "safetensors":
+        _safetensors()
     saved = SavedState(filesystem, checkpoint)
     models = tuple(saved.shared["models"])
     if not models:
         raise CheckpointError(f"{checkpoint.name} holds no model; choose another checkpoint")
-    files = files_of(path, models, kind)
+    files = files_of(Path(path), models, kind)
     for name, file in files.items():
         prefix = f"models.{name}."
         tensors = {key: saved.new_tensor(key) for key in saved.index if key.startswith(prefix)}
         saved.read(tensors)
         _write_weights(file, {k.removeprefix(prefix): t for k, t in tensors.items()}, kind)
     return list(files.values())
+
+
+def _check_output(path: str | Path) -> None:
+    if is_url(path):
+        raise ValueError(
+            f"path={str(path)!r} is a URL, and weights are exported to files of this machine; "
+            "give a path, and copy"
+        )
 
 
 def files_of(path: Path, models: tuple[str, ...], kind: Format) -> dict[str, Path]:

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dream_callbacks.checkpoint.errors import DamagedCheckpointError
 from dream_callbacks.checkpoint.format import file_names
@@ -25,6 +25,13 @@ _NUMBERS: Mapping[str, Callable[[Any], float]] = {
     "created_unix": float,
     "world_size": int,
 }
+
+_ADDED: Mapping[str, Callable[[Any], Any]] = {
+    "monitor": str,
+    "mode": {"min": "min", "max": "max"}.__getitem__,
+    "keeps_best": bool,
+}
+"""Fields that manifests written by earlier versions lack."""
 
 _SEAL = re.compile(rb'\{"sha256":"([0-9a-f]{64})",\n')
 
@@ -57,6 +64,9 @@ class Manifest:
         has_nan: Whether a weight is NaN.
         torch_version: `torch.__version__`.
         files: Size and checksum of all files except the manifest, by name.
+        monitor: Metric that ranks the checkpoints of the run; empty if it isn't known.
+        mode: Whether a low or a high metric is better.
+        keeps_best: Whether the run's retention keeps the best checkpoint.
     """
 
     step: int
@@ -74,6 +84,9 @@ class Manifest:
     has_nan: bool = False
     torch_version: str = ""
     files: Mapping[str, FileSum] = field(default_factory=dict)
+    monitor: str = ""
+    mode: Literal["min", "max"] = "min"
+    keeps_best: bool = True
 
     @property
     def num_bytes(self) -> int:
@@ -102,7 +115,9 @@ class Manifest:
                 f"version of dream-callbacks-checkpoint reads format {FORMAT}; upgrade it"
             )
         try:
-            known = {name: document[name] for name in cls.__dataclass_fields__}
+            required = cls.__dataclass_fields__.keys() - _ADDED.keys()
+            known = {name: document[name] for name in required}
+            known |= {n: kind(document[n]) for n, kind in _ADDED.items() if n in document}
             known |= {name: kind(document[name]) for name, kind in _NUMBERS.items()}
             known["dp_ranks"] = tuple(int(dp_rank) for dp_rank in document["dp_ranks"])
             known["metrics"] = {
