@@ -8,7 +8,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ from dream_trainer.trainer.batches import BatchStream
 from dream_trainer.trainer.class_checks import check_definition
 from dream_trainer.trainer.config import BaseTrainerConfig
 from dream_trainer.trainer.device_transfer import moved_to
+from dream_trainer.trainer.epoch_schedules import EpochSchedules
 from dream_trainer.trainer.evaluation_sets import EvaluationSet, evaluation_sets
+from dream_trainer.trainer.guarded_names import GuardedNames
 from dream_trainer.trainer.loader_watch import LoaderWatch
 from dream_trainer.trainer.optimization import Optimization
 from dream_trainer.trainer.predictions import default_prediction
@@ -36,7 +38,7 @@ from dream_trainer.world.world import World
 logger = logging.getLogger(__name__)
 
 
-class BaseTrainer(AbstractTrainer):
+class BaseTrainer(AbstractTrainer, GuardedNames):
     """The loop, around a `training_step` that stays plain PyTorch.
 
     Combine it with SetupMixin, as DreamTrainer does, or with your own setup.
@@ -56,6 +58,7 @@ class BaseTrainer(AbstractTrainer):
 
     config: BaseTrainerConfig
     optimization: Optimization
+    epoch_schedules: EpochSchedules
     train_batches: BatchStream
     validation_sets: tuple[EvaluationSet, ...] = ()
 
@@ -81,7 +84,7 @@ class BaseTrainer(AbstractTrainer):
         self.epoch_means = self.new_means("training_step")
         self.loader_watch = LoaderWatch(self.world.rank)
         self._sample_counter = SampleCounter(type(self).__name__, warns=self.world.is_global_zero)
-        self.seed: int | None = None
+        self._seed: int | None = None
         self.first_step_done = False
         self.moves_batches = (
             self.world.device.type != "cpu" or type(self).move_batch is not BaseTrainer.move_batch
@@ -344,7 +347,23 @@ class BaseTrainer(AbstractTrainer):
     def at_end(self, function: Callable[[], object]) -> None:
         self._at_end.append(function)
 
+    @property
+    def seed(self) -> int | None:
+        """The seed of all random number generators; None before `configure`."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, value: Never) -> None:
+        raise AttributeError(
+            f"trainer.seed = {value!r}: the seed is set in the config, DreamTrainerConfig(seed="
+            "…), before `configure`; give an attribute of your own another name"
+        )
+
     # What the loop calls
+
+    def seed_generators(self) -> None:
+        """Seed all generators: with the config's seed, or a drawn one. Collective."""
+        self._seed = self.world.seed(self.config.seed)
 
     def move_batch(self, batch: Any) -> Any:
         """The batch with its tensors on this rank's device.
@@ -374,19 +393,28 @@ class BaseTrainer(AbstractTrainer):
         self.optimization = Optimization(
             self.named_models(),
             {optimizer: self.model_of(optimizer) for optimizer in self.named_optimizers().values()},
-            self.named_schedulers(),
+            self._schedulers_by_step(),
             self.training_parameters.gradient_clip_val,
             device_type=self.world.device.type,
             autocasts=self.precision_context is not None,
             is_distributed=self.world.is_distributed,
             reduces_every_batch=self.config.device_parameters.reduce_every_batch,
         )
+        self.epoch_schedules = EpochSchedules(self.named_schedules(), self.world)
         self._optimizer_step = self.optimization.step
         if torch_private.is_compiled(self.training_step):
             # Else the optimizer and the hooks are compiled with it.
             self._optimizer_step = torch.compiler.disable(self.optimization.step)
         if self.world.is_distributed and self.seed is not None:
             self.world.seed_parts(self.seed)  # dropout differs between parts of the data
+
+    def _schedulers_by_step(self) -> dict[Optimizer, list[Any]]:
+        """Schedulers that are stepped with each step of an optimizer."""
+        schedulers: dict[Optimizer, list[Any]] = {}
+        for each in self.named_schedules().values():
+            if each.interval == "step" and each.optimizer is not None:
+                schedulers.setdefault(each.optimizer, []).append(each.scheduler)
+        return schedulers
 
     @property
     def validates(self) -> bool:
