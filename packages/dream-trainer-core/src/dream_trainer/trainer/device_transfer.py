@@ -20,7 +20,8 @@ _SEQUENCES_OF_NUMBERS = (str, bytes, bytearray, memoryview, range, array.array)
 
 
 def moved_to(device: torch.device, batch: Any) -> Any:
-    """A copy of a batch with its tensors on a device. From pinned memory, the host doesn't wait.
+    """A copy of a batch with its tensors on a device. From pinned memory, the host doesn't wait,
+    except for MPS.
 
     - Objects with a `to` method are moved by it: tensors, PackedSequence, TensorDict,
       BatchEncoding. It is called with `non_blocking=True` if it takes that.
@@ -37,10 +38,11 @@ def moved_to(device: torch.device, batch: Any) -> Any:
         TypeError: If a shallow copy of a container shares its items with the container.
     """
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return batch.to(device, non_blocking=device.type != "mps")
     kind: Any = type(batch)  # an attribute of the instance may be an item named "to"
     if callable(getattr(kind, "to", None)):
-        options = {"non_blocking": True} if _takes_non_blocking(kind) else {}
+        does_not_wait = device.type != "mps" and _takes_non_blocking(kind)
+        options = {"non_blocking": True} if does_not_wait else {}
         moved = batch.to(device, **options)
         return batch if moved is None else moved
     if isinstance(batch, Mapping):
