@@ -115,6 +115,8 @@ def devices(batch: Any) -> list[str]:
         return [device for item in batch.values() for device in devices(item)]
     if isinstance(batch, (list, tuple, collections.deque, collections.UserList, Row)):
         return [device for item in batch for device in devices(item)]
+    if isinstance(batch, types.SimpleNamespace):
+        return devices(vars(batch))
     if dataclasses.is_dataclass(batch):
         return [
             device
@@ -144,6 +146,7 @@ def devices(batch: Any) -> list[str]:
         (collections.UserList([x()]), 1),
         (Row([x(), 1]), 1),
         (Plain(x()), 2),
+        (types.SimpleNamespace(x=[x()], text="a"), 1),
         (Frozen(x()), 1),
         (FrozenWithSlots(x()), 1),
         ({"batches": [Frozen(x()), Pair("text", x())]}, 2),

@@ -368,8 +368,8 @@ class BaseTrainer(AbstractTrainer, GuardedNames):
     def move_batch(self, batch: Any) -> Any:
         """The batch with its tensors on this rank's device.
 
-        Handles tensors, mappings, sequences, named tuples, dataclasses, and all that has a method
-        `to`, nested in any way. Override it for other types; then it is also called on the CPU.
+        Handles tensors, mappings, sequences, named tuples, dataclasses, SimpleNamespaces, and all
+        that has a method `to`, nested in any way. Override it for other types; then it is also called on the CPU.
         """
         return moved_to(self.world.device, batch)
 

@@ -9,6 +9,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Iterable, Mapping, MutableMapping, MutableSequence, Sequence
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -25,9 +26,9 @@ def moved_to(device: torch.device, batch: Any) -> Any:
 
     - Objects with a `to` method are moved by it: tensors, PackedSequence, TensorDict,
       BatchEncoding. It is called with `non_blocking=True` if it takes that.
-    - Of mappings, sequences, named tuples and dataclasses, also frozen ones, a shallow copy gets
-      the moved items, so that types, orders, default factories and other attributes are kept. If
-      nothing in one moves, it is returned as it is.
+    - Of mappings, sequences, named tuples, dataclasses, also frozen ones, and SimpleNamespaces, a
+      shallow copy gets the moved items, so that types, orders, default factories and other
+      attributes are kept. If nothing in one moves, it is returned as it is.
     - Other objects are returned unchanged: strings, numbers, arrays, sets, objects of other types.
 
     Args:
@@ -50,7 +51,9 @@ def moved_to(device: torch.device, batch: Any) -> Any:
     if isinstance(batch, Sequence) and not isinstance(batch, _SEQUENCES_OF_NUMBERS):
         return _moved_sequence(device, batch)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        return _moved_dataclass(device, batch)
+        return _moved_attributes(device, batch, [each.name for each in dataclasses.fields(batch)])
+    if isinstance(batch, SimpleNamespace):
+        return _moved_attributes(device, batch, list(vars(batch)))
     return batch
 
 
@@ -108,9 +111,9 @@ def _copy_with(batch: C, items: Iterable[tuple[Any, Any]]) -> C:
     return clone
 
 
-def _moved_dataclass(device: torch.device, batch: Any) -> Any:
+def _moved_attributes(device: torch.device, batch: Any, names: list[str]) -> Any:
     # Not dataclasses.replace: it runs __post_init__ again, and refuses fields that aren't in it.
-    names = [field.name for field in dataclasses.fields(batch) if hasattr(batch, field.name)]
+    names = [name for name in names if hasattr(batch, name)]
     items = _moved_items(device, (getattr(batch, name) for name in names))
     if items is None:
         return batch
