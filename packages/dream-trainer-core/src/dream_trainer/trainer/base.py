@@ -8,7 +8,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Never
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from dream_trainer.trainer.batches import BatchStream
 from dream_trainer.trainer.class_checks import check_definition
 from dream_trainer.trainer.config import BaseTrainerConfig
 from dream_trainer.trainer.device_transfer import moved_to
-from dream_trainer.trainer.epoch_schedules import EpochSchedules
+from dream_trainer.trainer.epoch_schedules import EpochSchedules, schedulers_by_step
 from dream_trainer.trainer.evaluation_sets import EvaluationSet, evaluation_sets
 from dream_trainer.trainer.guarded_names import GuardedNames
 from dream_trainer.trainer.loader_watch import LoaderWatch
@@ -84,7 +84,6 @@ class BaseTrainer(AbstractTrainer, GuardedNames):
         self.epoch_means = self.new_means("training_step")
         self.loader_watch = LoaderWatch(self.world.rank)
         self._sample_counter = SampleCounter(type(self).__name__, warns=self.world.is_global_zero)
-        self._seed: int | None = None
         self.first_step_done = False
         self.moves_batches = (
             self.world.device.type != "cpu" or type(self).move_batch is not BaseTrainer.move_batch
@@ -347,18 +346,6 @@ class BaseTrainer(AbstractTrainer, GuardedNames):
     def at_end(self, function: Callable[[], object]) -> None:
         self._at_end.append(function)
 
-    @property
-    def seed(self) -> int | None:
-        """The seed of all random number generators; None before `configure`."""
-        return self._seed
-
-    @seed.setter
-    def seed(self, value: Never) -> None:
-        raise AttributeError(
-            f"trainer.seed = {value!r}: the seed is set in the config, DreamTrainerConfig(seed="
-            "…), before `configure`; give an attribute of your own another name"
-        )
-
     # What the loop calls
 
     def seed_generators(self) -> None:
@@ -368,8 +355,9 @@ class BaseTrainer(AbstractTrainer, GuardedNames):
     def move_batch(self, batch: Any) -> Any:
         """The batch with its tensors on this rank's device.
 
-        Handles tensors, mappings, sequences, named tuples, dataclasses, SimpleNamespaces, and all
-        that has a method `to`, nested in any way. Override it for other types; then it is also called on the CPU.
+        Handles tensors, mappings, sequences, named tuples, dataclasses, SimpleNamespaces, and what
+        has a method `to`, nested in any way. Override it for other types; then it is also called
+        on the CPU.
         """
         return moved_to(self.world.device, batch)
 
@@ -393,7 +381,7 @@ class BaseTrainer(AbstractTrainer, GuardedNames):
         self.optimization = Optimization(
             self.named_models(),
             {optimizer: self.model_of(optimizer) for optimizer in self.named_optimizers().values()},
-            self._schedulers_by_step(),
+            schedulers_by_step(self.named_schedules().values()),
             self.training_parameters.gradient_clip_val,
             device_type=self.world.device.type,
             autocasts=self.precision_context is not None,
@@ -407,14 +395,6 @@ class BaseTrainer(AbstractTrainer, GuardedNames):
             self._optimizer_step = torch.compiler.disable(self.optimization.step)
         if self.world.is_distributed and self.seed is not None:
             self.world.seed_parts(self.seed)  # dropout differs between parts of the data
-
-    def _schedulers_by_step(self) -> dict[Optimizer, list[Any]]:
-        """Schedulers that are stepped with each step of an optimizer."""
-        schedulers: dict[Optimizer, list[Any]] = {}
-        for each in self.named_schedules().values():
-            if each.interval == "step" and each.optimizer is not None:
-                schedulers.setdefault(each.optimizer, []).append(each.scheduler)
-        return schedulers
 
     @property
     def validates(self) -> bool:

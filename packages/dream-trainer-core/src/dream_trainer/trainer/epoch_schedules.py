@@ -1,4 +1,4 @@
-"""The schedulers that are stepped once per epoch or validation run, some by a result."""
+"""When schedulers are stepped: with which optimizer, or once per epoch or validation run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dream_trainer.interface.lr_schedule import LRSchedule
@@ -13,6 +14,15 @@ from dream_trainer.numbers import as_float
 from dream_trainer.world.world import World
 
 logger = logging.getLogger(__name__)
+
+
+def schedulers_by_step(schedules: Iterable[LRSchedule]) -> dict[Optimizer, list[Any]]:
+    """The schedulers that are stepped with each step of an optimizer."""
+    schedulers: dict[Optimizer, list[Any]] = {}
+    for each in schedules:
+        if each.interval == "step" and each.optimizer is not None:
+            schedulers.setdefault(each.optimizer, []).append(each.scheduler)
+    return schedulers
 
 
 class EpochSchedules:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Never
 
 from dream_trainer.callbacks.collection import CallbackCollection
 from dream_trainer.configs.training import TrainingParameters
@@ -52,6 +52,20 @@ class GuardedNames:
                 f"{type(self).__name__} is a trainer, and was called like a model; call the model "
                 "that configure_models assigns: self.model(…)"
             )
+
+    _seed: int | None = None
+
+    @property
+    def seed(self) -> int | None:
+        """The seed of all random number generators; None before `configure`."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, value: Never) -> None:
+        raise AttributeError(
+            f"trainer.seed = {value!r}: the seed is set in the config, DreamTrainerConfig(seed=…), "
+            "before `configure`; give an attribute of your own another name"
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _KINDS or name in FOREIGN_SWITCHES or hasattr(type(self), name):
