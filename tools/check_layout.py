@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "dream_trainer.callbacks._aliases",
         "dream_trainer.interface.intersection",
+        "dream_trainer.interface.lr_schedule",
         "dream_trainer.numbers",
     ),
     ("dream_trainer.configs",),

@@ -89,7 +89,7 @@ def test_every_thread_that_touches_tensors_has_set_the_device(
 def waited_for(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     """Devices that were synchronized."""
     devices: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", devices.append)
+    monkeypatch.setattr(torch.accelerator, "synchronize", devices.append)
     return devices
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from dream_callbacks.summary import ProgressBar, TrainerSummary
@@ -17,7 +17,7 @@ from dream_callbacks.summary.run_facts import run_facts
 from dream_trainer.callbacks import Callback
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
-from dream_trainer.trainer import BaseTrainer
+from dream_trainer.trainer import BaseTrainer, LRSchedule
 
 
 def facts(
@@ -169,8 +169,10 @@ def test_optimizers_and_schedulers_are_shown(tmp_path: Path):
             )
             self.fast = torch.optim.AdamW(self.model.head.parameters(), lr=1e-4)
 
-        def configure_schedulers(self) -> None:
+        def configure_schedulers(self) -> LRSchedule:
             self.warmup = LambdaLR(self.fast, lambda step: 0.5)
+            self.plateau = ReduceLROnPlateau(self.slow)
+            return LRSchedule(self.plateau, monitor="val_loss")
 
     found = facts(tmp_path, TwoOptimizers)
 
@@ -178,7 +180,10 @@ def test_optimizers_and_schedulers_are_shown(tmp_path: Path):
         "slow: SGD, lr 0.01 to 0.1, 184 parameters, 2 groups",
         "fast: AdamW, lr 5e-05, 9 parameters",
     ]
-    assert found["schedulers"] == ["warmup: LambdaLR of fast"]
+    assert found["schedulers"] == [
+        "warmup: LambdaLR of fast",
+        "plateau: ReduceLROnPlateau of slow, each epoch by val_loss",
+    ]
 
 
 def test_callbacks_are_listed_in_order_of_execution(tmp_path: Path):

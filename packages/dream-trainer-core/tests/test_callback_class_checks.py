@@ -14,6 +14,7 @@ from recording import Recorder
 
 from dream_trainer.callbacks import Callback
 from dream_trainer.callbacks.callback import HOOKS
+from dream_trainer.callbacks.foreign_hooks import FOREIGN_HOOKS
 from dream_trainer.testing import TinyTrainer, tiny_config
 
 # Misspelt hooks
@@ -26,9 +27,16 @@ from dream_trainer.testing import TinyTrainer, tiny_config
         ("pre_validaton_epoch", "pre_validation_epoch"),
         ("train_contxt", "train_context"),
         ("on_exeption", "on_exception"),
-        ("train_step", "pre_train_step"),
+        ("training_context", "train_context"),
+        ("val_context", "validation_context"),
+        ("prefit", "pre_fit"),
+        ("pots_fit", "post_fit"),
         ("load_statedict", "load_state_dict"),
+        ("state_dicts", "state_dict"),
         ("on_train_epoch_end", "post_train_epoch"),
+        ("on_step_end", "post_train_step"),
+        ("validation_epoch_end", "post_validation_epoch"),
+        ("on_save_checkpoint", "state_dict"),
     ],
 )
 def test_a_misspelt_hook_is_refused_with_the_nearest_name(name: str, nearest: str) -> None:
@@ -69,6 +77,30 @@ def test_other_methods_are_allowed_unless_they_look_like_hooks() -> None:
         def compute(self) -> None: ...
 
     assert Derived.requirements() == ()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ema_state_dict", "get_state_dict", "train_step", "validation_step", "reconfigure", "refit"],
+)
+def test_a_name_that_only_resembles_a_hook_is_allowed(name: str) -> None:
+    assert type("Mine", (Callback,), {name: lambda self: None})
+
+
+def test_lightnings_setup_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Mine.setup is a hook of Lightning.*write post_setup"):
+
+        class Mine(Callback[Any]):
+            def setup(self, trainer: Any, pl_module: Any, stage: str) -> None: ...
+
+    class Fine(Callback[Any]):
+        def setup(self, path: Path) -> None: ...
+
+
+@pytest.mark.parametrize("foreign", FOREIGN_HOOKS)
+def test_foreign_hooks_lead_to_hooks_here(foreign: str) -> None:
+    assert foreign not in HOOKS
+    assert FOREIGN_HOOKS[foreign] in (*HOOKS, "state_dict", "load_state_dict")
 
 
 def test_methods_of_a_foreign_base_are_allowed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.distributed import HashStore
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
 from dream_trainer.world import Coordination, World, device
-from dream_trainer.world.device import claim, device_of_rank
+from dream_trainer.world.device import backends, claim, device_of_rank, num_devices
 
 
 class NotesThreads(World):
@@ -30,7 +31,7 @@ class NotesThreads(World):
 
 def test_a_rank_with_a_gpu_sets_it_in_the_calling_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", calls.append)
     world = World(DeviceParameters(device="cpu"))
 
     world.use_device()
@@ -80,9 +81,10 @@ class Machine:
         device._warn_once.cache_clear()  # noqa: SLF001
         self.shows(0)
 
-    def shows(self, num_gpus: int) -> None:
-        self._patch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
-        self._patch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    def shows(self, num_devices: int, kind: str = "cuda") -> None:
+        found = torch.device(kind) if num_devices else None
+        self._patch.setattr(torch.accelerator, "current_accelerator", lambda **_: found)
+        self._patch.setattr(torch.accelerator, "device_count", lambda: num_devices)
 
     def has_gpu(self) -> None:
         (self._files / "nvidia0").touch()
@@ -102,6 +104,39 @@ def test_a_rank_has_the_gpu_of_its_local_rank(machine: Machine, wanted: str) -> 
 
     assert device_of_rank(wanted, 11, 3) == torch.device("cuda", 3)  # type: ignore[arg-type]
     assert device_of_rank("cpu", 11, 3) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("wanted", ["auto", "xpu"])
+def test_xpus_are_accepted_as_gpus_are(machine: Machine, wanted: Any) -> None:
+    machine.shows(2, "xpu")
+
+    assert device_of_rank(wanted, 1, 1, 2) == torch.device("xpu", 1)
+    assert backends(torch.device("xpu", 1)) == "cpu:gloo,xpu:xccl"
+    with pytest.raises(RuntimeError, match="local rank 0 has no CUDA device: 0 are visible"):
+        device_of_rank("cuda", 0, 0)
+
+
+def test_mps_is_for_one_process(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
+    machine.shows(1, "mps")
+
+    assert device_of_rank("auto", 0, 0) == device_of_rank("mps", 0, 0) == torch.device("mps", 0)
+    assert not caplog.records
+    with pytest.raises(RuntimeError, match='device="mps" with 2 ranks: MPS has no collectives'):
+        device_of_rank("mps", 1, 1, 2)
+    assert device_of_rank("auto", 0, 0, 2) == torch.device("cpu")
+    assert "is the CPU for 2 ranks: MPS has no collectives" in caplog.text
+
+
+def test_an_accelerator_that_is_not_supported_is_not_taken(machine: Machine) -> None:
+    machine.shows(8, "hpu")
+
+    assert device_of_rank("auto", 0, 0) == torch.device("cpu")
+    assert num_devices() == 0
+
+
+def test_each_kind_of_device_has_its_backends() -> None:
+    assert backends(torch.device("cpu")) == "gloo"
+    assert backends(torch.device("cuda", 3)) == "cpu:gloo,cuda:nccl"
 
 
 def test_a_rank_that_is_shown_one_gpu_has_that_one(machine: Machine) -> None:

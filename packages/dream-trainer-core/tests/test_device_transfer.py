@@ -115,6 +115,8 @@ def devices(batch: Any) -> list[str]:
         return [device for item in batch.values() for device in devices(item)]
     if isinstance(batch, (list, tuple, collections.deque, collections.UserList, Row)):
         return [device for item in batch for device in devices(item)]
+    if isinstance(batch, types.SimpleNamespace):
+        return devices(vars(batch))
     if dataclasses.is_dataclass(batch):
         return [
             device
@@ -134,6 +136,8 @@ def devices(batch: Any) -> list[str]:
         ({"x": x(), "nested": {"y": [x()]}}, 2),
         (collections.OrderedDict(b=x(), a=x()), 2),
         (collections.UserDict({"x": x()}), 1),
+        (collections.ChainMap({"x": x()}, {"y": x()}), 2),
+        (collections.defaultdict(list, x=[x()]), 1),
         (Vocabulary(x=x()), 1),
         (Output(x()), 1),
         (types.MappingProxyType({"x": x()}), 1),
@@ -142,6 +146,7 @@ def devices(batch: Any) -> list[str]:
         (collections.UserList([x()]), 1),
         (Row([x(), 1]), 1),
         (Plain(x()), 2),
+        (types.SimpleNamespace(x=[x()], text="a"), 1),
         (Frozen(x()), 1),
         (FrozenWithSlots(x()), 1),
         ({"batches": [Frozen(x()), Pair("text", x())]}, 2),
@@ -194,6 +199,7 @@ def test_a_field_without_a_value_stays_without_one() -> None:
         7,
         None,
         range(3),
+        memoryview(b"bytes"),
         array.array("d", [1.0]),
         {1, 2},
         object(),
@@ -227,6 +233,13 @@ def test_a_packed_sequence_keeps_its_sizes_on_the_host() -> None:
     assert isinstance(moved, PackedSequence)
     assert (moved.data.device.type, moved.batch_sizes.device.type) == ("meta", "cpu")
     assert moved.batch_sizes.tolist() == [2, 2, 1]
+
+
+def test_a_jagged_tensor_keeps_its_layout() -> None:
+    jagged = torch.nested.nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged)
+
+    moved = moved_to(META, [jagged])[0]
+    assert (moved.device.type, moved.layout, moved.size(0)) == ("meta", torch.jagged, 2)
 
 
 # Types that move themselves

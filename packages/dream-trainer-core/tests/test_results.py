@@ -158,6 +158,29 @@ def test_the_host_never_waits_for_a_gpu_in_300_batches() -> None:
     assert copies.found == ["cpu to cuda:0", "cuda:0 to cpu"]
 
 
+class NoFloat64(TorchDispatchMode):
+    """Refuses float64 on MPS, which doesn't have it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.device.type == "mps":
+            assert result.dtype is not torch.float64, func
+        return result
+
+
+def test_means_on_mps_need_no_float64() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True), NoFloat64():
+        means = EpochMeans("training_step")
+        for index in range(150):
+            loss = torch.empty((), device="mps")
+            tokens = WeightedMean(loss, torch.empty((), dtype=torch.int64, device="mps"))
+            cpu = WeightedMean(loss, torch.tensor(3))
+            means.add({"loss": loss, "tokens": tokens, "cpu": cpu, "lr": 0.1}, index % 7)
+
+        with pytest.raises(AssertionError):
+            torch.empty((), device="mps").double()
+
+
 def test_means_continue_from_a_saved_state() -> None:
     straight, first, second = (
         EpochMeans("training_step"),

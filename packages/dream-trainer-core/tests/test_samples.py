@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import UserDict, namedtuple
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,6 +55,7 @@ X, Y = torch.zeros(5, 3), torch.zeros(5)
         ((0.5, 3, None, b"raw", X), 5),
         ((Graph(torch.zeros(99)), X), 5),
         ([["id"], [], {}, [[X]]], 5),
+        (SimpleNamespace(text="a", x=torch.zeros(2, 3)), 2),
         (torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.jagged), 2),
         (torch.zeros(0, 3), 0),
     ],

@@ -152,6 +152,14 @@ def test_marking_a_step_begins_a_generation_of_cudagraphs_and_loads_no_compiler(
     assert run_on_ranks(generations_of_cudagraphs, 1) == [(False, True)]
 
 
+def test_an_optimizer_knows_that_a_scheduler_was_made_of_it() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
+    assert not torch_private.has_scheduler(optimizer)
+
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert torch_private.has_scheduler(optimizer)
+
+
 def test_nccl_has_no_backends_in_a_run_on_the_cpu() -> None:
     assert run_on_ranks(nccl_backends_on_cpu, 2) == [[]] * 2
 

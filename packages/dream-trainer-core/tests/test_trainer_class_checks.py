@@ -31,6 +31,51 @@ def test_a_misspelt_method_is_refused(name: str, meant: str) -> None:
         type("Mine", (TinyTrainer,), {name: method})
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("configure_optimizer", "configure_optimizers"),
+        ("configure_model", "configure_models"),
+        ("configure_dataloader", "configure_dataloaders"),
+        ("train_step", "training_step"),
+        ("val_step", "validation_step"),
+    ],
+)
+def test_a_misspelt_required_method_is_refused(name: str, meant: str) -> None:
+    with pytest.raises(TypeError, match=rf"Mine.{name} would never be called .* mean {meant}\?"):
+        type("Mine", (DreamTrainer,), {name: method})
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("on_train_epoch_end", "is called post_train_epoch here, a hook of callbacks. Move it to"),
+        ("on_before_optimizer_step", "is called pre_optimizer_step here"),
+        ("validation_epoch_end", "is called post_validation_epoch here"),
+        ("train_dataloader", "return the loaders from configure_dataloaders"),
+        ("val_dataloader", "return the loaders from configure_dataloaders"),
+        ("lr_scheduler_step", "return LRSchedule"),
+        ("configure_callbacks", r"DreamTrainerConfig\(callbacks="),
+    ],
+)
+def test_methods_of_lightning_are_refused_with_ours(name: str, advice: str) -> None:
+    with pytest.raises(TypeError, match=f"Mine.{name} would never be called: .*{advice}"):
+        type("Mine", (TinyTrainer,), {name: method})
+
+
+def test_lightnings_setup_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Mine.setup has a stage, .*; write configure_… methods"):
+
+        class Mine(TinyTrainer):
+            def setup(self, stage: str) -> None: ...  # type: ignore[override]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("step", "method"), ("seed", "property")])
+def test_a_class_attribute_that_hides_a_part_is_refused(name: str, kind: str) -> None:
+    with pytest.raises(TypeError, match=f"Mine.{name} = 7 would hide the {kind} {name} of trainer"):
+        type("Mine", (TinyTrainer,), {name: 7})
+
+
 @pytest.mark.parametrize("name", HOOKS)
 def test_a_method_named_like_a_hook_is_refused(name: str) -> None:
     with pytest.raises(TypeError, match=rf"Mine.{name} would never be called.*Move it to a Callba"):

@@ -12,6 +12,7 @@ import sys
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -63,6 +64,11 @@ def to_float(number: float | Tensor) -> float:
         return float(number)
     except OverflowError:
         return math.inf if number > 0 else -math.inf
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """The dtype for sums on a device: float64; float32 on MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def is_readable_alone(value: Any) -> bool:

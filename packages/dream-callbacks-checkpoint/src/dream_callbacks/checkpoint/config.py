@@ -8,12 +8,13 @@ from typing import Literal
 
 from dream_callbacks.checkpoint.retention import KeepRules
 from dream_trainer.callbacks import Every
+from dream_trainer.configs import CheckedFields
 
 DEFAULT_EVERY = Every(epochs=1, seconds=1800)
 
 
 @dataclass(kw_only=True)
-class CheckpointParameters:
+class CheckpointParameters(CheckedFields):
     """When to save, what to keep and what to resume; independent of each other.
 
     A save also happens at the end of the run, before a signal ends it, and, with `keep_top_k`,

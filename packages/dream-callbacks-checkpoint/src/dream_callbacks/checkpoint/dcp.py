@@ -217,12 +217,12 @@ class _TensorsOnly(DefaultLoadPlanner):
 
 
 def _wait_for_devices(tensors: Iterable[Tensor]) -> None:
-    """Wait for all work on the tensors' CUDA devices, on every stream.
+    """Wait for all work on the tensors' devices, on every stream.
 
     Training may use another stream than this thread's current one, which doesn't wait for it.
     """
-    for device in {tensor.device for tensor in tensors if tensor.device.type == "cuda"}:
-        torch.cuda.synchronize(device)
+    for device in {tensor.device for tensor in tensors} - {torch.device("cpu")}:
+        torch.accelerator.synchronize(device)
 
 
 def _writer(filesystem: Filesystem, folder: str, files: _Files) -> FileSystemWriter:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dream_trainer.numbers import as_number, to_float
+from dream_trainer.numbers import as_number, exact_dtype, to_float
 from dream_trainer.trainer.results import weights_of
 from dream_trainer.world import World
 
@@ -86,7 +86,7 @@ def means_of_rank(batches: Sequence[Scalars], device: torch.device) -> dict[str,
 
 
 def _sums(batches: Sequence[Scalars], keys: Sequence[str], device: torch.device) -> Tensor:
-    """Sums over batches of value times weight, then of weights, `(2 * keys,)`, float64."""
+    """Sums over batches of value times weight, then of weights, `(2 * keys,)`."""
     values = _stack([b.values.get(key, 0.0) for b in batches for key in keys], device)
     weights = _stack(
         [b.weights.get(key, 1.0 if key in b.values else 0.0) for b in batches for key in keys],
@@ -109,17 +109,17 @@ def _means(keys: Sequence[str], sums: Sequence[float]) -> dict[str, float]:
 
 
 def _stack(values: Sequence[Number], device: torch.device) -> Tensor:
-    """Numbers as a float64 vector."""
+    """Numbers as a vector, in `exact_dtype`."""
     if not values:
-        return torch.zeros(0, dtype=torch.float64, device=device)
+        return torch.zeros(0, dtype=exact_dtype(device), device=device)
     others = [to_float(value) for value in values if not isinstance(value, Tensor)]
-    numbers = torch.tensor(others, dtype=torch.float64).to(device, non_blocking=True)
+    numbers = torch.tensor(others, dtype=exact_dtype(device)).to(device, non_blocking=True)
     if len(others) == len(values):
         return numbers
     on_device = iter(numbers.unbind())
     return torch.stack(
         [
-            value.to(device, torch.float64).reshape(())
+            value.to(device, exact_dtype(device)).reshape(())
             if isinstance(value, Tensor)
             else next(on_device)
             for value in values

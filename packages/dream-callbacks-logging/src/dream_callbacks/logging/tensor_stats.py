@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dream_callbacks.logging.sinks.base import Histogram
+from dream_trainer.numbers import exact_dtype
 from dream_trainer.world import World
 
 NUM_BINS = 64
@@ -105,7 +106,7 @@ def _local_values(tensor: Tensor | None, world: World) -> tuple[Tensor, int]:
 
 
 def _sums(values: Tensor, num_copies: int, device: torch.device) -> Tensor:
-    exact = torch.float64  # a float32 norm over millions of values is off by 3e-5
+    exact = exact_dtype(values.device)  # a float32 norm over millions of values is off by 3e-5
     squares = torch.linalg.vector_norm(values, dtype=exact).square()
     num_values = torch.full_like(squares, values.numel())
     sums = torch.stack([squares, values.sum(dtype=exact), num_values])
@@ -115,11 +116,13 @@ def _sums(values: Tensor, num_copies: int, device: torch.device) -> Tensor:
 def _bounds(values: Tensor, device: torch.device) -> Tensor:
     if values.numel() == 0:  # filled on the device, since a copy to it would wait for it
         bounds = (torch.inf, -torch.inf)
-        return torch.stack([torch.full((), x, dtype=torch.float64, device=device) for x in bounds])
+        return torch.stack(
+            [torch.full((), x, dtype=exact_dtype(device), device=device) for x in bounds]
+        )
     is_finite = values.isfinite()
     low = torch.where(is_finite, values, torch.inf).amin()
     high = torch.where(is_finite, values, -torch.inf).amax()
-    return torch.stack([low, high]).to(device, torch.float64)
+    return torch.stack([low, high]).to(device, exact_dtype(device))
 
 
 def _low_negated(bounds: Tensor) -> Tensor:
@@ -129,16 +132,16 @@ def _low_negated(bounds: Tensor) -> Tensor:
 
 
 def _bin_counts(values: Tensor, num_copies: int, bounds: Tensor) -> Tensor:
-    counts = torch.zeros(NUM_BINS, dtype=torch.float64, device=bounds.device)
+    counts = torch.zeros(NUM_BINS, dtype=bounds.dtype, device=bounds.device)
     if values.numel() == 0:
         return counts
     stride = -(-values.numel() // _MAX_SAMPLES)
     sample = values if stride == 1 else values[::stride]
-    sample = sample.to(bounds.device, torch.float64)
+    sample = sample.to(bounds.device, bounds.dtype)
     weight = values.numel() / sample.numel() / num_copies
     low, high = bounds
     bins = (sample - low) / (high - low) * NUM_BINS
     is_finite = bins.isfinite()
     bins = torch.where(is_finite, bins, 0.0).clamp(0, NUM_BINS - 1).long()
     # Not histc or bincount: histc rejects NaN, bincount syncs with the device.
-    return counts.scatter_add_(0, bins, is_finite.double() * weight)
+    return counts.scatter_add_(0, bins, is_finite.to(bounds.dtype) * weight)

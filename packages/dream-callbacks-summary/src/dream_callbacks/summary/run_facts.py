@@ -49,10 +49,10 @@ def _resumes(trainer: BaseTrainer) -> list[str]:
 
 
 def _device(device: torch.device) -> str:
-    if device.type != "cuda":
+    if device.type not in ("cuda", "xpu"):
         threads = _plural(torch.get_num_threads(), "thread")
         return f"{device}, {threads}, torch {torch.__version__}"
-    properties = torch.cuda.get_device_properties(device)
+    properties = torch.get_device_module(device).get_device_properties(device)
     memory_gib = properties.total_memory / 2**30
     return f"{device}, {properties.name}, {memory_gib:.0f} GiB, torch {torch.__version__}"
 
@@ -166,9 +166,15 @@ def _optimizer(name: str, optimizer: Optimizer) -> str:
 def _schedulers(trainer: BaseTrainer) -> list[str]:
     names = {id(optimizer): name for name, optimizer in trainer.named_optimizers().items()}
     return [
-        f"{name}: {type(scheduler).__name__} of {names.get(id(scheduler.optimizer), 'another')}"
-        for name, scheduler in trainer.named_schedulers().items()
+        f"{name}: {type(each.scheduler).__name__} of {names.get(id(each.optimizer), 'another')}"
+        + _when(*each.options)
+        for name, each in trainer.named_schedules().items()
     ]
+
+
+def _when(interval: str | None, monitor: str | None) -> str:
+    when = {"epoch": ", each epoch", "validation": ", each validation", "manual": ", manual"}
+    return when.get(interval or "", "") + (f" by {monitor}" if monitor else "")
 
 
 def _callbacks(trainer: BaseTrainer) -> Iterator[str]:

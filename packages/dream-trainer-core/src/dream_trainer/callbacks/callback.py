@@ -32,13 +32,14 @@ The whole loop with every hook::
                   pre_optimizer_zero_grad(model, optimizer)   [each step, each optimizer]
                   optimizer.zero_grad()
                   post_optimizer_zero_grad(model, optimizer)  [each step, each optimizer]
-                  scheduler.step()
+                  scheduler.step()                            [with interval="step"]
           # the counters advance: batches each time, global_step with the last of a group
           post_train_step(result, batch_idx)                  [each batch]
           if the ranks have agreed to stop: leave             [after the last batch of a step]
           if val_every_n_steps are done: a validation run
         post_train_epoch(result)
         unless val_every_n_steps: a validation run
+        scheduler.step()                                      [with interval="epoch"]
         post_epoch
       if max_steps are reached inside an epoch, unless val_every_n_steps: a validation run, after
         which training would continue as if it hadn't been
@@ -53,6 +54,7 @@ The whole loop with every hook::
             result = validation_step(batch, batch_idx)
           post_validation_step(result, batch_idx)
           if the ranks have agreed to stop: leave, to validate again when resumed
+      scheduler.step()                          # with interval="validation", in fit
       post_validation_epoch(result)
 
     validate(), test(loaders), predict(loader)  # trainer.running says which

@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from dream_trainer.callbacks.foreign_hooks import FOREIGN_HOOKS
+
 _RESERVED_PREFIXES = ("pre_", "post_", "on_")
 _STATE_METHODS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "state_dict": ((),),
@@ -43,15 +45,44 @@ def _refuse_misspelt_hooks(cls: type, root: type, names: tuple[str, ...]) -> Non
     for name, owner in _methods_to_check(cls, root):
         if name.startswith("_") or name in names or (owner is cls and name in inherited):
             continue
-        nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.8)
+        if name in ("setup", "teardown") and "pl_module" in _parameters(getattr(owner, name)):
+            hook = "post_setup" if name == "setup" else "post_fit"
+            raise TypeError(
+                f"{owner.__qualname__}.{name} is a hook of Lightning and would never be called; "
+                f"write {hook}(self), where self.trainer is the trainer"
+            )
+        nearest = FOREIGN_HOOKS.get(name) or next((n for n in names if _is_typo(name, n)), None)
         is_reserved = owner is cls and name.startswith(_RESERVED_PREFIXES)
         if nearest or is_reserved:
-            nearest = nearest or difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+            nearest = nearest or difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
             raise TypeError(
                 f"{owner.__qualname__}.{name} is not a hook and would never be called; "
-                f"did you mean {nearest[0]}? If it is a method of your own, name it _{name}: "
+                f"did you mean {nearest}? If it is a method of your own, name it _{name}: "
                 f"{', '.join(_RESERVED_PREFIXES)}… are for hooks"
             )
+
+
+def _is_typo(name: str, hook: str) -> bool:
+    """Whether a name differs from a hook's by one letter, by underscores, case or a synonym.
+
+    One letter too many, too few, another one, or two exchanged; with as many underscores, so that
+    `reconfigure` is a name of its own.
+    """
+    if _plain(name) == _plain(hook):
+        return True
+    if name.count("_") != hook.count("_") or abs(len(name) - len(hook)) > 1:
+        return False
+    start = next((i for i, (a, b) in enumerate(zip(name, hook, strict=False)) if a != b), None)
+    if start is None:  # one is the beginning of the other
+        return True
+    mine, its = name[start:], hook[start:]
+    exchanged = mine[1:2] + mine[:1] + mine[2:]
+    return mine[1:] == its[1:] or mine[1:] == its or mine == its[1:] or exchanged == its
+
+
+def _plain(name: str) -> str:
+    words = f"_{name.lower()}".replace("training", "train").replace("_val_", "_validation_")
+    return words.replace("_", "")
 
 
 def _methods_to_check(cls: type, root: type) -> Iterator[tuple[str, type]]:

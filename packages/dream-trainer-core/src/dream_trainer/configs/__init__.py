@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dream_trainer.configs.checked_fields import CheckedFields
 from dream_trainer.configs.device import DeviceParameters, MeshShape
 from dream_trainer.configs.logging import LoggingParameters, WandbLoggingParameters
 from dream_trainer.configs.training import TrainingParameters
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from dream_callbacks.checkpoint import CheckpointParameters as CheckpointParameters
 
 __all__ = [
+    "CheckedFields",
     "DeviceParameters",
     "LoggingParameters",
     "MeshShape",

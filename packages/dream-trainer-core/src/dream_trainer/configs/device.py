@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 
+from dream_trainer.configs.checked_fields import CheckedFields
+
 Degree = int | Literal["auto"]
+DeviceKind = Literal["auto", "cpu", "cuda", "xpu", "mps"]
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Axes of the device mesh, outermost first."""
@@ -67,7 +70,7 @@ class MeshShape:
 
 
 @dataclass(kw_only=True)
-class DeviceParameters:
+class DeviceParameters(CheckedFields):
     """Device, layout and precision.
 
     The default is one process, or DDP over the ranks that torchrun started. At most one degree
@@ -75,7 +78,9 @@ class DeviceParameters:
     fixed degree above 1 means one device, so a script runs unchanged without torchrun.
 
     Args:
-        device: "auto" (CUDA if there is any, else CPU), "cpu" or "cuda".
+        device: "cpu", "cuda", "xpu", "mps", or "auto": the accelerator that torch finds, CUDA, XPU
+            or MPS, else the CPU. MPS has no collectives, so it takes one process; with several,
+            "auto" is the CPU there.
         dp_replicate: Replicas of the model, each on its own data (DDP).
         dp_shard: Shards of parameters, gradients and optimizer state (FSDP); HSDP with both.
         tensor_parallel: Ranks over which each layer's matrices are split.
@@ -104,7 +109,7 @@ class DeviceParameters:
             other.
     """
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceKind = "auto"
 
     dp_replicate: Degree = "auto"
     dp_shard: Degree = 1
@@ -138,8 +143,11 @@ class DeviceParameters:
                 f'{" and ".join(self._auto_degrees())} are both "auto"; '
                 "give a number to all but one of them"
             )
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f'device={self.device!r}: "auto", "cpu" or "cuda" is required')
+        if self.device not in get_args(DeviceKind):
+            raise ValueError(
+                f'device={self.device!r}: "auto", "cpu", "cuda", "xpu" or "mps" is required; '
+                "the index of a device is the local rank"
+            )
         for name in ("param_dtype", "reduce_dtype"):
             dtype = getattr(self, name)
             if dtype is not None and not (

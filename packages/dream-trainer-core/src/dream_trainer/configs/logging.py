@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dream_trainer.configs.checked_fields import CheckedFields
+
 
 @dataclass(kw_only=True)
-class LoggingParameters:
+class LoggingParameters(CheckedFields):
     """Trackers that LoggerCallback opens if it isn't given sinks.
 
     Args:

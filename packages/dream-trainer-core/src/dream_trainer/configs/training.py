@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+from dream_trainer.configs.checked_fields import CheckedFields
+
 
 @dataclass(kw_only=True)
-class TrainingParameters:
+class TrainingParameters(CheckedFields):
     """Length, validation and gradients of a run.
 
     A *batch* is one `training_step`; a *step* is one optimizer step, made of

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Never, NoReturn
 
+from dream_trainer.configs.checked_fields import CheckedNames
 from dream_trainer.configs.device import DeviceParameters
 from dream_trainer.interface.intersection import TrainerMeta
+from dream_trainer.interface.lr_schedule import LRSchedule
 from dream_trainer.world.requests import Requests
 from dream_trainer.world.world import World
 
@@ -68,7 +70,7 @@ def check_kind(config: object, field_name: str, kind: type, example: str) -> Non
 
 
 @dataclass(kw_only=True)
-class AbstractTrainerConfig:
+class AbstractTrainerConfig(CheckedNames):
     """Names, run directory, seed and device of a run.
 
     Args:
@@ -277,7 +279,14 @@ class AbstractTrainer(metaclass=TrainerMeta):
 
     @abstractmethod
     def named_schedulers(self) -> Mapping[str, LRScheduler]:
-        """Learning rate schedulers by name."""
+        """Learning rate schedulers by name; not those that are parts of others."""
+
+    def named_schedules(self) -> Mapping[str, LRSchedule]:
+        """Learning rate schedulers by name, with when they are stepped, and their optimizer."""
+        return {
+            name: LRSchedule(scheduler, optimizer=scheduler.optimizer)
+            for name, scheduler in self.named_schedulers().items()
+        }
 
     @abstractmethod
     def models_of(self, optimizer: Optimizer) -> Mapping[str, nn.Module]:

@@ -1,5 +1,6 @@
 """Trainers: abstract (for callbacks), base (the loop), dream (loop, setup, metrics, logging)."""
 
+from dream_trainer.interface.lr_schedule import LRSchedule
 from dream_trainer.interface.trainer import AbstractTrainer, AbstractTrainerConfig, Counters
 from dream_trainer.trainer.base import BaseTrainer
 from dream_trainer.trainer.config import BaseTrainerConfig
@@ -14,5 +15,6 @@ __all__ = [
     "Counters",
     "DreamTrainer",
     "DreamTrainerConfig",
+    "LRSchedule",
     "WeightedMean",
 ]

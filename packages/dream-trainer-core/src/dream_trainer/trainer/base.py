@@ -21,7 +21,9 @@ from dream_trainer.trainer.batches import BatchStream
 from dream_trainer.trainer.class_checks import check_definition
 from dream_trainer.trainer.config import BaseTrainerConfig
 from dream_trainer.trainer.device_transfer import moved_to
+from dream_trainer.trainer.epoch_schedules import EpochSchedules, schedulers_by_step
 from dream_trainer.trainer.evaluation_sets import EvaluationSet, evaluation_sets
+from dream_trainer.trainer.guarded_names import GuardedNames
 from dream_trainer.trainer.loader_watch import LoaderWatch
 from dream_trainer.trainer.optimization import Optimization
 from dream_trainer.trainer.predictions import default_prediction
@@ -36,7 +38,7 @@ from dream_trainer.world.world import World
 logger = logging.getLogger(__name__)
 
 
-class BaseTrainer(AbstractTrainer):
+class BaseTrainer(AbstractTrainer, GuardedNames):
     """The loop, around a `training_step` that stays plain PyTorch.
 
     Combine it with SetupMixin, as DreamTrainer does, or with your own setup.
@@ -56,6 +58,7 @@ class BaseTrainer(AbstractTrainer):
 
     config: BaseTrainerConfig
     optimization: Optimization
+    epoch_schedules: EpochSchedules
     train_batches: BatchStream
     validation_sets: tuple[EvaluationSet, ...] = ()
 
@@ -81,7 +84,6 @@ class BaseTrainer(AbstractTrainer):
         self.epoch_means = self.new_means("training_step")
         self.loader_watch = LoaderWatch(self.world.rank)
         self._sample_counter = SampleCounter(type(self).__name__, warns=self.world.is_global_zero)
-        self.seed: int | None = None
         self.first_step_done = False
         self.moves_batches = (
             self.world.device.type != "cpu" or type(self).move_batch is not BaseTrainer.move_batch
@@ -346,11 +348,16 @@ class BaseTrainer(AbstractTrainer):
 
     # What the loop calls
 
+    def seed_generators(self) -> None:
+        """Seed all generators: with the config's seed, or a drawn one. Collective."""
+        self._seed = self.world.seed(self.config.seed)
+
     def move_batch(self, batch: Any) -> Any:
         """The batch with its tensors on this rank's device.
 
-        Handles tensors, mappings, sequences, named tuples, dataclasses, and all that has a method
-        `to`, nested in any way. Override it for other types; then it is also called on the CPU.
+        Handles tensors, mappings, sequences, named tuples, dataclasses, SimpleNamespaces, and what
+        has a method `to`, nested in any way. Override it for other types; then it is also called
+        on the CPU.
         """
         return moved_to(self.world.device, batch)
 
@@ -374,13 +381,14 @@ class BaseTrainer(AbstractTrainer):
         self.optimization = Optimization(
             self.named_models(),
             {optimizer: self.model_of(optimizer) for optimizer in self.named_optimizers().values()},
-            self.named_schedulers(),
+            schedulers_by_step(self.named_schedules().values()),
             self.training_parameters.gradient_clip_val,
             device_type=self.world.device.type,
             autocasts=self.precision_context is not None,
             is_distributed=self.world.is_distributed,
             reduces_every_batch=self.config.device_parameters.reduce_every_batch,
         )
+        self.epoch_schedules = EpochSchedules(self.named_schedules(), self.world)
         self._optimizer_step = self.optimization.step
         if torch_private.is_compiled(self.training_step):
             # Else the optimizer and the hooks are compiled with it.

@@ -9,6 +9,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Iterable, Mapping, MutableMapping, MutableSequence, Sequence
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -20,13 +21,14 @@ _SEQUENCES_OF_NUMBERS = (str, bytes, bytearray, memoryview, range, array.array)
 
 
 def moved_to(device: torch.device, batch: Any) -> Any:
-    """A copy of a batch with its tensors on a device. From pinned memory, the host doesn't wait.
+    """A copy of a batch with its tensors on a device. From pinned memory, the host doesn't wait,
+    except for MPS.
 
     - Objects with a `to` method are moved by it: tensors, PackedSequence, TensorDict,
       BatchEncoding. It is called with `non_blocking=True` if it takes that.
-    - Of mappings, sequences, named tuples and dataclasses, also frozen ones, a shallow copy gets
-      the moved items, so that types, orders, default factories and other attributes are kept. If
-      nothing in one moves, it is returned as it is.
+    - Of mappings, sequences, named tuples, dataclasses, also frozen ones, and SimpleNamespaces, a
+      shallow copy gets the moved items, so that types, orders, default factories and other
+      attributes are kept. If nothing in one moves, it is returned as it is.
     - Other objects are returned unchanged: strings, numbers, arrays, sets, objects of other types.
 
     Args:
@@ -37,10 +39,11 @@ def moved_to(device: torch.device, batch: Any) -> Any:
         TypeError: If a shallow copy of a container shares its items with the container.
     """
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return batch.to(device, non_blocking=device.type != "mps")
     kind: Any = type(batch)  # an attribute of the instance may be an item named "to"
     if callable(getattr(kind, "to", None)):
-        options = {"non_blocking": True} if _takes_non_blocking(kind) else {}
+        does_not_wait = device.type != "mps" and _takes_non_blocking(kind)
+        options = {"non_blocking": True} if does_not_wait else {}
         moved = batch.to(device, **options)
         return batch if moved is None else moved
     if isinstance(batch, Mapping):
@@ -48,7 +51,9 @@ def moved_to(device: torch.device, batch: Any) -> Any:
     if isinstance(batch, Sequence) and not isinstance(batch, _SEQUENCES_OF_NUMBERS):
         return _moved_sequence(device, batch)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        return _moved_dataclass(device, batch)
+        return _moved_attributes(device, batch, [each.name for each in dataclasses.fields(batch)])
+    if isinstance(batch, SimpleNamespace):
+        return _moved_attributes(device, batch, list(vars(batch)))
     return batch
 
 
@@ -106,9 +111,9 @@ def _copy_with(batch: C, items: Iterable[tuple[Any, Any]]) -> C:
     return clone
 
 
-def _moved_dataclass(device: torch.device, batch: Any) -> Any:
+def _moved_attributes(device: torch.device, batch: Any, names: list[str]) -> Any:
     # Not dataclasses.replace: it runs __post_init__ again, and refuses fields that aren't in it.
-    names = [field.name for field in dataclasses.fields(batch) if hasattr(batch, field.name)]
+    names = [name for name in names if hasattr(batch, name)]
     items = _moved_items(device, (getattr(batch, name) for name in names))
     if items is None:
         return batch

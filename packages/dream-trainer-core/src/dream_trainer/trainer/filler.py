@@ -94,8 +94,8 @@ class Filler:
 def _on_host(batch: Any, world: World) -> Any:
     """A copy of a batch in host memory."""
     moved = moved_to(torch.device("cpu"), batch)
-    if world.device.type == "cuda":
-        torch.cuda.synchronize(world.device)  # it may be on its way
+    if world.device.type != "cpu":
+        torch.accelerator.synchronize(world.device)  # it may be on its way
     return _fresh(moved, clones=True)
 
 

@@ -33,7 +33,7 @@ def configure(trainer: BaseTrainer) -> None:
         trainer.world.connect()
         agree_on_plan(trainer)
         trainer.world.launch()
-        trainer.seed = trainer.world.seed(trainer.config.seed)
+        trainer.seed_generators()
         callbacks.pre_configure()
         trainer.build_models()
         callbacks.post_configure()
@@ -127,7 +127,8 @@ def _train(trainer: BaseTrainer) -> None:
     ended_inside_epoch = counters.epoch_stage == "train" and counters.epoch_batches > 0
     if ended_inside_epoch and trainer.stop_reason is None and parameters.val_every_n_steps is None:
         with training_state_kept(trainer):  # a run that continues from here doesn't validate here
-            validate_if_new(trainer)
+            validate_if_new(trainer, steps_schedulers=False)
+    trainer.epoch_schedules.warn_of_unstepped()
 
 
 def _is_stopped_between_epochs(trainer: BaseTrainer) -> bool:
@@ -155,11 +156,13 @@ def _run_epoch(trainer: BaseTrainer) -> None:
         refuse_divergence(trainer, result, "training_step")
         result = with_metrics(result, trainer.compute_train_metrics(), "training_step")
         trainer.epoch_means = trainer.new_means("training_step")
+        trainer.epoch_schedules.after_training(result)
         counters.epoch_stage = "validate"
         callbacks.post_train_epoch(result)
-    if trainer.training_parameters.val_every_n_steps is None:
-        if not validate_if_new(trainer):
-            return
+    validates = trainer.training_parameters.val_every_n_steps is None
+    if validates and not validate_if_new(trainer):
+        return
+    trainer.epoch_schedules.end_epoch(is_validated=validates and trainer.validates)
     counters.epoch_stage = "end"
     callbacks.post_epoch()
 
@@ -181,6 +184,7 @@ def _train_epoch(trainer: BaseTrainer) -> bool:
     assert num_batches is not None, "the loaders are built in setup"
     if counters.epoch_batches == 0:
         trainer.reset_train_metrics()
+        trainer.epoch_schedules.begin_epoch()
     trainer.callbacks.pre_train_epoch()
     if counters.epoch_batches == 0:
         batches.start_epoch(counters.current_epoch)

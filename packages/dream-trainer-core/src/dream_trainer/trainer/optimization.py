@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from dream_trainer.world import torch_private
 from dream_trainer.world.gradient_clipping import clip_gradients, clip_sharded_gradients
@@ -27,8 +27,7 @@ class Optimization:
     Args:
         models: All models; their gradient synchronization is off while gradients accumulate.
         model_of: The model of each optimizer.
-        schedulers: Stepped after their optimizer, in order; not ReduceLROnPlateau, which needs
-            a metric: step it yourself.
+        schedulers: Those that are stepped after each step of an optimizer, in order.
         clip_norm: Largest gradient norm per optimizer; None for no clipping.
         device_type: Device whose autocast is turned off.
         autocasts: Whether the loop calls `training_step` inside autocast.
@@ -40,7 +39,7 @@ class Optimization:
         self,
         models: Mapping[str, nn.Module],
         model_of: Mapping[Optimizer, nn.Module],
-        schedulers: Mapping[str, LRScheduler],
+        schedulers: Mapping[Optimizer, Sequence[LRScheduler]],
         clip_norm: float | None,
         *,
         device_type: str,
@@ -56,14 +55,7 @@ class Optimization:
         self._autocasts = autocasts
         self._clip = clip_sharded_gradients if is_distributed else clip_gradients
         self._model_of = model_of
-        self._schedulers_of = {
-            optimizer: [
-                scheduler
-                for scheduler in schedulers.values()
-                if scheduler.optimizer is optimizer and not isinstance(scheduler, ReduceLROnPlateau)
-            ]
-            for optimizer in model_of
-        }
+        self._schedulers_of = {each: tuple(schedulers.get(each, ())) for each in model_of}
         self._set_gradient_sync = [
             setter
             for model in models.values()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dream_trainer.numbers import as_number, to_float
+from dream_trainer.numbers import as_number, exact_dtype, to_float
 from dream_trainer.world.world import World
 
 logger = logging.getLogger(__name__)
@@ -282,7 +282,7 @@ class _Mean:
             )
         tensor = number.clone() if isinstance(number, Tensor) else None
         if type(weight) is not int and isinstance(weight, Tensor):
-            weight = weight.to(torch.float64, copy=True).reshape(())
+            weight = weight.to(exact_dtype(weight.device), copy=True).reshape(())
             self._total.add_tensor(_product(number if tensor is None else tensor, weight), 1)
             self._weight.add_tensor(weight, 1)
         elif weight != 0:
@@ -299,7 +299,8 @@ class _Mean:
 
 
 class _Sum:
-    """Sum of numbers times factors, in float64. Tensors are summed on their device.
+    """Sum of numbers times factors, in float64. Tensors are summed on their device; those of MPS,
+    which has no float64, on the host.
 
     Args:
         total: Value to start from.
@@ -333,20 +334,24 @@ class _Sum:
             tensors.append(tensor if tensor.dim() == 0 else tensor.reshape(()))
             factors.append(factor)
         for (device, _), (tensors, factors) in alike.items():
-            # A blocking copy would wait for all work that is queued on the device.
-            on_device = torch.tensor(factors, dtype=torch.float64).to(device, non_blocking=True)
-            self.total = self.total + (torch.stack(tensors).double() * on_device).sum()
+            values, weights = torch.stack(tensors), torch.tensor(factors, dtype=torch.float64)
+            if exact_dtype(device) is torch.float64:
+                # A blocking copy would wait for all work that is queued on the device.
+                weights = weights.to(device, non_blocking=True)
+            else:
+                values = values.cpu()  # waits for the device, once per _FOLD_EVERY batches
+            self.total = self.total + (values.double() * weights).sum()
         self._tensors.clear()
         self._factors.clear()
 
 
 def _product(number: float | Tensor, weight: Tensor) -> Tensor:
-    """Number times weight, `()`, float64; 0 where the weight is 0. No device sync."""
+    """Number times weight, `()`, in `exact_dtype`; 0 where the weight is 0. No device sync."""
     if not isinstance(number, Tensor):
         return torch.where(weight == 0, 0.0, weight * to_float(number))
     if weight.device.type == "cpu":
-        weight = weight.to(number.device, non_blocking=True)
-    number = number.to(weight.device, torch.float64, non_blocking=True).reshape(())
+        weight = weight.to(number.device, exact_dtype(number.device), non_blocking=True)
+    number = number.to(weight.device, weight.dtype, non_blocking=True).reshape(())
     return torch.where(weight == 0, 0.0, weight * number)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -71,8 +72,8 @@ class SampleCounter:
 def leading_sizes(batch: Any) -> Iterator[int]:
     """Leading sizes of the tensors and arrays in a batch, in order.
 
-    Looks into tuples, lists, mappings and dataclasses. Passes over texts, numbers, tensors without
-    dimensions and other objects.
+    Looks into tuples, lists, mappings, dataclasses and SimpleNamespaces. Passes over texts,
+    numbers, tensors without dimensions and other objects.
     """
     pending, seen = [batch], set()
     while pending:
@@ -99,4 +100,6 @@ def _parts(value: Any) -> list[Any] | tuple[Any, ...] | None:
         return list(value.values())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    if isinstance(value, SimpleNamespace):
+        return list(vars(value).values())
     return None

@@ -3,7 +3,9 @@
 ::
 
     {
-      "trainer": {"counters", "callbacks", "random_state", "epoch_means", "train_metrics"},
+      "trainer": {
+        "counters", "callbacks", "random_state", "epoch_means", "train_metrics", "monitored"
+      },
       "models": {name: tensors by parameter name},
       "optimizers": {name: states by parameter name, param_groups},
       "schedulers": {name: state},
@@ -12,7 +14,8 @@
 
 Tensors of models and optimizers aren't copied; they are sharded where the model is. Values that
 differ per rank (`random_state`, `epoch_means`, `train_metrics`, `dataloaders`) are wrapped in
-RankLocal. `train_metrics` is left out if there are none.
+RankLocal. `train_metrics`, and `monitored`, the values that schedulers will be stepped by at the
+end of the epoch, are left out if there are none.
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ def state_dict(trainer: BaseTrainer, *, as_target: bool = False) -> dict[str, An
             state can be loaded into them.
     """
     metrics = trainer.train_metrics_state_dict()
+    monitored = trainer.epoch_schedules.state_dict()
     return {
         "trainer": {
             "counters": dataclasses.asdict(trainer.counters),
@@ -52,6 +56,7 @@ def state_dict(trainer: BaseTrainer, *, as_target: bool = False) -> dict[str, An
             "random_state": RankLocal(random_state()),
             "epoch_means": RankLocal(trainer.epoch_means.state_dict()),
             **({"train_metrics": RankLocal(metrics)} if metrics else {}),
+            **({"monitored": monitored} if monitored else {}),
         },
         "models": trainer.model_state_dict(),
         "optimizers": {
@@ -93,6 +98,7 @@ def load_state_dict(
         if name in state["schedulers"]:
             scheduler.load_state_dict(state["schedulers"][name])
     own = state["trainer"]
+    trainer.epoch_schedules.load_state_dict(own.get("monitored", {}))
     for name, value in own["counters"].items():
         setattr(trainer.counters, name, value)
     trainer.callbacks.load_state_dict(own["callbacks"], trainer)

@@ -88,8 +88,12 @@ def validate_if_due(trainer: BaseTrainer) -> None:
         validate_if_new(trainer)
 
 
-def validate_if_new(trainer: BaseTrainer) -> bool:
+def validate_if_new(trainer: BaseTrainer, *, steps_schedulers: bool = True) -> bool:
     """Validate, unless it was done since the last step.
+
+    Args:
+        trainer: The trainer, in `fit`.
+        steps_schedulers: Whether schedulers that are stepped by the result read it.
 
     Returns:
         False if the run was stopped before the last batch; by `validated_step` it is still due.
@@ -102,6 +106,8 @@ def validate_if_new(trainer: BaseTrainer) -> bool:
         result = evaluate(trainer, validation_run(trainer))
         if result is None:
             return False
+        if steps_schedulers:
+            trainer.epoch_schedules.after_validation(result)
         trainer.counters.validated_step = trainer.counters.global_step
         trainer.callbacks.post_validation_epoch(result)
     trainer.exchange_requests()

@@ -34,10 +34,14 @@ def use_deterministic_algorithms() -> None:
 
 
 def random_state() -> dict[str, Any]:
-    """State of all generators of this process, including its CUDA device's, as plain data."""
+    """State of all generators of this process, including its accelerator's, as plain data."""
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None:
+        module = torch.get_device_module(accelerator)
+        # CUDA and XPU would start here, and in a forked process fail.
+        if getattr(module, "is_initialized", module.is_available)():
+            state[accelerator.type] = module.get_rng_state()
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         name, keys, position, has_gauss, gauss = numpy.random.get_state()
@@ -50,8 +54,9 @@ def set_random_state(state: dict[str, Any]) -> None:
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None and accelerator.type in state:
+        torch.get_device_module(accelerator).set_rng_state(state[accelerator.type])
     if "numpy" in state:
         import numpy
 

@@ -42,16 +42,16 @@ class RankIdentity:
             )
 
     def _choose_device(self) -> torch.device:
-        return device_of_rank(self.parameters.device, self.rank, self.local_rank)
+        return device_of_rank(self.parameters.device, self.rank, self.local_rank, self.world_size)
 
     def use_device(self) -> None:
         """Make this rank's device the current one of the calling thread. Not collective.
 
-        CUDA's current device belongs to a thread, and is device 0 in a new one: call this first in
-        every thread that uses tensors.
+        The current device of CUDA and XPU belongs to a thread, and is device 0 in a new one: call
+        this first in every thread that uses tensors.
         """
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.set_device_index(self.device)
 
     @property
     def is_global_zero(self) -> bool:

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.optim import Optimizer
 
 FAKE_BACKEND = "fake"
 
@@ -74,12 +75,25 @@ def seed_sharded_random(seed: int, mesh: DeviceMesh) -> None:
     manual_seed(seed, mesh)
 
 
+# Schedulers
+
+
+def has_scheduler(optimizer: Optimizer) -> bool:
+    """Whether one of torch's schedulers was made of an optimizer; not ReduceLROnPlateau."""
+    return hasattr(optimizer.step, "_wrapped_by_lr_sched")
+
+
 # Compiled code
 
 
 def is_compiled(function: Callable[..., Any]) -> bool:
     """Whether a function or method is what `torch.compile` returned."""
     return getattr(function, "_torchdynamo_orig_callable", None) is not None
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile(module)` was made of; a module that it didn't make, itself."""
+    return getattr(module, "_orig_mod", module)
 
 
 def mark_cudagraph_step() -> None:

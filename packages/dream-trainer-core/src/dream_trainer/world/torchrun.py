@@ -14,8 +14,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
+
+from dream_trainer.world.device import num_devices
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -55,7 +56,7 @@ def start_ranks_if_needed(parameters: DeviceParameters) -> None:
     script, _script = _script, None
     if script is None:
         return
-    num_ranks = parameters.num_ranks_to_start(torch.cuda.device_count())
+    num_ranks = parameters.num_ranks_to_start(num_devices())
     if num_ranks > 1:
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
         sys.stdout.flush()

@@ -25,7 +25,7 @@ from dream_trainer.world.determinism import (
     seed_all,
     use_deterministic_algorithms,
 )
-from dream_trainer.world.device import claim
+from dream_trainer.world.device import backends, claim
 from dream_trainer.world.faults import collective_guard
 from dream_trainer.world.faults.device_collectives import (
     DeviceCollectives,
@@ -144,15 +144,16 @@ class World(RankIdentity):
         assert self._store is not None, "failure_monitor() opened it"
         raise_open_file_limit(self.world_size)
         if self.device.type == "cuda":
-            claim(self.device, self.rank, self._store)
             leave_failures_to_python()
+        if self.device.type != "cpu":
+            claim(self.device, self.rank, self._store)
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo",
+            backends(self.device),
             store=self._store,
             rank=self.rank,
             world_size=self.world_size,
             timeout=timedelta(seconds=self.parameters.init_timeout_s),
-            device_id=self.device if self.device.type == "cuda" else None,
+            device_id=None if self.device.type == "cpu" else self.device,
         )
 
     def launch(self) -> None:
@@ -199,7 +200,7 @@ class World(RankIdentity):
     def seed_parts(self, seed: int) -> None:
         """Seed all generators by this rank's part of the data; tensor-parallel ranks alike."""
         seed_all(seed + self.data_part)
-        if self.tp_size > 1 and self.device.type == "cuda":
+        if self.tp_size > 1 and self.device.type != "cpu":
             torch_private.seed_sharded_random(seed + self.data_part, self.get_mesh("tp"))
 
     def sharded_random(self) -> contextlib.AbstractContextManager[Any]:

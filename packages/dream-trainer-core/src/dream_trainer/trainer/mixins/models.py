@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,8 @@ class ModelSetupMixin(AbstractTrainer):
 
     def configure_models(self) -> None:
         """Assign the models to attributes: `self.model = …`.
+
+        A model that is a part of another one, or has two names, is one with it.
 
         Runs on the meta device if the models will be sharded and there is an `init_weights`,
         else on this rank's device. Inside `with torch.device("cpu"):`, they are built on the CPU,
@@ -150,7 +153,9 @@ class ModelSetupMixin(AbstractTrainer):
                 f"{type(self).__name__}.configure_models assigned no nn.Module to an attribute; "
                 "assign the model: self.model = …"
             )
-        self._model_names = tuple(names)
+        self._model_names = _outermost({name: getattr(self, name) for name in names})
+        if self.world.shape.uses_fsdp or self.world.shape.dp_replicate > 1:
+            _refuse_shared_parameters(self.named_models())
 
     def prepare_models(self) -> None:
         """Parallelize, compile, shard, materialize and initialize the models."""
@@ -190,7 +195,8 @@ class ModelSetupMixin(AbstractTrainer):
         if parameters.cpu_offload:
             if self.world.is_global_zero:
                 _warn_of_one_thread()
-            config["offload_policy"] = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda")
+            can_pin = self.world.device.type in ("cuda", "xpu")
+            config["offload_policy"] = CPUOffloadPolicy(pin_memory=can_pin)
         return config
 
     def _materialize(self) -> None:
@@ -247,6 +253,36 @@ def _is_model(value: Any) -> bool:
     if not isinstance(value, nn.Module):
         return False
     return not is_metric(value) or any(p.requires_grad for p in value.parameters())
+
+
+def _outermost(models: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """Names of the models that aren't parts of others; the first name of each."""
+    originals = {name: torch_private.uncompiled(model) for name, model in models.items()}
+    parts = {
+        id(part)
+        for model in dict.fromkeys(originals.values())
+        for part in model.modules()
+        if part is not model
+    }
+    names: dict[int, str] = {}
+    for name, original in originals.items():
+        if id(original) not in parts:
+            names.setdefault(id(original), name)
+    return tuple(names.values())
+
+
+def _refuse_shared_parameters(models: Mapping[str, nn.Module]) -> None:
+    """Refuse models that share parameters, whose gradients each would reduce by itself."""
+    owners: dict[int, str] = {}
+    for name, model in models.items():
+        for key, parameter in model.named_parameters():
+            owner = owners.setdefault(id(parameter), f"{name}.{key}")
+            if not owner.startswith(f"{name}."):
+                raise RuntimeError(
+                    f"{owner} and {name}.{key} are one parameter; with DDP and FSDP each model "
+                    "reduces its gradients by itself, so no two may share parameters: assign one "
+                    "module that has both as parts, and whose forward runs them"
+                )
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dream_trainer.interface.lr_schedule import LRSchedule
 from dream_trainer.interface.trainer import AbstractTrainer
 from dream_trainer.trainer.mixins.tracking import assigned_attributes
+from dream_trainer.trainer.schedulers import candidates, find_schedules, free_name, split_returned
 
 
 class OptimizerSetupMixin(AbstractTrainer):
     """Builds optimizers and schedulers once the models have their final parameters."""
 
     _optimizers: Mapping[str, Optimizer] = {}
-    _schedulers: Mapping[str, LRScheduler] = {}
+    _schedules: Mapping[str, LRSchedule] = {}
 
     # What the user writes
 
@@ -35,12 +37,18 @@ class OptimizerSetupMixin(AbstractTrainer):
     def configure_schedulers(self) -> Any:
         """Assign learning rate schedulers to attributes, or return them. Optional.
 
-        They are stepped once per optimizer step, after their optimizer; except ReduceLROnPlateau,
-        which needs a metric: step it in a callback's `post_validation_epoch`. The loaders exist
+        They are stepped once per optimizer step, after their optimizer. Return an `LRSchedule` for
+        another interval, and for ReduceLROnPlateau, which needs a result. The loaders exist
         already: an epoch has `num_train_batches` batches.
 
+        A scheduler is one of torch's, or any object with `step`, `state_dict` and
+        `load_state_dict`. They are found in attributes of any name, and in lists, tuples and dicts
+        that are attributes. Parts of another one, as in SequentialLR, are left to it. Those of
+        torch may also be made in `configure_optimizers`.
+
         Returns:
-            Nothing, a scheduler, several, or a dict from optimizer to scheduler.
+            Nothing, a scheduler, an `LRSchedule`, several, or a dict from optimizer to scheduler.
+            Lightning's `{"scheduler": …, "interval": "epoch", "monitor": …}` is understood.
         """
 
     # What the trainer reads
@@ -49,7 +57,10 @@ class OptimizerSetupMixin(AbstractTrainer):
         return dict(self._optimizers)
 
     def named_schedulers(self) -> Mapping[str, LRScheduler]:
-        return dict(self._schedulers)
+        return {name: each.scheduler for name, each in self._schedules.items()}
+
+    def named_schedules(self) -> Mapping[str, LRSchedule]:
+        return dict(self._schedules)
 
     def models_of(self, optimizer: Optimizer) -> dict[str, nn.Module]:
         """The models whose parameters an optimizer updates, by name."""
@@ -72,11 +83,14 @@ class OptimizerSetupMixin(AbstractTrainer):
 
         Raises:
             ValueError: On all ranks, if they differ between ranks.
-            RuntimeError: If there is no optimizer, or one has parameters of no model.
+            RuntimeError: If there is no optimizer, one has parameters of no model, or a scheduler
+                changes none of them.
+            TypeError: If something else was returned, or a scheduler can't be saved or stepped.
         """
         with assigned_attributes(self, lambda value: isinstance(value, Optimizer)) as names:
             returned = self.configure_optimizers()
-        self._optimizers = self._named(names, _flat(returned, Optimizer), "optimizer")
+        optimizers, schedules = split_returned(returned)
+        self._optimizers = self._named(names, optimizers)
         if not self._optimizers:
             raise RuntimeError(
                 f"{type(self).__name__}.configure_optimizers made no optimizer; assign one to an "
@@ -84,9 +98,11 @@ class OptimizerSetupMixin(AbstractTrainer):
             )
         for name, optimizer in self._optimizers.items():
             self._refuse_foreign_parameters(name, optimizer)
-        with assigned_attributes(self, lambda value: isinstance(value, LRScheduler)) as names:
-            returned = self.configure_schedulers()
-        self._schedulers = self._named(names, _flat(returned, LRScheduler), "scheduler")
+        before = candidates(vars(self))
+        returned = self.configure_schedulers()
+        self._schedules = find_schedules(
+            before, candidates(vars(self)), [*schedules, returned], self._optimizers
+        )
         self._compare_with_other_ranks()
 
     def _compare_with_other_ranks(self) -> None:
@@ -94,49 +110,41 @@ class OptimizerSetupMixin(AbstractTrainer):
             name: (type(each).__name__, [len(group["params"]) for group in each.param_groups])
             for name, each in self._optimizers.items()
         }
-        schedulers = {name: type(each).__name__ for name, each in self._schedulers.items()}
+        schedules = self._schedules.items()
         self.world.agree(
             {
                 "the optimizers, and the number of parameters in each group": optimizers,
-                "the schedulers": schedulers,
+                "the schedulers": {name: type(each.scheduler).__name__ for name, each in schedules},
+                "the schedulers' intervals and monitors": {
+                    name: each.options for name, each in schedules
+                },
             }
         )
 
-    def _named(self, names: list[str], returned: list[Any], kind: str) -> dict[str, Any]:
-        parts = {name: getattr(self, name) for name in names}
-        for part in returned:
-            if not any(part is known for known in parts.values()):
-                parts[kind if kind not in parts else f"{kind}_{len(parts) + 1}"] = part
-        return parts
+    def _named(self, names: list[str], returned: list[Optimizer]) -> dict[str, Optimizer]:
+        optimizers = {name: getattr(self, name) for name in names}
+        for each in returned:
+            if not any(each is known for known in optimizers.values()):
+                optimizers[free_name("optimizer", optimizers)] = each
+        return optimizers
 
     def _refuse_foreign_parameters(self, name: str, optimizer: Optimizer) -> None:
         known = {id(p) for model in self.named_models().values() for p in model.parameters()}
         all_parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        foreign = sum(id(parameter) not in known for parameter in all_parameters)
+        foreign = {id(p) for p in all_parameters if id(p) not in known}
+        bare = [name for name, value in vars(self).items() if id(value) in foreign]
+        if bare:
+            raise RuntimeError(
+                f"self.{bare[0]}, a parameter of optimizer {name!r}, is not in a model, so it "
+                "would be neither replicated nor saved; put it into a module that configure_models "
+                "assigns: in class Holder(nn.Module) write "
+                f"self.{bare[0]} = nn.Parameter(torch.zeros(1)) and a forward that returns it; "
+                f"then self.holder = Holder(), and self.holder() instead of self.{bare[0]}"
+            )
         if foreign:
             raise RuntimeError(
-                f"{foreign} of the {len(all_parameters)} parameters of optimizer {name!r} belong "
-                f"to none of the models ({', '.join(self.named_models())}), so training wouldn't "
-                "change the models; build the optimizer in configure_optimizers, from parameters "
-                "of models assigned in configure_models"
+                f"{len(foreign)} of the {len(all_parameters)} parameters of optimizer {name!r} "
+                f"belong to none of the models ({', '.join(self.named_models())}), so training "
+                "wouldn't change the models; build the optimizer in configure_optimizers, from "
+                "parameters of models assigned in configure_models"
             )
-
-
-def _flat(returned: Any, kind: type) -> list[Any]:
-    return list(_of_kind(returned, kind))
-
-
-def _of_kind(returned: Any, kind: type) -> Iterator[Any]:
-    if isinstance(returned, kind):
-        yield returned
-    elif isinstance(returned, Mapping):
-        for value in returned.values():
-            yield from _of_kind(value, kind)
-    elif isinstance(returned, (list, tuple)):
-        for value in returned:
-            yield from _of_kind(value, kind)
-    elif returned is not None:
-        raise TypeError(
-            f"an object of type {kind.__name__} was expected, alone, in a list or as the value of "
-            f"a dict, and {returned!r:.80} was returned"
-        )
