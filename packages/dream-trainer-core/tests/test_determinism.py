@@ -1,4 +1,4 @@
-"""Random state: saved and restored; initial weights that are equal in every layout."""
+"""Random state: saved and restored; seeds of ranks; deterministic algorithms."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from dream_trainer.callbacks import Callback
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
 from dream_trainer.world.determinism import (
-    FullTensorRandom,
     random_state,
     random_state_kept,
     seed_all,
@@ -52,59 +50,6 @@ def test_random_numbers_drawn_inside_have_no_effect_outside() -> None:
         draw()
 
     assert draw() == first
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(6, 4)
-        self.layer = nn.Linear(4, 6)
-        self.register_buffer("noise", torch.randn(5))
-
-    def init(self) -> None:
-        nn.init.trunc_normal_(self.embed.weight)
-        nn.init.kaiming_uniform_(self.layer.weight)
-        nn.init.normal_(self.layer.bias)
-        self.noise = torch.randn_like(self.noise)
-
-
-def test_building_on_meta_advances_generators_as_building_on_the_device() -> None:
-    torch.manual_seed(3)
-    Model()
-    expected = torch.rand(3)
-    torch.manual_seed(3)
-    with torch.device("meta"), FullTensorRandom(torch.device("cpu")):
-        model = Model()
-
-    assert model.embed.weight.is_meta
-    assert torch.equal(torch.rand(3), expected)
-
-
-def sharded_weights() -> list[torch.Tensor]:
-    import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
-
-    dist.init_process_group("gloo")
-    torch.manual_seed(3)
-    with torch.device("meta"):
-        model = Model()
-    fully_shard(model)
-    model.to_empty(device="cpu")
-    with FullTensorRandom(torch.device("cpu")), torch.no_grad():
-        model.init()
-    return [p.full_tensor().detach() for p in model.parameters()]  # type: ignore[attr-defined]
-
-
-def test_sharded_weights_equal_those_of_one_process() -> None:
-    torch.manual_seed(3)
-    with torch.device("meta"):
-        model = Model()
-    model.to_empty(device="cpu")
-    model.init()
-
-    for weights in run_on_ranks(sharded_weights, 2):
-        for found, expected in zip(weights, model.parameters(), strict=True):
-            assert torch.equal(found, expected)
 
 
 # Seeds per axis, and deterministic mode

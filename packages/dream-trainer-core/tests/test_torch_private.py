@@ -68,33 +68,41 @@ def test_meshes_are_flattened_and_concatenated() -> None:
     assert run_on_ranks(meshes, 2) == [expected] * 2
 
 
-def gradient_of_replicated_module() -> float:
+def reduced_gradients() -> tuple[list[int], list[int], int, list[float]]:
+    """Missing gradients after a backward that reaches one parameter, and after the rest."""
     connect()
-    model = nn.Linear(1, 1, bias=False)
-    torch_private.replicate(model, init_device_mesh("cpu", (2,)))
-    model(torch.tensor([[float(dist.get_rank())]])).sum().backward()
-    assert model.weight.grad is not None
-    return model.weight.grad.item()
+    parameters = nn.ParameterList([torch.ones(1), torch.ones(1)])
+    ddp = nn.parallel.DistributedDataParallel(parameters, gradient_as_bucket_view=True)
+    torch_private.begin_reduction(ddp)
+    (parameters[0] * dist.get_rank()).sum().backward()
+    before = torch_private.missing_gradients(ddp)
+    parameters[1].sum().backward()
+    after = torch_private.missing_gradients(ddp)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    num_storages = len({gradient.untyped_storage().data_ptr() for gradient in gradients})
+    torch_private.end_reductions(ddp)
+    return before, after, num_storages, [gradient.item() for gradient in gradients]
 
 
-def test_replicate_averages_gradients() -> None:
-    assert run_on_ranks(gradient_of_replicated_module, 2) == [0.5, 0.5]
+def test_ddp_reduces_gradients_without_a_forward_and_knows_which_are_missing() -> None:
+    assert run_on_ranks(reduced_gradients, 2) == [([1], [], 1, [0.5, 1.0])] * 2
 
 
-def storages_of_gradients() -> int:
+def states_of_fsdp() -> list[bool]:
+    from torch.distributed.fsdp import fully_shard
+
     connect()
-    model = nn.Linear(3, 5)
-    torch_private.replicate(model, init_device_mesh("cpu", (2,)))
-    for _ in range(2):
-        for parameter in model.parameters():
-            parameter.grad = None
-        model(torch.ones(1, 3)).sum().backward()
-    gradients = [parameter.grad for parameter in model.parameters()]
-    return len({grad.untyped_storage().data_ptr() for grad in gradients if grad is not None})
+    model = fully_shard(nn.Linear(2, 2))
+    seen = [torch_private.is_in_fsdp_forward(model)]
+    model.register_forward_hook(
+        lambda *_: seen.append(torch_private.is_in_fsdp_forward(model)), prepend=True
+    )
+    model(torch.ones(1, 2))
+    return [*seen, torch_private.is_in_fsdp_forward(model)]
 
 
-def test_gradients_of_a_replicated_module_are_views_of_a_bucket() -> None:
-    assert run_on_ranks(storages_of_gradients, 2) == [1, 1]
+def test_fsdp_tells_whether_it_is_in_a_forward() -> None:
+    assert run_on_ranks(states_of_fsdp, 2) == [[False, True, False]] * 2
 
 
 def test_checkpoint_activations_recomputes_forward_and_keeps_names() -> None:

@@ -52,7 +52,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
     Saves between optimizer steps: at the cadence in `parameters`, at the end of the run (also when
     SIGTERM or SIGINT stops it) and on request (`trainer.request_save`, SIGUSR1). A step is reported
     as saved once its checkpoint is durable; older checkpoints are deleted only after that. Restores
-    in `post_setup`.
+    in `post_setup`. Raises ReplicaMismatch if ranks have different copies of a parameter.
 
     Runs after all other callbacks, except those that are placed after it, so that it saves their
     final state of the step. Saving and restoring are collective. Steps without a save cost no host
@@ -275,6 +275,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
             return
         self._start_clock(run)
         run.time_is_up.withdraw()
+        trainer.synchronize_replicas()  # one copy is saved: an error if they differ
         try:
             self._write(run, reason)
         except CheckpointError as error:

@@ -33,7 +33,9 @@ def _on_loaders(trainer: BaseTrainer) -> Iterator[str]:
 
 def _on_matrix_products(trainer: BaseTrainer) -> Iterator[str]:
     device = trainer.world.device
-    if device.type != "cuda" or trainer.config.device_parameters.param_dtype in _LOW_PRECISION:
+    parameters = trainer.config.device_parameters
+    computes_in = parameters.computes_in or parameters.param_dtype
+    if device.type != "cuda" or computes_in in _LOW_PRECISION:
         return
     models = trainer.named_models().values()
     is_float32 = any(p.dtype is torch.float32 for model in models for p in model.parameters())

@@ -81,9 +81,10 @@ def _precision(trainer: BaseTrainer) -> str:
     tensors = (p for model in trainer.named_models().values() for p in model.parameters())
     dtypes = dict.fromkeys(_dtype(tensor.dtype) for tensor in tensors)
     texts = [f"{' and '.join(dtypes) or 'no'} parameters"]
-    if parameters.param_dtype is not None:
-        how = "computed in" if trainer.world.shape.uses_fsdp else "autocast to"
-        texts.append(f"{how} {_dtype(parameters.param_dtype)}")
+    if parameters.param_dtype is not None and trainer.world.shape.uses_fsdp:
+        texts.append(f"computed in {_dtype(parameters.param_dtype)}")
+    elif parameters.computes_in is not None:
+        texts.append(f"autocast to {_dtype(parameters.computes_in)}")
     if parameters.reduce_dtype is not None:
         texts.append(f"gradients reduced in {_dtype(parameters.reduce_dtype)}")
     return ", ".join(texts)

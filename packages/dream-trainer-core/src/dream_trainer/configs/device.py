@@ -87,8 +87,10 @@ class DeviceParameters(CheckedFields):
         context_parallel: Ranks over which each sequence is split.
         pipeline_parallel: Stages of consecutive layers. The mesh has this axis, but the trainer
             raises for more than one stage.
-        param_dtype: Compute in this dtype: FSDP's mixed precision, autocast elsewhere.
-            Default: the model's dtype.
+        param_dtype: Gather parameters in this dtype (FSDP). Default: the model's dtype.
+        autocast_dtype: Run steps inside torch.autocast with this dtype, in every layout.
+            Default: `param_dtype`. torch.float32: no autocast; FSDP then casts inputs of modules to
+            `param_dtype`, and outputs and losses have it.
         reduce_dtype: Reduce gradients in this dtype (FSDP). Default: `param_dtype`.
         cpu_offload: Keep sharded parameters, gradients and optimizer state in host memory (FSDP);
             buffers stay on the device.
@@ -118,6 +120,7 @@ class DeviceParameters(CheckedFields):
     pipeline_parallel: Degree = 1
 
     param_dtype: torch.dtype | None = None
+    autocast_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
     cpu_offload: bool = False
     reduce_every_batch: bool = False
@@ -148,7 +151,7 @@ class DeviceParameters(CheckedFields):
                 f'device={self.device!r}: "auto", "cpu", "cuda", "xpu" or "mps" is required; '
                 "the index of a device is the local rank"
             )
-        for name in ("param_dtype", "reduce_dtype"):
+        for name in ("param_dtype", "autocast_dtype", "reduce_dtype"):
             dtype = getattr(self, name)
             if dtype is not None and not (
                 isinstance(dtype, torch.dtype) and dtype.is_floating_point
@@ -158,6 +161,13 @@ class DeviceParameters(CheckedFields):
                     "torch.bfloat16, or None for the model's"
                 )
         is_sharded = self.dp_shard != 1 or self.context_parallel != 1
+        if self.param_dtype is not None and self.autocast_dtype is torch.float32:
+            if not is_sharded and self.tensor_parallel == 1:
+                raise ValueError(
+                    f"param_dtype={self.param_dtype} and autocast_dtype=torch.float32 with "
+                    "dp_shard=1: parameters are gathered in another dtype only where they are "
+                    "sharded; leave out one of the two"
+                )
         if self.reduce_every_batch and not is_sharded:
             raise ValueError(
                 "reduce_every_batch=True with dp_shard=1: only gradients that will be sharded take "
@@ -241,6 +251,12 @@ class DeviceParameters(CheckedFields):
             return num_devices
         product = math.prod(getattr(self, name) for name in _DEGREE_OF_AXIS.values())
         return product if product <= num_devices else 1
+
+    @property
+    def computes_in(self) -> torch.dtype | None:
+        """Dtype of the autocast that steps run in; None without autocast."""
+        dtype = self.autocast_dtype or self.param_dtype
+        return None if dtype is torch.float32 else dtype
 
     def _auto_degrees(self) -> list[str]:
         return [name for name in _DEGREE_OF_AXIS.values() if getattr(self, name) == "auto"]

@@ -5,6 +5,7 @@ from dream_trainer.interface.trainer import AbstractTrainer, AbstractTrainerConf
 from dream_trainer.trainer.base import BaseTrainer
 from dream_trainer.trainer.config import BaseTrainerConfig
 from dream_trainer.trainer.dream import DreamTrainer, DreamTrainerConfig
+from dream_trainer.trainer.replicas import ReplicaMismatch
 from dream_trainer.trainer.results import WeightedMean
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "DreamTrainer",
     "DreamTrainerConfig",
     "LRSchedule",
+    "ReplicaMismatch",
     "WeightedMean",
 ]

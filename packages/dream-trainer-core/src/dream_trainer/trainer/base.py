@@ -6,7 +6,7 @@ import functools
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -27,11 +27,13 @@ from dream_trainer.trainer.guarded_names import GuardedNames
 from dream_trainer.trainer.loader_watch import LoaderWatch
 from dream_trainer.trainer.optimization import Optimization
 from dream_trainer.trainer.predictions import default_prediction
+from dream_trainer.trainer.replicas import broadcast_buffers, refuse_different_replicas
 from dream_trainer.trainer.results import EpochMeans
 from dream_trainer.trainer.samples import SampleCounter
 from dream_trainer.trainer.validation import EvaluationRun, validation_run
 from dream_trainer.world import torch_private
 from dream_trainer.world.determinism import RandomStream
+from dream_trainer.world.replica_gradients import ReplicaGradients
 from dream_trainer.world.requests import Requests, Tick
 from dream_trainer.world.world import World
 
@@ -61,6 +63,7 @@ class BaseTrainer(AbstractTrainer, GuardedNames):
     epoch_schedules: EpochSchedules
     train_batches: BatchStream
     validation_sets: tuple[EvaluationSet, ...] = ()
+    replica_gradients: Sequence[ReplicaGradients] = ()
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -183,12 +186,17 @@ class BaseTrainer(AbstractTrainer, GuardedNames):
     def backward(self, loss: Tensor) -> None:
         """`loss.backward()`, scaled so that the gradients of a step's batches sum to their mean.
 
-        Runs outside of the autocast of `param_dtype`.
+        Runs outside of the loop's autocast. Collective with the last batch of a step.
 
         Args:
             loss: Scalar `()`.
         """
+        replicas = () if self.optimization.is_accumulating else self.replica_gradients
+        for each in replicas:
+            each.prepare()
         self.optimization.backward(loss)
+        for each in replicas:
+            each.finish()
 
     def step(self, optimizer: Optimizer) -> Tensor:
         """Clip, step, zero the gradients, step the schedulers. No host synchronization.
@@ -207,6 +215,24 @@ class BaseTrainer(AbstractTrainer, GuardedNames):
     @property
     def is_accumulating_gradients(self) -> bool:
         return self.optimization.is_accumulating
+
+    # What a callback calls that saves weights
+
+    def synchronize_replicas(self) -> None:
+        """Take the buffers of the first replica, and check that ranks have equal parameters.
+
+        Called after the first step, before evaluations and saves, and at the end of training; call
+        it before anything else that takes one rank's weights for all. Override it if replicas
+        differ on purpose, as with local SGD. Collective, with a device sync.
+
+        Raises:
+            ReplicaMismatch: On all ranks, if their copies of a parameter differ; it names the first
+                one.
+        """
+        if self.world.is_distributed:
+            models = self.named_models()
+            broadcast_buffers(models.values(), self.world)
+            refuse_different_replicas(models, self.world, f"after step {self.global_step}")
 
     # Life
 
@@ -373,10 +399,14 @@ class BaseTrainer(AbstractTrainer, GuardedNames):
         written = getattr(self.validation_step, "__func__", None)
         if self.validates and not never_validates and written is BaseTrainer.validation_step:
             self.validation_step(None, 0)  # raises now instead of after an epoch of training
-        dtype = self.config.device_parameters.param_dtype
-        if dtype is not None and not self.world.shape.uses_fsdp:
+        dtype = self.config.device_parameters.computes_in
+        if dtype is not None:
             self.precision_context = functools.partial(
-                torch.autocast, self.world.device.type, dtype=dtype
+                torch.autocast,
+                self.world.device.type,
+                dtype=dtype,
+                # A copy of each gathered parameter would stay until the end of the step.
+                cache_enabled=not self.world.shape.uses_fsdp,
             )
         self.optimization = Optimization(
             self.named_models(),

@@ -66,6 +66,7 @@ def fit(trainer: BaseTrainer) -> None:
             with trainer.loader_watch.watching():
                 sanity_validate(trainer)
                 _train_and_pause(trainer)
+            trainer.synchronize_replicas()
             trainer.finish_requests()
             error = callbacks.post_fit() or trainer.end_call()
         if error is not None:
@@ -245,6 +246,7 @@ def _finish_step(trainer: BaseTrainer) -> None:
     if not trainer.first_step_done:
         trainer.first_step_done = True
         trainer.world.tighten_timeouts()
+        trainer.synchronize_replicas()
     if trainer.training_parameters.val_every_n_steps is not None and trainer.stop_reason is None:
         validate_if_due(trainer)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from dream_trainer.trainer.fsdp_methods import explain_sharded_call
+
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
 
@@ -26,7 +28,9 @@ def in_contexts(
 
 
 def note_place(error: BaseException, trainer: BaseTrainer, step: str, batch_idx: int) -> None:
-    """Add a note to an error: the step, rank, global step, epoch and batch."""
+    """Add notes to an error: the step, rank, global step, epoch and batch; what to do."""
+    if trainer.world.shape.uses_fsdp:
+        explain_sharded_call(error)
     error.add_note(
         f"raised in {step} on rank {trainer.world.rank} at step {trainer.global_step} "
         f"(epoch {trainer.current_epoch}, batch {batch_idx})"

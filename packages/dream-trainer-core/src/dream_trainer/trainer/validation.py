@@ -150,9 +150,13 @@ def _evaluated(
 
 @contextmanager
 def evaluating(trainer: BaseTrainer, run: EvaluationRun) -> Iterator[None]:
-    """Inside, models are in eval mode and a run is the trainer's current one; no gradients."""
+    """Inside, models are in eval mode and a run is the trainer's current one; no gradients.
+
+    All ranks evaluate the same model, with the running statistics of the first one.
+    """
     before, trainer.evaluation_run = trainer.evaluation_run, run
     try:
+        trainer.synchronize_replicas()
         with torch.no_grad(), _eval_mode(trainer):
             yield
         _reshard(trainer)

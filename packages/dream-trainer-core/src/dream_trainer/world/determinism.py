@@ -109,59 +109,10 @@ class RandomStream:
             yield
 
 
-class FullTensorRandom(TorchDispatchMode):
-    """Draws for a sharded or meta tensor the random numbers that the full, real one would get.
-
-    Otherwise `nn.init` gives each rank of a CPU mesh the same shard, since all have the same seed,
-    and weights depend on the layout on any device. Here each rank draws the full tensor and keeps
-    its shard. Numbers for a meta tensor are drawn and dropped, so that the generators advance as
-    when the model is built on the device.
-
-    Memory: one full tensor at a time.
-
-    Args:
-        device: Device to draw on; generators of different devices give different numbers.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
-        self._device = device
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **kwargs)
-        filled = args[0] if args and isinstance(args[0], torch.Tensor) else None
-        if filled is None:
-            if torch.device(kwargs.get("device") or "cpu").type == "meta":
-                func(*args, **{**kwargs, "device": self._device})
-            return func(*args, **kwargs)
-        if filled.is_meta:
-            func(self._full(filled), *args[1:], **kwargs)
-            return func(*args, **kwargs)
-        if not _is_sharded(filled):
-            return func(*args, **kwargs)
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        assert isinstance(filled, DTensor)
-        full = self._full(filled)
-        drawn = func(full, *args[1:], **kwargs)
-        mine = distribute_tensor(drawn, filled.device_mesh, filled.placements, src_data_rank=None)
-        if drawn is not full:  # x_like(), not x_()
-            return mine
-        filled.to_local().copy_(mine.to_local())
-        return filled
-
-    def _full(self, tensor: torch.Tensor) -> torch.Tensor:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
-
-
 class LocalTensorRandom(TorchDispatchMode):
     """Draws only this rank's shard of a sharded tensor, and nothing for a meta tensor.
 
-    Other numbers than FullTensorRandom, of the same distributions, without its time and memory.
+    Other numbers than FullTensorInit, of the same distributions, without its time and memory.
     """
 
     def __torch_dispatch__(
@@ -189,8 +140,8 @@ class LocalTensorRandom(TorchDispatchMode):
         )
 
 
-def _is_sharded(tensor: torch.Tensor) -> bool:
-    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+def _is_sharded(tensor: object) -> bool:
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter) or not isinstance(tensor, torch.Tensor):
         return False
     from torch.distributed.tensor import DTensor
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -51,14 +52,36 @@ def concatenated_mesh(meshes: Sequence[DeviceMesh]) -> DeviceMesh:
     return DeviceMesh._concatenate(list(meshes))  # noqa: SLF001
 
 
-def replicate(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Apply DDP to a module in place. Collective.
+def begin_reduction(ddp: nn.parallel.DistributedDataParallel) -> None:
+    """Make DDP reduce the gradients of the next backward, without a forward of its module."""
+    ddp._pre_forward()  # noqa: SLF001
+    ddp._post_forward(None)  # noqa: SLF001
 
-    Gradients are views of the buckets that DDP reduces, which saves a copy of all of them.
+
+def missing_gradients(ddp: nn.parallel.DistributedDataParallel) -> list[int]:
+    """Indices of parameters that the last backward didn't reach, while DDP waits for them.
+
+    Empty if the reduction is complete, or hasn't begun since it reached none.
     """
-    from torch.distributed._composable.replicate import replicate
+    try:
+        ddp._check_reducer_finalized()  # noqa: SLF001
+    except RuntimeError as error:
+        listed = re.search(r"indices which did not receive grad for rank \d+:([\d ]+)", str(error))
+        if listed is None:
+            raise
+        return [int(index) for index in listed[1].split()]
+    return []
 
-    replicate(module, device_mesh=mesh, gradient_as_bucket_view=True)
+
+def end_reductions(ddp: nn.parallel.DistributedDataParallel) -> None:
+    """Remove DDP's hooks from its parameters; it can't be used any more."""
+    ddp._remove_autograd_hooks()  # noqa: SLF001
+
+
+def is_in_fsdp_forward(module: nn.Module) -> bool:
+    """Whether an FSDP module runs its forward, or a method registered as one."""
+    state: Any = module._get_fsdp_state()  # type: ignore[operator]  # noqa: SLF001
+    return bool(state._training_state.name == "FORWARD")  # noqa: SLF001
 
 
 def checkpoint_activations(module: nn.Module) -> None:

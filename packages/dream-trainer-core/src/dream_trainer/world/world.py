@@ -20,11 +20,7 @@ from dream_trainer.world import collectives, cpu_collectives, torch_private, tor
 from dream_trainer.world.collectives import ReduceOp
 from dream_trainer.world.coordination import Coordination
 from dream_trainer.world.daemon_thread import call_in_daemon_thread
-from dream_trainer.world.determinism import (
-    FullTensorRandom,
-    seed_all,
-    use_deterministic_algorithms,
-)
+from dream_trainer.world.determinism import seed_all, use_deterministic_algorithms
 from dream_trainer.world.device import backends, claim
 from dream_trainer.world.faults import collective_guard
 from dream_trainer.world.faults.device_collectives import (
@@ -33,6 +29,7 @@ from dream_trainer.world.faults.device_collectives import (
 )
 from dream_trainer.world.faults.failure_monitor import FailureMonitor, NoFailureMonitor
 from dream_trainer.world.faults.fork_safety import let_threads_settle_before_forks
+from dream_trainer.world.full_tensor_init import FullTensorInit
 from dream_trainer.world.identity import RankIdentity
 from dream_trainer.world.mesh import build_mesh, fsdp_mesh, ordered_axes
 from dream_trainer.world.open_files import raise_open_file_limit
@@ -204,8 +201,8 @@ class World(RankIdentity):
             torch_private.seed_sharded_random(seed + self.data_part, self.get_mesh("tp"))
 
     def sharded_random(self) -> contextlib.AbstractContextManager[Any]:
-        """A context in which sharded and meta tensors get random numbers as full ones do."""
-        return FullTensorRandom(self.device)
+        """A context in which sharded tensors are initialized as full ones are."""
+        return FullTensorInit(self.device)
 
     def tighten_timeouts(self) -> None:
         """Change the timeout of collectives from `init_timeout_s` to `train_timeout_s`.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +16,19 @@ import torch
 from torch import nn
 
 from dream_trainer.interface.trainer import AbstractTrainer
+from dream_trainer.trainer.fsdp_methods import gather_in_methods
 from dream_trainer.trainer.metrics import is_metric
 from dream_trainer.trainer.mixins import materialize, pretrained
+from dream_trainer.trainer.mixins.blocks import (
+    blocks_of,
+    refuse_separated_parameters,
+    tied_parameters,
+    units_of,
+)
 from dream_trainer.trainer.mixins.tracking import assigned_attributes
 from dream_trainer.world import torch_private
+from dream_trainer.world.determinism import seed_all
+from dream_trainer.world.replica_gradients import ReplicaGradients
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -35,6 +44,8 @@ class ModelSetupMixin(AbstractTrainer):
     """
 
     _model_names: tuple[str, ...] = ()
+    replica_gradients: Sequence[ReplicaGradients] = ()
+    seed: int | None
 
     # What the user writes
 
@@ -55,8 +66,9 @@ class ModelSetupMixin(AbstractTrainer):
     def init_weights(self) -> None:
         """Initialize all parameters and buffers, or load pretrained ones. Optional.
 
-        Runs after sharding: parameters may be DTensors. `nn.init` gives the same weights in every
-        layout.
+        Runs after sharding: parameters may be DTensors. Random numbers are seeded again before it,
+        and drawn for whole parameters, of which each rank keeps its shard: weights are the same in
+        every layout.
         """
 
     def apply_tensor_parallel(self, mesh: DeviceMesh) -> None:
@@ -84,9 +96,9 @@ class ModelSetupMixin(AbstractTrainer):
         )
 
     def apply_activation_checkpointing(self) -> None:
-        """Recompute activations in backward: each block of a ModuleList."""
+        """Recompute activations in backward: those of each block, as for `apply_fully_shard`."""
         for model in self.named_models().values():
-            for block in _blocks(model):
+            for block in blocks_of(model):
                 torch_private.checkpoint_activations(block)
 
     def apply_compile(self) -> None:
@@ -95,21 +107,30 @@ class ModelSetupMixin(AbstractTrainer):
             model.compile()
 
     def apply_fully_shard(self, config: dict[str, Any]) -> None:
-        """Shard the models with FSDP2: each block of a ModuleList, then the rest.
+        """Shard the models with FSDP2: each block, then the rest.
+
+        Blocks are the modules in a ModuleList; in a ModuleDict or Sequential that isn't inside a
+        block, those that consist of other modules, or all if they are of one class. A module that
+        shares a parameter with another one is part of the rest.
 
         Args:
             config: Keyword arguments of torch's `fully_shard`: `mesh`, `mp_policy`, …
         """
         from torch.distributed.fsdp import fully_shard
 
-        for model in self.named_models().values():
-            for block in _blocks(model):
-                fully_shard(block, **config)
-            if any(True for _ in model.parameters()):
-                fully_shard(model, **config)
+        for name, model in self.named_models().items():
+            blocks = blocks_of(model)
+            # A unit may be a block itself: the model may be a ModuleDict.
+            for unit in dict.fromkeys([*blocks, *units_of(model)]):
+                fully_shard(unit, **config)
+            if not blocks and self.world.is_global_zero:
+                _warn_of_one_unit(name, model)
 
     def apply_replicate(self, mesh: DeviceMesh) -> None:
-        """Apply DDP to the models, without wrapping them.
+        """Average the models' gradients over the replicas with DDP, without wrapping the models.
+
+        Gradients that `self.backward` computes are averaged, whichever methods and parts of a model
+        were called, and whichever of its parameters require gradients at that time.
 
         Not called for replicas with tensor or context parallelism, which `apply_fully_shard` gets
         as shards of size 1: DDP loses parameters that are DTensors.
@@ -117,9 +138,11 @@ class ModelSetupMixin(AbstractTrainer):
         Args:
             mesh: The axis of replicas.
         """
-        for model in self.named_models().values():
-            if any(parameter.requires_grad for parameter in model.parameters()):
-                torch_private.replicate(model, mesh)
+        self.replica_gradients = [
+            ReplicaGradients(model, mesh, self.world)
+            for model in self.named_models().values()
+            if any(True for _ in model.parameters())
+        ]
 
     def model_state_dict(self) -> dict[str, Any]:
         """Tensors to save, by model and parameter name; sharded where the model is."""
@@ -144,9 +167,8 @@ class ModelSetupMixin(AbstractTrainer):
             )
         on_meta = self._is_sharded and self._has_init_weights
         device = torch.device("meta") if on_meta else self.world.device
-        drawing = self.world.sharded_random() if on_meta else nullcontext()
         tracking, explaining = assigned_attributes(self, _is_model), pretrained.explained(device)
-        with tracking as names, explaining, device, drawing:
+        with tracking as names, explaining, device:
             self.configure_models()
         if not names:
             raise RuntimeError(
@@ -169,10 +191,16 @@ class ModelSetupMixin(AbstractTrainer):
         if parameters.compile_model:
             self.apply_compile()
         if shape.uses_fsdp:
+            tied = tied_parameters(self.named_models())
             self.apply_fully_shard(self._fully_shard_config())
+            refuse_separated_parameters(tied, self.named_models())
+            for model in self.named_models().values():
+                gather_in_methods(model, type(self))
         elif shape.dp_replicate > 1:
             self.apply_replicate(self.world.get_mesh("dp_replicate"))
         self._materialize()
+        for each in self.replica_gradients:
+            each.start()
 
     @property
     def _is_sharded(self) -> bool:
@@ -189,7 +217,10 @@ class ModelSetupMixin(AbstractTrainer):
         config: dict[str, Any] = {
             "mesh": self.world.fsdp_mesh,
             "mp_policy": MixedPrecisionPolicy(
-                param_dtype=parameters.param_dtype, reduce_dtype=parameters.reduce_dtype
+                param_dtype=parameters.param_dtype,
+                reduce_dtype=parameters.reduce_dtype,
+                # Autocast casts where a product needs it; a position 1001.0 stays what it is.
+                cast_forward_inputs=parameters.computes_in is None,
             ),
         }
         if parameters.cpu_offload:
@@ -218,6 +249,8 @@ class ModelSetupMixin(AbstractTrainer):
             drawing: AbstractContextManager[Any] = (
                 self.world.sharded_random() if self._is_sharded else nullcontext()
             )
+            if self.seed is not None:  # models built on meta have drawn no numbers, others have
+                seed_all(self.seed)
             with torch.no_grad(), drawing:
                 self.init_weights()
         still_empty = [
@@ -234,6 +267,19 @@ class ModelSetupMixin(AbstractTrainer):
         for model in models.values():
             # FSDP copies offloaded parameters to the device for a forward, and leaves buffers.
             materialize.move_buffers(model, self.world.device)
+
+
+def _warn_of_one_unit(name: str, model: nn.Module) -> None:
+    """Warn if a model of several layers has no blocks to shard one by one."""
+    num_layers = sum(any(True for _ in part.parameters(recurse=False)) for part in model.modules())
+    if num_layers > 1:
+        logger.warning(
+            "model %r has no blocks in a ModuleList, ModuleDict or Sequential, so it is one FSDP "
+            "unit: each rank gathers all of its %d parameters at once; put its layers into a "
+            "ModuleList, or override apply_fully_shard(config)",
+            name,
+            sum(parameter.numel() for parameter in model.parameters()),
+        )
 
 
 def _warn_of_one_thread() -> None:
@@ -283,15 +329,3 @@ def _refuse_shared_parameters(models: Mapping[str, nn.Module]) -> None:
                     "reduces its gradients by itself, so no two may share parameters: assign one "
                     "module that has both as parts, and whose forward runs them"
                 )
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The modules in ModuleLists that have parameters, innermost first."""
-    blocks = [
-        block
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList)
-        for block in module
-        if any(True for _ in block.parameters())
-    ]
-    return list(dict.fromkeys(reversed(blocks)))

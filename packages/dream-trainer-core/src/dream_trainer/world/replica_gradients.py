@@ -1,0 +1,127 @@
+"""ReplicaGradients: averages gradients over replicas, whatever part of a model computed them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dream_trainer.world import torch_private
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from dream_trainer.world.world import World
+
+_MAX_REDUCERS = 4
+"""Sets of trained parameters whose DDP is kept; two optimizers of a GAN alternate between two."""
+
+_requires_grad = operator.attrgetter("requires_grad")
+
+
+class ReplicaGradients:
+    """Averages the gradients of a model over its replicas, while they are computed.
+
+    Torch's DDP does it. DDP learns of a backward from the forward of the module that it wraps, and
+    knows the parameters that required gradients when it was made. This class tells it of each
+    backward and makes another one if `requires_grad` has changed. So a step may call methods other
+    than `forward` and parts of the model, a loss may depend on some of the parameters only, several
+    losses may be backpropagated in one step, and parameters may be frozen and unfrozen.
+
+    Gradients are views of the buckets that DDP reduces, which saves a copy of all of them.
+
+    Args:
+        model: Its parameters are those of the whole run; buffers are left alone.
+        mesh: The axis of replicas.
+        world: Launched.
+    """
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh, world: World) -> None:
+        self._model = model
+        self._parameters = list(model.parameters())
+        self._group = mesh.get_group()
+        self._world = world
+        self._ddps: dict[tuple[bool, ...], nn.parallel.DistributedDataParallel] = {}
+        self._trained: tuple[bool, ...] | None = None
+        self._ddp: nn.parallel.DistributedDataParallel | None = None
+
+    def start(self) -> None:
+        """Give all replicas the parameters and buffers of the first. Collective.
+
+        Raises:
+            ValueError: As `prepare`.
+        """
+        for tensor in (*self._model.parameters(), *self._model.buffers()):
+            dist.broadcast(tensor.detach(), group=self._group, group_src=0)
+        self._choose(tuple(map(_requires_grad, self._parameters)))
+
+    def prepare(self) -> None:
+        """Reduce the gradients of the next backward.
+
+        Collective if `requires_grad` of a parameter has changed since the last call.
+
+        Raises:
+            ValueError: On all ranks, if different parameters require gradients.
+        """
+        trained = tuple(map(_requires_grad, self._parameters))
+        if trained != self._trained:
+            self._choose(trained)
+        if self._ddp is not None:
+            torch_private.begin_reduction(self._ddp)
+
+    def finish(self) -> None:
+        """Complete the reduction after a backward that didn't reach all parameters.
+
+        A parameter that it reached on no rank has no gradient then, as in one process. Device sync
+        if there is such a parameter.
+        """
+        if self._ddp is None:
+            return
+        missing = torch_private.missing_gradients(self._ddp)
+        if missing:
+            trained = [p for p in self._parameters if p.requires_grad]
+            self._complete([trained[index] for index in missing])
+
+    def _complete(self, parameters: Sequence[nn.Parameter]) -> None:
+        without = [parameter for parameter in parameters if parameter.grad is None]
+        # Added to any gradient, also 0.0, of another rank, -0.0 changes nothing.
+        nothing = [torch.full_like(parameter, -0.0) for parameter in parameters]
+        torch.autograd.backward(parameters, nothing)
+        if not without:
+            return
+        is_reached = torch.stack([_is_reached(parameter.grad) for parameter in without]).tolist()
+        for parameter, is_reached_on_some_rank in zip(without, is_reached, strict=True):
+            if not is_reached_on_some_rank:
+                parameter.grad = None
+
+    def _choose(self, trained: tuple[bool, ...]) -> None:
+        """Use the DDP of the parameters that require gradients now. Collective for a new one."""
+        self._trained = trained
+        self._ddp = self._ddps.pop(trained, None)
+        if self._ddp is None and any(trained):
+            names = [name for name, p in self._model.named_parameters() if p.requires_grad]
+            self._world.agree(names, "the parameters that require gradients")
+            self._ddp = self._new_ddp()
+        if self._ddp is not None:
+            self._ddps[trained] = self._ddp  # the last one used is the last to go
+        if len(self._ddps) > _MAX_REDUCERS:
+            torch_private.end_reductions(self._ddps.pop(next(iter(self._ddps))))
+
+    def _new_ddp(self) -> nn.parallel.DistributedDataParallel:
+        return nn.parallel.DistributedDataParallel(
+            nn.ParameterList(p for p in self._parameters if p.requires_grad),
+            process_group=self._group,
+            gradient_as_bucket_view=True,
+            init_sync=False,  # `start` did it; in a step, a graph needs the weights as they are
+        )
+
+
+def _is_reached(gradient: Tensor | None) -> Tensor:
+    """Whether any rank had a gradient that `_complete` didn't make: another number than -0.0."""
+    assert gradient is not None, "the reduction set it"
+    numbers = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+    return ((numbers != 0) | ~numbers.signbit()).any()
