@@ -82,7 +82,8 @@ class DeviceParameters:
         context_parallel: Ranks over which each sequence is split.
         pipeline_parallel: Stages of consecutive layers. The mesh has this axis, but the trainer
             raises for more than one stage.
-        param_dtype: Compute in this dtype: FSDP's mixed precision, autocast elsewhere.
+        param_dtype: Compute in this dtype: FSDP's mixed precision, autocast elsewhere; float16
+            with a loss scale.
             Default: the model's dtype.
         reduce_dtype: Reduce gradients in this dtype (FSDP). Default: `param_dtype`.
         cpu_offload: Keep sharded parameters, gradients and optimizer state in host memory (FSDP);

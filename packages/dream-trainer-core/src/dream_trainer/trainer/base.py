@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from dream_trainer.interface.trainer import AbstractTrainer, Call, Counters
+from dream_trainer.interface.trainer import Call, Counters
 from dream_trainer.interface.weights_source import CheckpointChoice
 from dream_trainer.trainer import evaluation, loop, state
 from dream_trainer.trainer.batches import BatchStream
@@ -22,13 +21,12 @@ from dream_trainer.trainer.class_checks import check_definition
 from dream_trainer.trainer.config import BaseTrainerConfig
 from dream_trainer.trainer.device_transfer import moved_to
 from dream_trainer.trainer.evaluation_sets import EvaluationSet, evaluation_sets
+from dream_trainer.trainer.gradient_steps import GradientSteps
 from dream_trainer.trainer.loader_watch import LoaderWatch
-from dream_trainer.trainer.optimization import Optimization
 from dream_trainer.trainer.predictions import default_prediction
 from dream_trainer.trainer.results import EpochMeans
 from dream_trainer.trainer.samples import SampleCounter
 from dream_trainer.trainer.validation import EvaluationRun, validation_run
-from dream_trainer.world import torch_private
 from dream_trainer.world.determinism import RandomStream
 from dream_trainer.world.requests import Requests, Tick
 from dream_trainer.world.world import World
@@ -36,7 +34,7 @@ from dream_trainer.world.world import World
 logger = logging.getLogger(__name__)
 
 
-class BaseTrainer(AbstractTrainer):
+class BaseTrainer(GradientSteps):
     """The loop, around a `training_step` that stays plain PyTorch.
 
     Combine it with SetupMixin, as DreamTrainer does, or with your own setup.
@@ -55,7 +53,6 @@ class BaseTrainer(AbstractTrainer):
     """
 
     config: BaseTrainerConfig
-    optimization: Optimization
     train_batches: BatchStream
     validation_sets: tuple[EvaluationSet, ...] = ()
 
@@ -83,6 +80,7 @@ class BaseTrainer(AbstractTrainer):
         self._sample_counter = SampleCounter(type(self).__name__, warns=self.world.is_global_zero)
         self.seed: int | None = None
         self.first_step_done = False
+        self.warned_of_no_step = False
         self.moves_batches = (
             self.world.device.type != "cpu" or type(self).move_batch is not BaseTrainer.move_batch
         )
@@ -175,36 +173,6 @@ class BaseTrainer(AbstractTrainer):
             with a value of any kind for each sample.
         """
         return default_prediction(self, batch)
-
-    # What training_step calls
-
-    def backward(self, loss: Tensor) -> None:
-        """`loss.backward()`, scaled so that the gradients of a step's batches sum to their mean.
-
-        Runs outside of the autocast of `param_dtype`.
-
-        Args:
-            loss: Scalar `()`.
-        """
-        self.optimization.backward(loss)
-
-    def step(self, optimizer: Optimizer) -> Tensor:
-        """Clip, step, zero the gradients, step the schedulers. No host synchronization.
-
-        Runs outside of autocast; a forward after it, in the same `training_step`, uses the new
-        weights.
-
-        Call it only on the last batch of a step: `if not self.is_accumulating_gradients`.
-        Collective where parameters are sharded.
-
-        Returns:
-            Norm of the gradients before clipping, scalar `()`, equal on all ranks.
-        """
-        return self._optimizer_step(optimizer, self.callbacks)
-
-    @property
-    def is_accumulating_gradients(self) -> bool:
-        return self.optimization.is_accumulating
 
     # Life
 
@@ -371,20 +339,7 @@ class BaseTrainer(AbstractTrainer):
             self.precision_context = functools.partial(
                 torch.autocast, self.world.device.type, dtype=dtype
             )
-        self.optimization = Optimization(
-            self.named_models(),
-            {optimizer: self.model_of(optimizer) for optimizer in self.named_optimizers().values()},
-            self.named_schedulers(),
-            self.training_parameters.gradient_clip_val,
-            device_type=self.world.device.type,
-            autocasts=self.precision_context is not None,
-            is_distributed=self.world.is_distributed,
-            reduces_every_batch=self.config.device_parameters.reduce_every_batch,
-        )
-        self._optimizer_step = self.optimization.step
-        if torch_private.is_compiled(self.training_step):
-            # Else the optimizer and the hooks are compiled with it.
-            self._optimizer_step = torch.compiler.disable(self.optimization.step)
+        self.build_optimization()
         if self.world.is_distributed and self.seed is not None:
             self.world.seed_parts(self.seed)  # dropout differs between parts of the data
 

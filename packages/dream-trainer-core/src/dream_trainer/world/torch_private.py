@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
@@ -60,6 +61,89 @@ def replicate(module: nn.Module, mesh: DeviceMesh) -> None:
     replicate(module, device_mesh=mesh, gradient_as_bucket_view=True)
 
 
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters by the names that torch.distributed.checkpoint gives them, in any wrapper."""
+    from torch.distributed.checkpoint.state_dict import _get_fqns
+
+    for key, parameter in model.named_parameters():
+        (name,) = _get_fqns(model, key)
+        yield name, parameter
+
+
+def ddp_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model whose gradients DDP averages, with what it needs before a forward.
+
+    `replicate` looks for parameters that require gradients in the first forward; here it does so
+    now, the first time. Collective then.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    if isinstance(model, DistributedDataParallel):
+        return [model]
+    if "torch.distributed._composable.replicate" not in sys.modules:
+        return []
+    from torch.distributed._composable.replicate import DDP, replicate
+
+    found: list[nn.Module] = [m for m in model.modules() if isinstance(m, DDP)]
+    for module in found:
+        state = replicate.state(module)
+        if state._init_args or state._init_kwargs:  # noqa: SLF001
+            state.lazy_init()
+    return found
+
+
+def set_ddp_sync(module: Any, is_on: bool) -> None:
+    """Whether one of the `ddp_modules` averages gradients with the next backward."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    if isinstance(module, DistributedDataParallel):
+        module.require_backward_grad_sync = is_on
+    else:
+        module.set_requires_gradient_sync(is_on)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the parameters that FSDP has gathered for a forward."""
+    for module in _fsdp_modules(model):
+        module.reshard()
+
+
+def drop_unsharded_gradients(model: nn.Module) -> None:
+    """Drop gradients that FSDP has accumulated and not reduced."""
+    for group in _fsdp_groups(model):
+        group._partial_reduce_output = None  # noqa: SLF001
+        for parameter in group.fsdp_params:
+            parameter.unsharded_accumulated_grad = None
+            if (unsharded := getattr(parameter, "_unsharded_param", None)) is not None:
+                unsharded.grad = None
+
+
+def has_unsharded_gradients(model: nn.Module) -> bool:
+    """Whether FSDP has accumulated gradients and not reduced them."""
+    return any(
+        group._partial_reduce_output is not None  # noqa: SLF001
+        or parameter.unsharded_accumulated_grad is not None
+        or getattr(getattr(parameter, "_unsharded_param", None), "grad", None) is not None
+        for group in _fsdp_groups(model)
+        for parameter in group.fsdp_params
+    )
+
+
+def _fsdp_groups(model: nn.Module) -> Iterator[Any]:
+    for module in _fsdp_modules(model):
+        group = module._get_fsdp_state()._fsdp_param_group  # noqa: SLF001
+        if group is not None:
+            yield group
+
+
+def _fsdp_modules(model: nn.Module) -> list[Any]:
+    if "torch.distributed.fsdp" not in sys.modules:
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
 def checkpoint_activations(module: nn.Module) -> None:
     """Recompute a module's activations in backward. Unlike a wrapper, keeps parameter names."""
     from torch.distributed._composable.checkpoint_activation import checkpoint
@@ -72,6 +156,37 @@ def seed_sharded_random(seed: int, mesh: DeviceMesh) -> None:
     from torch.distributed.tensor._random import manual_seed
 
     manual_seed(seed, mesh)
+
+
+# Many tensors in one operation, on one device and of one dtype
+
+
+def multiply(tensors: list[Tensor], factor: Tensor) -> None:
+    """Multiply tensors in place by a scalar."""
+    torch._foreach_mul_(tensors, factor)
+
+
+def clamp(tensors: list[Tensor], limit: float) -> None:
+    """Clamp each element of tensors in place to [-limit, limit]."""
+    torch._foreach_clamp_min_(tensors, -limit)
+    torch._foreach_clamp_max_(tensors, limit)
+
+
+def unscale(tensors: list[Tensor], overflow: Tensor, inverse_scale: Tensor) -> None:
+    """Multiply tensors in place; set `overflow` to 1 if one isn't finite."""
+    torch._amp_foreach_non_finite_check_and_unscale_(tensors, overflow, inverse_scale)
+
+
+def update_scale(
+    scale: Tensor,
+    growth_tracker: Tensor,
+    overflow: Tensor,
+    growth: float,
+    backoff: float,
+    interval: int,
+) -> None:
+    """Adapt a loss scale in place, as torch.amp.GradScaler does."""
+    torch._amp_update_scale_(scale, growth_tracker, overflow, growth, backoff, interval)
 
 
 # Compiled code

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dream_trainer.interface.trainer import AbstractTrainer
@@ -72,7 +72,8 @@ class OptimizerSetupMixin(AbstractTrainer):
 
         Raises:
             ValueError: On all ranks, if they differ between ranks.
-            RuntimeError: If there is no optimizer, or one has parameters of no model.
+            RuntimeError: If there is no optimizer, one has parameters of no model, or one can't
+                use sharded parameters.
         """
         with assigned_attributes(self, lambda value: isinstance(value, Optimizer)) as names:
             returned = self.configure_optimizers()
@@ -84,6 +85,7 @@ class OptimizerSetupMixin(AbstractTrainer):
             )
         for name, optimizer in self._optimizers.items():
             self._refuse_foreign_parameters(name, optimizer)
+            self._refuse_flat_shards(name, optimizer)
         with assigned_attributes(self, lambda value: isinstance(value, LRScheduler)) as names:
             returned = self.configure_schedulers()
         self._schedulers = self._named(names, _flat(returned, LRScheduler), "scheduler")
@@ -108,6 +110,15 @@ class OptimizerSetupMixin(AbstractTrainer):
             if not any(part is known for known in parts.values()):
                 parts[kind if kind not in parts else f"{kind}_{len(parts) + 1}"] = part
         return parts
+
+    def _refuse_flat_shards(self, name: str, optimizer: Optimizer) -> None:
+        is_sharded = self.world.shape.uses_fsdp or self.world.tp_size > 1
+        if isinstance(optimizer, LBFGS) and is_sharded:
+            raise RuntimeError(
+                f"optimizer {name!r} is torch's LBFGS, which puts all parameters into one vector; "
+                f"it can't do that with the sharded ones of layout {self.world.shape.layout!r}: "
+                "use DeviceParameters.DDP() or another optimizer"
+            )
 
     def _refuse_foreign_parameters(self, name: str, optimizer: Optimizer) -> None:
         known = {id(p) for model in self.named_models().values() for p in model.parameters()}
