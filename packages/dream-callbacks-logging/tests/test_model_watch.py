@@ -188,3 +188,26 @@ def test_a_large_tensor_is_subsampled_for_the_histogram_but_not_for_the_norm(tmp
 def test_invalid_arguments_are_rejected(arguments, message):
     with pytest.raises(ValueError, match=message):
         ModelWatchCallback(**arguments)
+
+
+class Updates(TinyTrainer):
+    """Makes three steps with each batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        for _ in range(3):
+            result = super().training_step(batch, batch_idx)
+        return result
+
+
+def test_the_first_of_several_updates_is_logged_when_a_multiple_is_passed(tmp_path):
+    recorder = Recorder()
+    callbacks = [LoggerCallback(), ModelWatchCallback("gradients", 4), recorder]
+    trainer = Updates(tiny_config(tmp_path, callbacks))
+    trainer.fit()
+
+    rows = [row for row in read_jsonl(trainer.run_dir) if "gradient_norm" in row]
+    # First updates of batches are steps 1, 4, 7, …; those that pass a multiple: 4, 10, 13, 16, 22.
+    assert [row["step"] for row in rows] == [6, 12, 15, 18, 24]
+    for row in rows:
+        first = recorder.gradients[row["step"] - 3]
+        assert row["gradient_norm"] == pytest.approx(math.hypot(*first.values()), rel=1e-5)

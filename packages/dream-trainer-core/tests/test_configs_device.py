@@ -135,7 +135,7 @@ def test_two_autos_are_refused() -> None:
 
 
 def test_an_unknown_device_is_refused() -> None:
-    with pytest.raises(ValueError, match='device=\'tpu\': "auto", "cpu" or "cuda" is required'):
+    with pytest.raises(ValueError, match='device=\'tpu\': "auto", "cpu", "cuda", "xpu" or "mps"'):
         DeviceParameters(device="tpu")  # type: ignore[arg-type]
 
 

@@ -49,9 +49,10 @@ class Divisible(TinyTrainer):
         columns = ColwiseParallel(output_layouts=Replicate())
         parallelize_module(self.model, mesh, {"embed": columns, "blocks.*": columns})
 
-    def step(self, optimizer: torch.optim.Optimizer) -> Tensor:
-        norm = super().step(optimizer)
-        self.norms.append(norm)
+    def step(self, optimizer: torch.optim.Optimizer, closure: Any = None) -> Tensor | None:
+        norm = super().step(optimizer, closure)
+        if norm is not None:
+            self.norms.append(norm)
         return norm
 
 
@@ -123,6 +124,7 @@ def trained(
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Final weights by name, and the gradient norm of each step."""
     device = make(device="cpu", **fields)
+    training = {"gradient_clip_val": float("inf"), **training}  # measures
     with tempfile.TemporaryDirectory() as root:
         config = tiny_config(root, device=device, val_steps_per_epoch=0, **training)
         config.num_samples = 16
@@ -187,8 +189,8 @@ def accumulated(
     found: set[bool] = set()
 
     class Accumulates(Divisible):
-        def backward(self, loss: Tensor) -> None:
-            super().backward(loss)
+        def backward(self, loss: Tensor, **options: Any) -> None:
+            super().backward(loss, **options)
             if self.is_accumulating_gradients:
                 found.update(p.grad is not None for p in self.model.parameters())
 
@@ -266,9 +268,9 @@ class Watched(Divisible):
         self.reductions: list[list[torch.dtype]] = []
         self.model.blocks[0].register_forward_hook(self._see)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, **options: Any) -> None:
         with Reductions() as seen:
-            super().backward(loss)
+            super().backward(loss, **options)
         self.reductions.append(seen.dtypes)
 
     def _see(self, module: nn.Module, args: Any, output: Tensor) -> None:

@@ -13,7 +13,7 @@ from recording import Recorder
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from dream_trainer.callbacks import Callback
+from dream_trainer.callbacks import Callback, Every
 from dream_trainer.callbacks.callback import CONTEXTS, HOOKS
 from dream_trainer.testing import TinyTrainer, tiny_config
 from dream_trainer.testing.trainers import TinyModel
@@ -606,18 +606,76 @@ def test_a_training_step_that_returns_nothing_useful_is_refused(tmp_path: Path) 
             Returns(tiny_config(tmp_path)).fit()
 
 
-def test_an_epoch_without_an_optimizer_step_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("calls_backward", "training", "num_batches"),
+    [
+        (False, {}, 1),
+        (False, {"gradient_accumulation_steps": 3}, 3),
+        (True, {"gradient_accumulation_steps": 3}, 3),
+        (False, {"warm_up_batches": 2}, 3),
+        (True, {}, 8),  # maybe a rule of the user's own: warned of, and refused after an epoch
+    ],
+)
+def test_a_run_without_a_step_is_refused_after_its_first_group(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    calls_backward: bool,
+    training: dict[str, Any],
+    num_batches: int,
+) -> None:
     class Forgets(TinyTrainer):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
-            x, y = batch
-            loss = nn.functional.mse_loss(self.model(x), y)
-            self.backward(loss)
+            loss = nn.functional.mse_loss(self.model(batch[0]), batch[1])
+            if calls_backward:
+                self.backward(loss)
             return loss
 
     with pytest.raises(
-        RuntimeError, match=r"8 batches ended without an optimizer step.*self\.step"
+        RuntimeError, match=rf"no optimizer step after batch {num_batches};.*self\.step"
     ):
-        Forgets(tiny_config(tmp_path)).fit()
+        Forgets(tiny_config(tmp_path, **training)).fit()
+    assert ("batch 1 ended without self.step" in caplog.text) is (num_batches == 8)
+
+
+def test_batches_that_only_collect_data_can_be_declared(tmp_path: Path) -> None:
+    class Replays(TinyTrainer):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) if self.local_batches >= 10 else {}
+
+    trainer = Replays(tiny_config(tmp_path, n_epochs=2, warm_up_batches=10))
+    trainer.fit()
+
+    assert (trainer.global_step, trainer.local_batches) == (6, 16)
+
+
+def test_each_step_of_a_batch_is_counted(tmp_path: Path) -> None:
+    validated, saved = [], []
+
+    class Notes(Callback[TinyTrainer]):
+        def post_train_step(self, result: dict[str, Any], batch_idx: int) -> None:
+            if cadence.due(self.trainer.global_step):
+                saved.append(self.trainer.global_step)
+
+        def post_validation_epoch(self, result: dict[str, Any]) -> None:
+            validated.append(self.trainer.global_step)
+
+    class Updates(TinyTrainer):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            for _ in range(12):
+                result = super().training_step(batch, batch_idx)
+            return result
+
+        def configure_schedulers(self) -> None:
+            self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=1)
+
+    cadence = Every(steps=10).start()
+    config = tiny_config(tmp_path, [Notes()], max_steps=40, val_every_n_steps=15)
+    trainer = Updates(config)
+    trainer.fit()
+
+    assert trainer.global_step == trainer.scheduler.last_epoch == 48
+    assert validated == [24, 36, 48]
+    assert saved == [12, 24, 36, 48]
 
 
 def test_a_trainer_without_a_validation_step_says_so_when_there_is_a_validation_loader(

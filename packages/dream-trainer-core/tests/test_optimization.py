@@ -14,7 +14,7 @@ from dream_trainer.callbacks import Callback
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
 from dream_trainer.world import World
-from dream_trainer.world.gradient_clipping import clip_gradients, clip_sharded_gradients
+from dream_trainer.world.gradient_clipping import clip_norm, clip_value, gradients_of, total_norm
 
 
 def parameters(*gradients: list[float] | None) -> list[nn.Parameter]:
@@ -26,45 +26,76 @@ def parameters(*gradients: list[float] | None) -> list[nn.Parameter]:
     return made
 
 
+def clipped(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+    gradients = gradients_of(parameters)
+    norm = total_norm(gradients)
+    clip_norm(gradients, max_norm, norm)
+    return norm
+
+
 def test_the_norm_is_over_all_gradients() -> None:
-    assert clip_gradients(parameters([3.0], None, [0.0, 4.0])).item() == 5.0
+    assert total_norm(gradients_of(parameters([3.0], None, [0.0, 4.0]))).item() == 5.0
 
 
 def test_clipping_scales_all_gradients_equally() -> None:
-    clipped = parameters([3.0], [4.0])
-    norm = clip_gradients(clipped, max_norm=1.0)
+    pair = parameters([3.0], [4.0])
 
-    assert norm.item() == 5.0
-    assert clip_gradients(clipped).item() == pytest.approx(1.0, abs=1e-5)
+    assert clipped(pair, 1.0).item() == 5.0
+    assert total_norm(gradients_of(pair)).item() == pytest.approx(1.0, abs=1e-5)
 
 
-def clipped_on_a_mesh() -> tuple[float, list[list[float]]]:
-    """Norm of a sharded and of a partial gradient; both gradients after clipping."""
+def test_clipping_equals_torchs_bit_for_bit() -> None:
+    ours, torchs = (parameters([0.3, 0.7], [1.1, -2.0, 0.1]) for _ in range(2))
+
+    assert clipped(ours, 0.5) == torch.nn.utils.clip_grad_norm_(torchs, 0.5)
+    for mine, expected in zip(ours, torchs, strict=True):
+        assert torch.equal(mine.grad, expected.grad)  # type: ignore[arg-type]
+
+
+def clipped_on_a_mesh() -> tuple[float, list[list[float]], list[list[float]]]:
+    """Norm of a sharded and of a partial gradient; both after clipping the norm, and the value."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
     World(DeviceParameters(device="cpu")).launch()
     mesh = init_device_mesh("cpu", (2,))
-    sharded = nn.Parameter(distribute_tensor(torch.zeros(2), mesh, [Shard(0)]))
-    sharded.grad = distribute_tensor(torch.tensor([0.0, 3.0]), mesh, [Shard(0)])
-    replicated = nn.Parameter(distribute_tensor(torch.zeros(2), mesh, [Replicate()]))
-    replicated.grad = DTensor.from_local(torch.tensor([2.0, 0.0]), mesh, [Partial()])
-    norm = clip_sharded_gradients([sharded, replicated], max_norm=0.5)
-    return norm.item(), [p.grad.full_tensor().tolist() for p in (sharded, replicated)]
+
+    def pair() -> list[nn.Parameter]:
+        sharded = nn.Parameter(distribute_tensor(torch.zeros(2), mesh, [Shard(0)]))
+        sharded.grad = distribute_tensor(torch.tensor([0.0, 3.0]), mesh, [Shard(0)])
+        replicated = nn.Parameter(distribute_tensor(torch.zeros(2), mesh, [Replicate()]))
+        replicated.grad = DTensor.from_local(torch.tensor([2.0, 0.0]), mesh, [Partial()])
+        return [sharded, replicated]
+
+    by_norm, by_value = pair(), pair()
+    norm = clipped(by_norm, 0.5)
+    clip_value(by_value, 2.5)
+    return norm.item(), *(
+        [p.grad.full_tensor().tolist() for p in each] for each in (by_norm, by_value)
+    )
 
 
 def test_partial_gradients_are_clipped() -> None:
-    for norm, clipped in run_on_ranks(clipped_on_a_mesh, 2):
+    for norm, by_norm, by_value in run_on_ranks(clipped_on_a_mesh, 2):
         assert norm == 5.0
-        assert clipped == [pytest.approx([0.0, 0.3]), pytest.approx([0.4, 0.0])]
+        assert by_norm == [pytest.approx([0.0, 0.3]), pytest.approx([0.4, 0.0])]
+        assert by_value == [[0.0, 2.5], [2.5, 0.0]]
 
 
 def test_a_zero_norm_is_legal() -> None:
-    assert clip_gradients(parameters([0.0, 0.0]), max_norm=1.0).item() == 0.0
+    assert clipped(parameters([0.0, 0.0]), 1.0).item() == 0.0
+    assert clipped(parameters(None), 1.0).item() == 0.0
 
 
-def test_no_gradient_at_all_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"call self\.backward\(loss\) before self\.step"):
-        clip_gradients(parameters(None))
+def test_sparse_gradients_are_clipped() -> None:
+    table = nn.Parameter(torch.zeros(5, 2))
+    for _ in range(2):  # their sum isn't coalesced
+        nn.functional.embedding(torch.tensor([1, 1, 3]), table, sparse=True).sum().backward()
+    dense = table.grad.to_dense()  # type: ignore[union-attr]
+
+    assert clipped([table], 1.0) == pytest.approx(dense.norm().item())
+    torch.testing.assert_close(table.grad.to_dense(), dense / dense.norm())  # type: ignore[union-attr]
+    clip_value([table], 0.1)
+    assert table.grad.to_dense().max().item() == pytest.approx(0.1)  # type: ignore[union-attr]
 
 
 def test_step_returns_the_norm_before_clipping(tmp_path: Path) -> None:

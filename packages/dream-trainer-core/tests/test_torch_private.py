@@ -105,6 +105,44 @@ def test_fsdp_tells_whether_it_is_in_a_forward() -> None:
     assert run_on_ranks(states_of_fsdp, 2) == [[False, True, False]] * 2
 
 
+def unreduced_gradients() -> tuple[list[bool], list[str]]:
+    """Whether FSDP holds gradients, before and after they are dropped; names of parameters."""
+    from torch.distributed.fsdp import fully_shard
+
+    World(DeviceParameters(device="cpu")).launch()
+    mesh = init_device_mesh("cpu", (2,))
+    model = nn.Sequential(nn.Linear(1, 2))
+    fully_shard(model, mesh=mesh)
+    model.set_requires_gradient_sync(False)  # type: ignore[operator]  # of FSDP
+    model(torch.ones(1, 1)).sum().backward()
+    found = [torch_private.has_unsharded_gradients(model)]
+    torch_private.drop_unsharded_gradients(model)
+    found.append(torch_private.has_unsharded_gradients(model))
+    torch_private.reshard(model)
+    wrapped = torch.compile(nn.Sequential(nn.Linear(1, 1)), backend="eager")
+    return found, [n for n, _ in torch_private.named_parameters(wrapped)]  # type: ignore[arg-type]  # a module
+
+
+def test_what_parallel_modules_hold_is_found() -> None:
+    for found in run_on_ranks(unreduced_gradients, 2):
+        assert found == ([True, False], ["0.weight", "0.bias"])
+
+
+def test_tensors_are_changed_in_one_operation() -> None:
+    tensors, overflow = [torch.tensor([2.0, -3.0])], torch.zeros(())
+    torch_private.multiply(tensors, torch.tensor(2.0))
+    torch_private.clamp(tensors, 5.0)
+    torch_private.unscale(tensors, overflow, torch.tensor(0.5))
+
+    assert tensors[0].tolist() == [2.0, -2.5]
+    assert not overflow
+    tensors[0][0] = float("inf")
+    torch_private.unscale(tensors, overflow, torch.tensor(0.5))
+    scale, tracker = torch.tensor(8.0), torch.zeros((), dtype=torch.int32)
+    torch_private.update_scale(scale, tracker, overflow, 2.0, 0.5, 2000)
+    assert (overflow.item(), scale.item()) == (1.0, 4.0)
+
+
 def test_checkpoint_activations_recomputes_forward_and_keeps_names() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     names = [name for name, _ in model.named_parameters()]

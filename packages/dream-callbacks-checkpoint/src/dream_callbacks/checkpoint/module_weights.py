@@ -23,6 +23,7 @@ from dream_callbacks.checkpoint.errors import CheckpointError, DamagedCheckpoint
 from dream_callbacks.checkpoint.format.state_codec import decode, tensor_names
 from dream_callbacks.checkpoint.format.tensor_index import StoredTensor
 from dream_callbacks.checkpoint.io.filesystem import below
+from dream_callbacks.checkpoint.load_target import as_dict
 from dream_callbacks.checkpoint.module_fit import (
     Weight,
     check_fit,
@@ -32,7 +33,7 @@ from dream_callbacks.checkpoint.module_fit import (
     matching_values,
     tensor_name,
 )
-from dream_callbacks.checkpoint.restore import SavedState, as_dict
+from dream_callbacks.checkpoint.restore import SavedState
 from dream_callbacks.checkpoint.retention import Choice, ResumeMode, recorded_choice
 from dream_callbacks.checkpoint.weights import PartialLoad
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,26 +11,24 @@ import torch
 from torch import Tensor
 
 from dream_callbacks.checkpoint.catalog import Checkpoint
-from dream_callbacks.checkpoint.errors import (
-    MAX_NAMES,
-    CheckpointError,
-    DamagedCheckpointError,
-    listed,
-)
+from dream_callbacks.checkpoint.errors import MAX_NAMES, CheckpointError
 from dream_callbacks.checkpoint.format import file_names
 from dream_callbacks.checkpoint.format.manifest import parsed_json
-from dream_callbacks.checkpoint.format.state_codec import EncodedState, decode, encode, tensor_names
+from dream_callbacks.checkpoint.format.state_codec import decode, encode
 from dream_callbacks.checkpoint.format.tensor_index import TensorIndex
 from dream_callbacks.checkpoint.io.filesystem import Filesystem
+from dream_callbacks.checkpoint.load_target import (
+    fitting,
+    matched,
+    optimizer_tensors,
+    own_tensors,
+)
 from dream_trainer.world import Coordination
 
 if TYPE_CHECKING:
     from dream_trainer.trainer import BaseTrainer
 
 logger = logging.getLogger(__name__)
-
-_IN_PLACE = ("models", "optimizers")
-"""Sections whose tensors are loaded in place."""
 
 
 class SavedState:
@@ -100,8 +98,8 @@ def load_into(
     has_stepped = any(o["param_groups"] for o in saved.shared["optimizers"].values())
     target = ranks.each(lambda: trainer.state_dict(as_target=has_stepped))
     live = encode(target, ranks.rank)
-    appearing = _appearing(saved, live)
-    wanted, differences = _matched(saved, live, appearing)
+    wanted, differences = matched(saved, live)
+    appearing = optimizer_tensors(saved, live)
     if differences and strict:
         raise CheckpointError(
             f"{checkpoint.name} doesn't fit the trainer:\n" + "\n".join(differences) + "\nUse the "
@@ -113,12 +111,12 @@ def load_into(
             "strict_load=False, and %s doesn't fit the trainer:\n%s",
             checkpoint.name, "\n".join(differences),
         )  # fmt: skip
-    own = _own_tensors(saved, local, live.tensors)
+    own = own_tensors(saved, local, live.tensors)
     ranks.each_without_timeout(lambda: saved.read({**wanted, **appearing, **own}))
     tensors = {**live.tensors, **appearing, **own}
     shared = saved.shared
     if differences:
-        shared = {**shared, **{k: _overlaid(live.shared[k], shared[k]) for k in _IN_PLACE}}
+        shared = {**shared, **fitting(saved, live)}
     state: dict[str, Any] = ranks.each(lambda: decode(shared, tensors, local))
     if not source.is_same:
         ranks.each(lambda: _reshard_data(state, saved, source, trainer, ranks))
@@ -126,122 +124,6 @@ def load_into(
         counters = state["trainer"]["counters"]
         ranks.each(lambda: _refuse_other_data(checkpoint.manifest, counters, trainer))
     ranks.each(lambda: trainer.load_state_dict(state, strict=strict, resume_data=resume_data))
-
-
-def _matched(
-    saved: SavedState, live: EncodedState, appearing: Collection[str]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Live tensors to load in place, and the differences."""
-    not_there_yet = set(_without_state(saved, live))
-    here = {
-        name: tensor
-        for name, tensor in live.tensors.items()
-        if name.split(".", 1)[0] in _IN_PLACE and name not in not_there_yet
-    }
-    there = {n for section in _IN_PLACE for n in tensor_names(saved.shared[section])}
-    there -= set(appearing)
-    index = saved.index
-    wrong_shape = [n for n in here if n in there and index[n].shape != here[n].shape]
-    wrong_dtype = [n for n in here if n in there and index[n].dtype != here[n].dtype]
-    differences = [
-        *listed("only in the checkpoint", sorted(there - set(here))),
-        *listed("only in the trainer", sorted(set(here) - there)),
-        *listed(
-            "of another shape",
-            [f"{n} {list(index[n].shape)} → {list(here[n].shape)}" for n in wrong_shape],
-        ),
-        *listed(
-            "of another dtype", [f"{n} {index[n].dtype} → {here[n].dtype}" for n in wrong_dtype]
-        ),
-    ]
-    loadable = {n: t for n, t in here.items() if n in there and n not in set(wrong_shape)}
-    return loadable, differences
-
-
-def _without_state(saved: SavedState, live: EncodedState) -> Iterator[str]:
-    """Optimizer tensors that torch initialized for the target and that were not saved.
-
-    An optimizer has no state before its first step, nor for parameters without a gradient.
-    """
-    for name, optimizer in saved.shared["optimizers"].items():
-        here = live.shared["optimizers"].get(name, {"state": {}})["state"]
-        members = {fqn for group in optimizer["param_groups"] for fqn in group["params"]}
-        for fqn, state in here.items():
-            if fqn not in optimizer["state"] and (fqn in members or not members):
-                yield from tensor_names(state)
-
-
-def _appearing(saved: SavedState, live: EncodedState) -> dict[str, Tensor]:
-    """New tensors for optimizer state that is only created during training.
-
-    A tensor of its parameter's shape is sharded like the parameter; others are replicated.
-    """
-    fresh: dict[str, Tensor] = {}
-    for name, optimizer in saved.shared["optimizers"].items():
-        here = live.shared["optimizers"].get(name, {"state": {}})["state"]
-        for fqn, state in optimizer["state"].items():
-            parameter = _parameter(fqn, live)
-            if fqn not in here or parameter is None:
-                continue
-            for key in tensor_names(state):
-                if key not in live.tensors:
-                    stored = saved.index[key]
-                    fits = stored.shape == parameter.shape
-                    fresh[key] = (
-                        torch.empty_like(parameter, dtype=stored.dtype)
-                        if fits
-                        else saved.new_tensor(key)
-                    )
-    return fresh
-
-
-def _parameter(fqn: str, live: EncodedState) -> Tensor | None:
-    """Live parameter of a name in an optimizer; `models.<fqn>` first, then each model."""
-    names = [f"models.{fqn}", *(f"models.{model}.{fqn}" for model in live.shared["models"])]
-    return next((live.tensors[name] for name in names if name in live.tensors), None)
-
-
-def _own_tensors(
-    saved: SavedState, local: Mapping[str, Any], live: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """New tensors for everything except models and optimizers.
-
-    They are sharded like a live tensor of the same name and shape, otherwise unsharded.
-    """
-    sections = [part for key, part in saved.shared.items() if key not in _IN_PLACE]
-    names = {name for part in [*sections, dict(local)] for name in tensor_names(part)}
-    fresh = {}
-    for name in names:
-        like = live.get(name)
-        fits = like is not None and like.shape == saved.index[name].shape
-        fresh[name] = torch.empty_like(like) if fits else saved.new_tensor(name)  # type: ignore[arg-type]
-    return fresh
-
-
-def _overlaid(live: Any, saved: Any) -> Any:
-    """Saved values where keys match, live values elsewhere."""
-    live, saved = as_dict(live), as_dict(saved)
-    if not isinstance(live, dict) or not isinstance(saved, dict):
-        return saved
-    if "$tensor" in live or any(key.startswith("$") for key in (*live, *saved)):
-        return live
-    if "param_groups" in live and _members(live) != _members(saved):
-        saved = {key: value for key, value in saved.items() if key != "param_groups"}
-    return {k: _overlaid(value, saved[k]) if k in saved else value for k, value in live.items()}
-
-
-def as_dict(document: Any) -> Any:
-    """A dict of `state.json` without its tag; another value as it is."""
-    if isinstance(document, dict) and "$ordered_dict" in document:
-        try:
-            return dict(document["$ordered_dict"])
-        except (TypeError, ValueError) as error:
-            raise DamagedCheckpointError(f"{file_names.STATE}: {error!r:.200}") from error
-    return document
-
-
-def _members(optimizer: Mapping[str, Any]) -> list[Any]:
-    return [group.get("params") for group in optimizer["param_groups"]]
 
 
 def _reshard_data(

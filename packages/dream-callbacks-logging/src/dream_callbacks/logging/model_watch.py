@@ -31,7 +31,7 @@ class ModelWatchCallback(Callback[LoggerMixin]):
 
     Args:
         log: "gradients", "parameters" or "all".
-        log_freq: Log every n optimizer steps.
+        log_freq: Log every n optimizer steps. Of several updates in a batch, the first one.
         histograms: False logs norms only.
 
     Raises:
@@ -51,6 +51,8 @@ class ModelWatchCallback(Callback[LoggerMixin]):
 
     def pre_fit(self) -> None:
         self._pending = []
+        self._cadence = self._every.start(self.trainer.global_step)
+        self._step = -1
 
     def pre_optimizer_step(self, model: nn.Module, optimizer: Optimizer) -> None:
         if self.log != "parameters" and self._is_due():
@@ -72,7 +74,10 @@ class ModelWatchCallback(Callback[LoggerMixin]):
                     self._log_histograms(kind, names, stats)
 
     def _is_due(self) -> bool:
-        return self._every.due(self.trainer.global_step + 1)  # global_step advances after the step
+        step = self.trainer.global_step + 1  # it advances after the batch
+        if step != self._step:
+            self._step, self._step_is_due = step, self._cadence.due(step)
+        return self._step_is_due
 
     def _parameters(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """The optimizer's parameters by model and name."""
@@ -86,11 +91,12 @@ class ModelWatchCallback(Callback[LoggerMixin]):
         }
 
     def _record(self, kind: str, tensors: dict[str, Tensor | None]) -> None:
-        if tensors:
+        names = list(tensors)
+        if names and not any(each[:2] == (kind, names) for each in self._pending):
             stats = tensor_stats(
                 list(tensors.values()), self.trainer.world, with_histograms=self.histograms
             )
-            self._pending.append((kind, list(tensors), stats))
+            self._pending.append((kind, names, stats))
 
     def _log_norms(self, pending: list[_Pending]) -> None:
         norms: dict[str, float] = {}

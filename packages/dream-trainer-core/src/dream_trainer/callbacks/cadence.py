@@ -40,7 +40,8 @@ class Every:
         """Whether `step` is a multiple of `steps`.
 
         Only for a cadence in steps, and to be called once per step: with gradient accumulation
-        several batches have the same step. `start` gives a Cadence that keeps count.
+        several batches have the same step, and with several updates in a batch steps are passed
+        over. `start` gives a Cadence that keeps count, and is due when a multiple is passed.
 
         Raises:
             ValueError: If this cadence isn't in steps alone.

@@ -24,8 +24,8 @@ The whole loop with every hook::
             result = training_step(batch, batch_idx)
               backward(loss)
               if not is_accumulating_gradients:
-                step(optimizer):
-                  clip gradients
+                step(optimizer):                # with a closure: clipped in optimizer.step()
+                  clip gradients, if gradient_clip_val or clip_gradients(model)
                   pre_optimizer_step(model, optimizer)        [each step, each optimizer]
                   optimizer.step()
                   post_optimizer_step(model, optimizer)       [each step, each optimizer]
@@ -33,7 +33,8 @@ The whole loop with every hook::
                   optimizer.zero_grad()
                   post_optimizer_zero_grad(model, optimizer)  [each step, each optimizer]
                   scheduler.step()                            [with interval="step"]
-          # the counters advance: batches each time, global_step with the last of a group
+          # the counters advance: batches each time, global_step with the last of a group, by the
+          # largest number of steps of one optimizer
           post_train_step(result, batch_idx)                  [each batch]
           if the ranks have agreed to stop: leave             [after the last batch of a step]
           if val_every_n_steps are done: a validation run
@@ -169,7 +170,7 @@ class Callback(Generic[TrainerT]):
         return contextlib.nullcontext()
 
     def pre_optimizer_step(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Before each `optimizer.step()`, with gradients clipped."""
+        """Before each `optimizer.step()`, with gradients clipped; with a closure, before those."""
 
     def post_optimizer_step(self, model: nn.Module, optimizer: Optimizer) -> None:
         """After each `optimizer.step()`, before gradients are zeroed."""

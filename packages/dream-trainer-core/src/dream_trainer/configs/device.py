@@ -88,9 +88,9 @@ class DeviceParameters(CheckedFields):
         pipeline_parallel: Stages of consecutive layers. The mesh has this axis, but the trainer
             raises for more than one stage.
         param_dtype: Gather parameters in this dtype (FSDP). Default: the model's dtype.
-        autocast_dtype: Run steps inside torch.autocast with this dtype, in every layout.
-            Default: `param_dtype`. torch.float32: no autocast; FSDP then casts inputs of modules to
-            `param_dtype`, and outputs and losses have it.
+        autocast_dtype: Run steps inside torch.autocast with this dtype, in every layout; float16
+            with a loss scale. Default: `param_dtype`. torch.float32: no autocast; FSDP then casts
+            inputs of modules to `param_dtype`, and outputs and losses have it.
         reduce_dtype: Reduce gradients in this dtype (FSDP). Default: `param_dtype`.
         cpu_offload: Keep sharded parameters, gradients and optimizer state in host memory (FSDP);
             buffers stay on the device.

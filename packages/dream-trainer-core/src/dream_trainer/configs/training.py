@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from dream_trainer.configs.checked_fields import CheckedFields
 
@@ -31,7 +32,12 @@ class TrainingParameters(CheckedFields):
         num_sanity_val_steps: Batches of each validation set to try before the first epoch. Their
             result is dropped, without a call of the epoch hooks, and random number generators are
             restored.
-        gradient_clip_val: Largest L2 norm of all gradients. Default: no clipping.
+        gradient_clip_val: Largest L2 norm of the gradients of a model; of all models together that
+            share an optimizer. `float("inf")` measures the norm without clipping. Default: neither.
+        gradient_clip_algorithm: "norm" scales all gradients alike; "value" clamps each element to
+            [-gradient_clip_val, gradient_clip_val].
+        warm_up_batches: Batches at the beginning of the run that may end without an optimizer step,
+            such as those that fill a replay buffer. Default: none.
 
     Raises:
         ValueError: If a number is out of range or two of them contradict each other.
@@ -46,6 +52,8 @@ class TrainingParameters(CheckedFields):
     val_every_n_steps: int | None = None
     num_sanity_val_steps: int = 0
     gradient_clip_val: float | None = None
+    gradient_clip_algorithm: Literal["norm", "value"] = "norm"
+    warm_up_batches: int = 0
 
     def __post_init__(self) -> None:
         self.validate()
@@ -62,9 +70,17 @@ class TrainingParameters(CheckedFields):
             "val_steps_per_epoch": 0,
             "n_epochs": 0,
             "max_steps": 0,
+            "warm_up_batches": 0,
         }
+        if self.gradient_clip_algorithm not in ("norm", "value"):
+            raise ValueError(
+                f'gradient_clip_algorithm={self.gradient_clip_algorithm!r}: "norm" or "value" is '
+                "required"
+            )
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name == "gradient_clip_algorithm":
+                continue
             if field.name in ("max_time", "gradient_clip_val"):
                 self._check_positive_number(field.name, value)
             elif value is not None or field.default is not None:

@@ -12,26 +12,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from dream_trainer.interface.trainer import AbstractTrainer, Call, Counters
+from dream_trainer.interface.trainer import Call, Counters
 from dream_trainer.interface.weights_source import CheckpointChoice
 from dream_trainer.trainer import evaluation, loop, state
 from dream_trainer.trainer.batches import BatchStream
 from dream_trainer.trainer.class_checks import check_definition
 from dream_trainer.trainer.config import BaseTrainerConfig
 from dream_trainer.trainer.device_transfer import moved_to
-from dream_trainer.trainer.epoch_schedules import EpochSchedules, schedulers_by_step
+from dream_trainer.trainer.epoch_schedules import EpochSchedules
 from dream_trainer.trainer.evaluation_sets import EvaluationSet, evaluation_sets
+from dream_trainer.trainer.gradient_steps import GradientSteps
 from dream_trainer.trainer.guarded_names import GuardedNames
 from dream_trainer.trainer.loader_watch import LoaderWatch
-from dream_trainer.trainer.optimization import Optimization
 from dream_trainer.trainer.predictions import default_prediction
 from dream_trainer.trainer.replicas import broadcast_buffers, refuse_different_replicas
 from dream_trainer.trainer.results import EpochMeans
 from dream_trainer.trainer.samples import SampleCounter
 from dream_trainer.trainer.validation import EvaluationRun, validation_run
-from dream_trainer.world import torch_private
 from dream_trainer.world.determinism import RandomStream
 from dream_trainer.world.replica_gradients import ReplicaGradients
 from dream_trainer.world.requests import Requests, Tick
@@ -40,7 +38,7 @@ from dream_trainer.world.world import World
 logger = logging.getLogger(__name__)
 
 
-class BaseTrainer(AbstractTrainer, GuardedNames):
+class BaseTrainer(GradientSteps, GuardedNames):
     """The loop, around a `training_step` that stays plain PyTorch.
 
     Combine it with SetupMixin, as DreamTrainer does, or with your own setup.
@@ -59,7 +57,6 @@ class BaseTrainer(AbstractTrainer, GuardedNames):
     """
 
     config: BaseTrainerConfig
-    optimization: Optimization
     epoch_schedules: EpochSchedules
     train_batches: BatchStream
     validation_sets: tuple[EvaluationSet, ...] = ()
@@ -88,6 +85,7 @@ class BaseTrainer(AbstractTrainer, GuardedNames):
         self.loader_watch = LoaderWatch(self.world.rank)
         self._sample_counter = SampleCounter(type(self).__name__, warns=self.world.is_global_zero)
         self.first_step_done = False
+        self.warned_of_no_step = False
         self.moves_batches = (
             self.world.device.type != "cpu" or type(self).move_batch is not BaseTrainer.move_batch
         )
@@ -180,41 +178,6 @@ class BaseTrainer(AbstractTrainer, GuardedNames):
             with a value of any kind for each sample.
         """
         return default_prediction(self, batch)
-
-    # What training_step calls
-
-    def backward(self, loss: Tensor) -> None:
-        """`loss.backward()`, scaled so that the gradients of a step's batches sum to their mean.
-
-        Runs outside of the loop's autocast. Collective with the last batch of a step.
-
-        Args:
-            loss: Scalar `()`.
-        """
-        replicas = () if self.optimization.is_accumulating else self.replica_gradients
-        for each in replicas:
-            each.prepare()
-        self.optimization.backward(loss)
-        for each in replicas:
-            each.finish()
-
-    def step(self, optimizer: Optimizer) -> Tensor:
-        """Clip, step, zero the gradients, step the schedulers. No host synchronization.
-
-        Runs outside of autocast; a forward after it, in the same `training_step`, uses the new
-        weights.
-
-        Call it only on the last batch of a step: `if not self.is_accumulating_gradients`.
-        Collective where parameters are sharded.
-
-        Returns:
-            Norm of the gradients before clipping, scalar `()`, equal on all ranks.
-        """
-        return self._optimizer_step(optimizer, self.callbacks)
-
-    @property
-    def is_accumulating_gradients(self) -> bool:
-        return self.optimization.is_accumulating
 
     # What a callback calls that saves weights
 
@@ -408,21 +371,8 @@ class BaseTrainer(AbstractTrainer, GuardedNames):
                 # A copy of each gathered parameter would stay until the end of the step.
                 cache_enabled=not self.world.shape.uses_fsdp,
             )
-        self.optimization = Optimization(
-            self.named_models(),
-            {optimizer: self.model_of(optimizer) for optimizer in self.named_optimizers().values()},
-            schedulers_by_step(self.named_schedules().values()),
-            self.training_parameters.gradient_clip_val,
-            device_type=self.world.device.type,
-            autocasts=self.precision_context is not None,
-            is_distributed=self.world.is_distributed,
-            reduces_every_batch=self.config.device_parameters.reduce_every_batch,
-        )
+        self.build_optimization()
         self.epoch_schedules = EpochSchedules(self.named_schedules(), self.world)
-        self._optimizer_step = self.optimization.step
-        if torch_private.is_compiled(self.training_step):
-            # Else the optimizer and the hooks are compiled with it.
-            self._optimizer_step = torch.compiler.disable(self.optimization.step)
         if self.world.is_distributed and self.seed is not None:
             self.world.seed_parts(self.seed)  # dropout differs between parts of the data
 

@@ -31,6 +31,7 @@ OPTIONAL = (
     "model_state_dict",
     "move_batch",
     "num_samples",
+    "clip_gradients",
 )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dream_trainer.interface.weights_source import CheckpointChoice, WeightsSource
+from dream_trainer.trainer import optimizer_modes
 from dream_trainer.trainer.evaluation_sets import evaluation_sets
 from dream_trainer.trainer.loop import failing_cleanly
 from dream_trainer.trainer.predictions import Predictions
@@ -146,6 +147,7 @@ def _weights_of(trainer: BaseTrainer, checkpoint: CheckpointChoice | None) -> It
     if checkpoint is None:
         yield
         return
+    optimizer_modes.refuse_other_weights(trainer.named_optimizers().values())
     source = next((c for c in trainer.callbacks if isinstance(c, WeightsSource)), None)
     if source is None:
         raise RuntimeError(

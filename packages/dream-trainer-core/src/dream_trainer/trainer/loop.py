@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from dream_trainer.trainer import optimizer_modes
 from dream_trainer.trainer.consistency import agree_on_models, agree_on_plan
 from dream_trainer.trainer.divergence import refuse_divergence
 from dream_trainer.trainer.results import with_metrics
@@ -204,18 +205,16 @@ def _train_epoch(trainer: BaseTrainer) -> bool:
         if counters.global_step >= step_limit and counters.epoch_batches < num_batches:
             return False
     batches.finish_epoch()
-    if counters.global_step == steps_before:
-        raise RuntimeError(
-            f"an epoch of {num_batches} batches ended without an optimizer step; call "
-            "self.step(optimizer) in training_step, after self.backward(loss)"
-        )
+    is_warm = counters.local_batches > trainer.training_parameters.warm_up_batches
+    if is_warm and counters.global_step == steps_before:
+        raise _no_step(num_batches)
     return True
 
 
 def train_step(trainer: BaseTrainer, batch: Any) -> None:
     """Run one batch: move it, hooks, the user's step, counters."""
     callbacks, counters, optimization = trainer.callbacks, trainer.counters, trainer.optimization
-    batch_idx, steps_before = counters.epoch_batches, optimization.num_steps
+    batch_idx = counters.epoch_batches
     if trainer.moves_batches:
         batch = trainer.move_batch(batch)
     batch = callbacks.pre_train_step(batch, batch_idx)
@@ -233,9 +232,11 @@ def train_step(trainer: BaseTrainer, batch: Any) -> None:
         raise
     counters.epoch_batches = batch_idx + 1
     counters.local_batches += 1
-    if optimization.num_steps != steps_before:
-        counters.global_step += 1
     if not optimization.is_accumulating:
+        if optimization.num_steps:
+            counters.global_step += optimization.num_steps
+        else:
+            optimization.end_group()
         trainer.receive_requests()
     callbacks.post_train_step(result, batch_idx)
 
@@ -244,15 +245,50 @@ def _finish_step(trainer: BaseTrainer) -> None:
     """After the batches of an optimizer step: send requests, validate if due."""
     trainer.send_requests("train")
     if not trainer.first_step_done:
-        trainer.first_step_done = True
-        trainer.world.tighten_timeouts()
-        trainer.synchronize_replicas()
+        _look_for_first_step(trainer)
     if trainer.training_parameters.val_every_n_steps is not None and trainer.stop_reason is None:
         validate_if_due(trainer)
 
 
+_LONGEST_ACCUMULATION = 1000
+"""Batches after which a run that only accumulates gradients is taken to have forgotten the step."""
+
+
+def _look_for_first_step(trainer: BaseTrainer) -> None:
+    """Warn or raise if `training_step` seems never to step."""
+    counters, optimization = trainer.counters, trainer.optimization
+    if counters.global_step:
+        trainer.first_step_done = True
+        trainer.world.tighten_timeouts()
+        trainer.synchronize_replicas()
+        optimization.warn_of_ownerless(after_step=True)
+        return
+    num_batches = counters.local_batches
+    num_late = num_batches - trainer.training_parameters.warm_up_batches
+    if num_late <= 0 or optimization.has_skipped:
+        return
+    if num_late > _LONGEST_ACCUMULATION or not optimization.has_gradients():
+        raise _no_step(num_batches)
+    if not trainer.warned_of_no_step and trainer.world.is_global_zero:
+        trainer.warned_of_no_step = True
+        logger.warning(
+            "batch %d ended without self.step(optimizer): gradients accumulate until it is called",
+            num_batches,
+        )
+
+
+def _no_step(num_batches: int) -> RuntimeError:
+    return RuntimeError(
+        f"no optimizer step after batch {num_batches}; in training_step, call "
+        "self.backward(loss) and self.step(optimizer), or self.step(optimizer, closure): an "
+        "optimizer.step() of your own isn't seen. If the first batches only collect data, set "
+        "TrainingParameters(warm_up_batches=…)"
+    )
+
+
 def _set_train_mode(trainer: BaseTrainer) -> None:
-    """Put the models of all optimizers into train mode."""
+    """Put all optimizers and their models into train mode."""
+    optimizer_modes.train(trainer.named_optimizers().values())
     for optimizer in trainer.named_optimizers().values():
         model = trainer.model_of(optimizer)
         if not model.training:

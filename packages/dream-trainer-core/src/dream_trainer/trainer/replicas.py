@@ -50,13 +50,17 @@ def refuse_different_replicas(models: Mapping[str, nn.Module], world: World, whe
         (f"{model_name}.{name}", parameter)
         for model_name, model in models.items()
         for name, parameter in model.named_parameters()
+        if type(_local(parameter)) is Tensor  # a quantized one has no bits to look at
     ]
-    digests = [_digest(_local(tensor)).to(world.device) for _, tensor in tensors]
+    digests: dict[int, Tensor] = {}
     first = _NONE
     for axis, size in zip(AXES, world.shape.sizes, strict=True):
         compared = [i for i, (_, each) in enumerate(tensors) if size > 1 and _is_copied(each, axis)]
         if not compared:
             continue
+        for i in compared:
+            if i not in digests:
+                digests[i] = _digest(_local(tensors[i][1])).to(world.device)
         mine = torch.stack([digests[i] for i in compared])
         extremes = torch.stack([mine, ~mine])  # the largest; the complement of the smallest
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=world.get_mesh(axis).get_group())
@@ -92,7 +96,7 @@ def broadcast_buffers(models: Iterable[nn.Module], world: World) -> None:
     axes = [axis for axis in _BATCH_AXES if getattr(world.shape, axis) > 1]
     by_kind: dict[Any, list[Tensor]] = {}
     for buffer in (each for model in models for each in model.buffers()):
-        if not _is_dtensor(buffer):
+        if type(buffer) is Tensor:
             by_kind.setdefault((buffer.dtype, buffer.device), []).append(buffer)
     for buffers in by_kind.values():
         flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
@@ -107,12 +111,6 @@ def _local(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
 
 
 def _is_copied(tensor: Tensor, axis: str) -> bool:

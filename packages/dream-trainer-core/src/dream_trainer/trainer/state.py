@@ -15,7 +15,9 @@
 Tensors of models and optimizers aren't copied; they are sharded where the model is. Values that
 differ per rank (`random_state`, `epoch_means`, `train_metrics`, `dataloaders`) are wrapped in
 RankLocal. `train_metrics`, and `monitored`, the values that schedulers will be stepped by at the
-end of the epoch, are left out if there are none.
+end of the epoch, are left out if there are none. If there are gradients that no step has used,
+"trainer" has "gradients" {model: tensors by parameter name} and "denominators"; with float16,
+"loss_scale".
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ import torch
 from torch import Tensor, nn
 
 from dream_trainer.callbacks.plain_data import RankLocal, without_rank_local
+from dream_trainer.trainer import pending_gradients
+from dream_trainer.trainer.optimizer_state import load_optimizer_state, optimizer_state
 from dream_trainer.world.determinism import random_state
 
 if TYPE_CHECKING:
@@ -44,10 +48,10 @@ def state_dict(trainer: BaseTrainer, *, as_target: bool = False) -> dict[str, An
 
     Args:
         trainer: Set up.
-        as_target: Initialize the state of optimizers that haven't stepped yet, so that a saved
-            state can be loaded into them.
+        as_target: With the groups of optimizers that haven't stepped yet, to compare them with
+            those of a saved state.
     """
-    metrics = trainer.train_metrics_state_dict()
+    metrics, loss_scale = trainer.train_metrics_state_dict(), trainer.optimization.loss_scale
     monitored = trainer.epoch_schedules.state_dict()
     return {
         "trainer": {
@@ -57,6 +61,8 @@ def state_dict(trainer: BaseTrainer, *, as_target: bool = False) -> dict[str, An
             "epoch_means": RankLocal(trainer.epoch_means.state_dict()),
             **({"train_metrics": RankLocal(metrics)} if metrics else {}),
             **({"monitored": monitored} if monitored else {}),
+            **pending_gradients.state_dict(trainer.optimization.groups),
+            **({"loss_scale": loss_scale.state_dict()} if loss_scale is not None else {}),
         },
         "models": trainer.model_state_dict(),
         "optimizers": {
@@ -103,6 +109,9 @@ def load_state_dict(
         setattr(trainer.counters, name, value)
     trainer.callbacks.load_state_dict(own["callbacks"], trainer)
     trainer.callback_states_to_resume = None
+    if trainer.optimization.loss_scale is not None and "loss_scale" in own:
+        trainer.optimization.loss_scale.load_state_dict(own["loss_scale"])
+    pending_gradients.load_state_dict(trainer.optimization.groups, own if resume_data else {})
     if resume_data:
         trainer.train_batches.load_state_dict(state["dataloaders"].get("train", {}))
         trainer.epoch_means.load_state_dict(own.get("epoch_means", {}))
@@ -209,13 +218,10 @@ def _restore_options(group: dict[str, Any], before: Mapping[str, Any]) -> None:
 
 
 def _optimizer_state(trainer: BaseTrainer, name: str, *, as_target: bool) -> dict[str, Any]:
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
     optimizer = trainer.named_optimizers()[name]
     if not optimizer.state and not as_target and trainer.counters.global_step == 0:
-        # torch would take a step with zero gradients to create the state.
-        return {"state": {}, "param_groups": []}
-    return get_optimizer_state_dict(_all_in_one(trainer.models_of(optimizer)), optimizer)
+        return {"state": {}, "param_groups": []}  # a run that begins here has options of its own
+    return optimizer_state(_all_in_one(trainer.models_of(optimizer)), optimizer)
 
 
 def _load_models(trainer: BaseTrainer, states: Mapping[str, Any], *, strict: bool) -> None:
@@ -227,15 +233,10 @@ def _load_models(trainer: BaseTrainer, states: Mapping[str, Any], *, strict: boo
 
 
 def _load_optimizers(trainer: BaseTrainer, states: Mapping[str, Any]) -> None:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
-    # A parameter without gradients has no state, nor has any with plain SGD.
-    options = StateDictOptions(strict=False)
     for name, optimizer in trainer.named_optimizers().items():
         saved = states.get(name)
         if saved and saved["param_groups"]:
-            models = _all_in_one(trainer.models_of(optimizer))
-            set_optimizer_state_dict(models, optimizer, saved, options=options)
+            load_optimizer_state(_all_in_one(trainer.models_of(optimizer)), optimizer, saved)
 
 
 def _all_in_one(models: Mapping[str, nn.Module]) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dream_trainer.trainer import optimizer_modes
 from dream_trainer.trainer.divergence import refuse_divergence
 from dream_trainer.trainer.evaluation_sets import (
     NO_BATCH,
@@ -82,9 +83,9 @@ def sanity_validate(trainer: BaseTrainer) -> None:
 
 
 def validate_if_due(trainer: BaseTrainer) -> None:
-    """Validate if `val_every_n_steps` is set and due."""
-    every, global_step = trainer.training_parameters.val_every_n_steps, trainer.counters.global_step
-    if every and global_step and global_step % every == 0:
+    """Validate if a multiple of `val_every_n_steps` has been reached since the last one."""
+    every, counters = trainer.training_parameters.val_every_n_steps, trainer.counters
+    if every and counters.global_step // every > max(counters.validated_step, 0) // every:
         validate_if_new(trainer)
 
 
@@ -157,7 +158,8 @@ def evaluating(trainer: BaseTrainer, run: EvaluationRun) -> Iterator[None]:
     before, trainer.evaluation_run = trainer.evaluation_run, run
     try:
         trainer.synchronize_replicas()
-        with torch.no_grad(), _eval_mode(trainer):
+        optimizers = trainer.named_optimizers().values()
+        with torch.no_grad(), optimizer_modes.evaluating(optimizers), _eval_mode(trainer):
             yield
         _reshard(trainer)
     finally:
@@ -259,13 +261,8 @@ def _reshard(trainer: BaseTrainer) -> None:
     the optimizer's. The next step would use them and ignore what callbacks wrote to the sharded
     ones.
     """
-    if trainer.world.shape.uses_fsdp:
-        from torch.distributed.fsdp import FSDPModule
-
-        for model in trainer.named_models().values():
-            for module in model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+    for model in trainer.named_models().values():
+        torch_private.reshard(model)
 
 
 @contextmanager

@@ -1,109 +1,122 @@
-"""Gradient norm and clipping, in one process and over shards."""
+"""Norm, clipping and scaling of gradients, in one process and over shards.
+
+Nothing here waits for the device. Gradients are changed in place: those of DTensors in their local
+part, those of sparse tensors in their values.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from dream_trainer.world import torch_private
 
-def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float | None = None) -> Tensor:
-    """L2 norm of all gradients of one process; clips them if `max_norm` is given.
-
-    No host synchronization.
-
-    Args:
-        parameters: Those without a gradient count as zero.
-        max_norm: Scale all gradients by `max_norm / norm` where that is below 1.
-
-    Returns:
-        Scalar `()`: the norm before clipping.
-
-    Raises:
-        ValueError: If no parameter has a gradient.
-    """
-    parameters = _with_gradient(parameters)
-    norm = _norm(parameters)
-    if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
-def clip_sharded_gradients(
-    parameters: Sequence[nn.Parameter], max_norm: float | None = None
-) -> Tensor:
-    """L2 norm of all gradients, over every shard; clips them if `max_norm` is given.
-
-    Collective over the meshes of sharded parameters: each rank must call it with its own
-    shards of the same parameters. No host synchronization. Replicated gradients count once. There
-    is one norm per mesh, then the norm of these: torch can't mix meshes in one operation.
-
-    Args:
-        parameters: Those without a gradient count as zero.
-        max_norm: Scale all gradients by `max_norm / norm` where that is below 1.
-
-    Returns:
-        Scalar `()`, equal on all ranks: the norm before clipping.
-
-    Raises:
-        ValueError: If no parameter has a gradient.
-    """
-    groups = _grouped(_with_gradient(parameters), _mesh_of).values()
-    norms = [_full_tensor(_norm(group)) for group in groups]
-    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-    if max_norm is not None:
-        for group in groups:
-            _clip(group, max_norm, norm)
-    return norm
-
-
-def _clip(parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor) -> None:
-    """Scale the gradients of one mesh by the norm of all gradients."""
-    for is_unsummed, group in _grouped(parameters, _is_unsummed).items():
-        # With foreach, torch 2.11 silently leaves these unscaled.
-        foreach = False if is_unsummed else None
-        torch.nn.utils.clip_grads_with_norm_(group, max_norm, norm, foreach=foreach)
-
-
-def _with_gradient(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    if not parameters:
-        raise ValueError(
-            "no parameter has a gradient; call self.backward(loss) before self.step(optimizer)"
-        )
-    return parameters
-
-
-def _norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-
-
-def _grouped(
-    parameters: Iterable[nn.Parameter], key: Callable[[nn.Parameter], Any]
-) -> dict[Any, list[nn.Parameter]]:
-    groups: dict[Any, list[nn.Parameter]] = {}
+def gradients_of(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """The gradients that exist, in order; sparse ones coalesced, so that they have values."""
+    found = []
     for parameter in parameters:
-        groups.setdefault(key(parameter), []).append(parameter)
+        gradient = parameter.grad
+        if gradient is not None:
+            if gradient.is_sparse and not gradient.is_coalesced():
+                gradient = parameter.grad = gradient.coalesce()
+            found.append(gradient)
+    return found
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """L2 norm of all gradients together, over every shard.
+
+    Collective over the meshes of DTensors: each rank must call it with its own shards of the same
+    gradients. Replicated gradients count once. There is one norm per mesh, then the norm of these:
+    torch can't mix meshes in one operation.
+
+    Args:
+        gradients: As `gradients_of` returns them; zero if there are none.
+
+    Returns:
+        Scalar `()`, equal on all ranks.
+    """
+    by_mesh: dict[Any, list[Tensor]] = {}
+    for gradient in gradients:
+        sharded = _as_dtensor(gradient)
+        mesh = None if sharded is None else sharded.device_mesh
+        by_mesh.setdefault(mesh, []).append(gradient.values() if gradient.is_sparse else gradient)
+    norms = [_full(torch.nn.utils.get_total_norm(each)) for each in by_mesh.values()]
+    if not norms:
+        return torch.zeros(())
+    if len(norms) == 1:
+        return norms[0]
+    on_one_device = torch.stack([norm.to(norms[0].device) for norm in norms])
+    norm: Tensor = torch.linalg.vector_norm(on_one_device)
+    return norm
+
+
+@torch.no_grad()
+def scale(gradients: Sequence[Tensor], factor: Tensor) -> None:
+    """Multiply gradients by a scalar `()`, the same on all ranks."""
+    for (device, _), tensors in by_device_and_dtype(gradients).items():
+        torch_private.multiply(tensors, factor.to(device))
+
+
+def clip_norm(gradients: Sequence[Tensor], max_norm: float, norm: Tensor) -> None:
+    """Scale gradients by `max_norm / norm` where that is below 1 (Pascanu et al., 2013)."""
+    scale(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+
+
+@torch.no_grad()
+def clip_value(parameters: Iterable[nn.Parameter], limit: float) -> None:
+    """Clamp each element of the gradients to [-limit, limit].
+
+    Collective where a gradient is a partial sum over a mesh, which is summed first.
+    """
+    for parameter in parameters:
+        sharded = _as_dtensor(parameter.grad)
+        if sharded is not None and any(each.is_partial() for each in sharded.placements):
+            from torch.distributed.tensor import Replicate
+
+            parameter.grad = sharded.redistribute(
+                placements=[Replicate() if p.is_partial() else p for p in sharded.placements]
+            )
+    for tensors in by_device_and_dtype(gradients_of(parameters)).values():
+        torch_private.clamp(tensors, limit)
+
+
+def local_part(gradient: Tensor) -> Tensor:
+    """This rank's part of a gradient; the values of a sparse one. Shares its memory."""
+    if gradient.is_sparse:
+        return gradient.values()
+    sharded = _as_dtensor(gradient)
+    return gradient if sharded is None else sharded.to_local()
+
+
+def by_device_and_dtype(gradients: Iterable[Tensor]) -> dict[Any, list[Tensor]]:
+    """Local parts of gradients, for foreach operations.
+
+    In those, torch 2.11 silently leaves DTensors that are partial sums as they are.
+    """
+    groups: dict[Any, list[Tensor]] = {}
+    for gradient in gradients:
+        local = local_part(gradient)
+        groups.setdefault((local.device, local.dtype), []).append(local)
     return groups
 
 
-def _mesh_of(parameter: nn.Parameter) -> Any:
+def _full(tensor: Tensor) -> Tensor:
+    sharded = _as_dtensor(tensor)
+    return tensor if sharded is None else sharded.full_tensor()
+
+
+def _as_dtensor(tensor: Tensor | None) -> DTensor | None:
+    """The tensor if it is a DTensor."""
+    if tensor is None or type(tensor) is Tensor:  # importing DTensor takes long
+        return None
     from torch.distributed.tensor import DTensor
 
-    return parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
-
-
-def _is_unsummed(parameter: nn.Parameter) -> bool:
-    """Whether a gradient is a partial sum over a mesh, as with sequence parallelism."""
-    from torch.distributed.tensor import DTensor
-
-    gradient = parameter.grad
-    return isinstance(gradient, DTensor) and any(p.is_partial() for p in gradient.placements)
-
-
-def _full_tensor(tensor: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor if isinstance(tensor, DTensor) else None

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
@@ -84,6 +85,57 @@ def is_in_fsdp_forward(module: nn.Module) -> bool:
     return bool(state._training_state.name == "FORWARD")  # noqa: SLF001
 
 
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters by the names that torch.distributed.checkpoint gives them, in any wrapper."""
+    from torch.distributed.checkpoint.state_dict import _get_fqns
+
+    for key, parameter in model.named_parameters():
+        (name,) = _get_fqns(model, key)
+        yield name, parameter
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the parameters that FSDP has gathered for a forward."""
+    for module in _fsdp_modules(model):
+        module.reshard()
+
+
+def drop_unsharded_gradients(model: nn.Module) -> None:
+    """Drop gradients that FSDP has accumulated and not reduced."""
+    for group in _fsdp_groups(model):
+        group._partial_reduce_output = None  # noqa: SLF001
+        for parameter in group.fsdp_params:
+            parameter.unsharded_accumulated_grad = None
+            if (unsharded := getattr(parameter, "_unsharded_param", None)) is not None:
+                unsharded.grad = None
+
+
+def has_unsharded_gradients(model: nn.Module) -> bool:
+    """Whether FSDP has accumulated gradients and not reduced them."""
+    return any(
+        group._partial_reduce_output is not None  # noqa: SLF001
+        or parameter.unsharded_accumulated_grad is not None
+        or getattr(getattr(parameter, "_unsharded_param", None), "grad", None) is not None
+        for group in _fsdp_groups(model)
+        for parameter in group.fsdp_params
+    )
+
+
+def _fsdp_groups(model: nn.Module) -> Iterator[Any]:
+    for module in _fsdp_modules(model):
+        group = module._get_fsdp_state()._fsdp_param_group  # noqa: SLF001
+        if group is not None:
+            yield group
+
+
+def _fsdp_modules(model: nn.Module) -> list[Any]:
+    if "torch.distributed.fsdp" not in sys.modules:
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
 def checkpoint_activations(module: nn.Module) -> None:
     """Recompute a module's activations in backward. Unlike a wrapper, keeps parameter names."""
     from torch.distributed._composable.checkpoint_activation import checkpoint
@@ -104,6 +156,37 @@ def seed_sharded_random(seed: int, mesh: DeviceMesh) -> None:
 def has_scheduler(optimizer: Optimizer) -> bool:
     """Whether one of torch's schedulers was made of an optimizer; not ReduceLROnPlateau."""
     return hasattr(optimizer.step, "_wrapped_by_lr_sched")
+
+
+# Many tensors in one operation, on one device and of one dtype
+
+
+def multiply(tensors: list[Tensor], factor: Tensor) -> None:
+    """Multiply tensors in place by a scalar."""
+    torch._foreach_mul_(tensors, factor)
+
+
+def clamp(tensors: list[Tensor], limit: float) -> None:
+    """Clamp each element of tensors in place to [-limit, limit]."""
+    torch._foreach_clamp_min_(tensors, -limit)
+    torch._foreach_clamp_max_(tensors, limit)
+
+
+def unscale(tensors: list[Tensor], overflow: Tensor, inverse_scale: Tensor) -> None:
+    """Multiply tensors in place; set `overflow` to 1 if one isn't finite."""
+    torch._amp_foreach_non_finite_check_and_unscale_(tensors, overflow, inverse_scale)
+
+
+def update_scale(
+    scale: Tensor,
+    growth_tracker: Tensor,
+    overflow: Tensor,
+    growth: float,
+    backoff: float,
+    interval: int,
+) -> None:
+    """Adapt a loss scale in place, as torch.amp.GradScaler does."""
+    torch._amp_update_scale_(scale, growth_tracker, overflow, growth, backoff, interval)
 
 
 # Compiled code

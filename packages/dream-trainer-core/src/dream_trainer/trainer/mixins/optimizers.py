@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dream_trainer.interface.lr_schedule import LRSchedule
@@ -83,8 +83,8 @@ class OptimizerSetupMixin(AbstractTrainer):
 
         Raises:
             ValueError: On all ranks, if they differ between ranks.
-            RuntimeError: If there is no optimizer, one has parameters of no model, or a scheduler
-                changes none of them.
+            RuntimeError: If there is no optimizer, one has parameters of no model or can't use
+                sharded ones, or a scheduler changes none of them.
             TypeError: If something else was returned, or a scheduler can't be saved or stepped.
         """
         with assigned_attributes(self, lambda value: isinstance(value, Optimizer)) as names:
@@ -98,6 +98,7 @@ class OptimizerSetupMixin(AbstractTrainer):
             )
         for name, optimizer in self._optimizers.items():
             self._refuse_foreign_parameters(name, optimizer)
+            self._refuse_flat_shards(name, optimizer)
         before = candidates(vars(self))
         returned = self.configure_schedulers()
         self._schedules = find_schedules(
@@ -127,6 +128,15 @@ class OptimizerSetupMixin(AbstractTrainer):
             if not any(each is known for known in optimizers.values()):
                 optimizers[free_name("optimizer", optimizers)] = each
         return optimizers
+
+    def _refuse_flat_shards(self, name: str, optimizer: Optimizer) -> None:
+        is_sharded = self.world.shape.uses_fsdp or self.world.tp_size > 1
+        if isinstance(optimizer, LBFGS) and is_sharded:
+            raise RuntimeError(
+                f"optimizer {name!r} is torch's LBFGS, which puts all parameters into one vector; "
+                f"it can't do that with the sharded ones of layout {self.world.shape.layout!r}: "
+                "use DeviceParameters.DDP() or another optimizer"
+            )
 
     def _refuse_foreign_parameters(self, name: str, optimizer: Optimizer) -> None:
         known = {id(p) for model in self.named_models().values() for p in model.parameters()}

@@ -1,0 +1,116 @@
+"""Gradients that would silently count in a wrong step, or in none."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from dream_trainer.world import gradient_clipping, torch_private
+
+if TYPE_CHECKING:
+    from dream_trainer.trainer.gradient_group import Update
+
+logger = logging.getLogger(__name__)
+
+Left = tuple["Update", nn.Parameter, Tensor]
+"""A gradient that was there when another optimizer stepped."""
+
+
+def set_aside(updates: Iterable[Update]) -> list[Left]:
+    """Take away the gradients of stale optimizers, to see whether a backward adds to them."""
+    left: list[Left] = []
+    for update in updates:
+        if update.is_stale:
+            found = [(update, p, p.grad) for p in update.parameters if p.grad is not None]
+            update.is_stale = update.is_pending = bool(found)
+            left += found
+    for _, parameter, _ in left:
+        parameter.grad = None
+    return left
+
+
+def refuse_unsharded(updates: Iterable[Update]) -> None:
+    """Raise if FSDP has accumulated gradients for stale optimizers, which can't be set aside.
+
+    Raises:
+        RuntimeError: If it has.
+    """
+    for update in updates:
+        if update.is_stale and torch_private.has_unsharded_gradients(update.group.model):
+            raise _addition(update)
+
+
+def refuse_additions(left: Sequence[Left]) -> None:
+    """Put gradients back that were set aside, unless the backward would have added to them.
+
+    Host sync only before an error, and where an optimizer zeroes gradients instead of dropping
+    them.
+
+    Raises:
+        RuntimeError: If it would have.
+    """
+    for update, parameter, gradient in left:
+        if parameter.grad is None:
+            parameter.grad = gradient
+        elif bool(gradient_clipping.local_part(gradient).any()):
+            raise _addition(update)
+
+
+def _addition(update: Update) -> RuntimeError:
+    return RuntimeError(
+        f"this backward adds to gradients of {update.name} that were there before another "
+        "optimizer's step: the backward of that step reached them too. If they aren't meant to "
+        "count, let that backward reach one optimizer only: `with self.toggled(optimizer):` around "
+        "its forward and self.backward(loss), or drop them: "
+        f"`self.{update.name}.zero_grad()` before this backward"
+    )
+
+
+def require_gradient(update: Update, updates: Iterable[Update]) -> None:
+    """Raise if there is nothing to step with, in any optimizer.
+
+    Raises:
+        RuntimeError: If no parameter has a gradient.
+    """
+    if not any(p.grad is not None for each in updates for p in each.parameters):
+        raise RuntimeError(
+            f"step({update.name}) without a gradient in any parameter; call self.backward(loss) "
+            "before it, or pass a closure that does: self.step(optimizer, closure)"
+        )
+
+
+def warn_of_ownerless(
+    models: Mapping[str, nn.Module],
+    trained: Collection[nn.Module],
+    updates: Iterable[Update],
+    *,
+    after_step: bool,
+) -> None:
+    """Warn of trainable parameters that no optimizer has.
+
+    Args:
+        models: All models.
+        trained: Those that an optimizer has, at least in part.
+        updates: The optimizers.
+        after_step: Report those of the other models, if they have a gradient (a frozen copy of a
+            model gets none), instead of those of models that are trained in part.
+    """
+    owned = {id(p) for update in updates for p in update.parameters}
+    names = [
+        f"{model_name}.{name}"
+        for model_name, model in models.items()
+        if after_step is (model not in trained)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in owned
+        if not after_step or parameter.grad is not None
+    ]
+    if names:
+        logger.warning(
+            "no optimizer has %s%s, so they aren't trained; give them to one in "
+            "configure_optimizers, or call requires_grad_(False) on them in configure_models",
+            ", ".join(names[:5]),
+            f" and {len(names) - 5} more parameters" if names[5:] else "",
+        )
