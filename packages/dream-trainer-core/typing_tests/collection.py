@@ -38,7 +38,7 @@ callbacks = CallbackCollection([OfBase(), OfDream(), OfTiny(), OfBoth(), Plain()
 assert_type(callbacks, CallbackCollection)
 assert_type(DreamTrainerConfig(callbacks=[OfBase(), OfDream()]).callbacks, CallbackCollection)
 DreamTrainerConfig(callbacks={"a": OfBase()})
-DreamTrainerConfig(callbacks=[3])  # type: ignore[list-item]
+DreamTrainerConfig(callbacks=[3])  # type: ignore[list-item]  # pyright: ignore[reportArgumentType]
 CallbackCollection()
 CallbackCollection({"a": OfBase(), "b": OfDream()})
 CallbackCollection([("a", OfBase()), ("b", OfDream()), Plain()])
