@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from dream_trainer.testing import RankError, TinyTrainer, run_on_ranks, tiny_config
+from dream_trainer.trainer.mixins import SetupMixin
 
 
 class Gives(TinyTrainer):
@@ -60,7 +61,7 @@ def test_unusable_loaders_are_refused(tmp_path: Path, loaders: Any, message: str
 
 def test_a_trainer_without_configure_dataloaders_is_refused(tmp_path: Path) -> None:
     class Without(TinyTrainer):
-        configure_dataloaders = TinyTrainer.__mro__[3].configure_dataloaders  # type: ignore[attr-defined]
+        configure_dataloaders = SetupMixin.configure_dataloaders
 
     with pytest.raises(NotImplementedError, match="has no configure_dataloaders; write one"):
         Without(tiny_config(tmp_path)).setup()
