@@ -40,26 +40,26 @@ def test_another_process_is_refused_until_the_lock_is_released(tmp_path: Path) -
     assert in_child(DirectoryLock(path, "bb").acquire) == 0
 
 
-def test_asking_whether_the_lock_is_free_changes_nothing(tmp_path: Path) -> None:
+def test_asking_whether_the_lock_is_held_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     lock, other = DirectoryLock(path, "aa"), DirectoryLock(path, "bb")
 
     def check_from_outside(expected: bool) -> None:
         def compare() -> None:
-            assert DirectoryLock(path, "cc").is_free() is expected
+            assert DirectoryLock(path, "cc").is_held_elsewhere() is expected
 
         assert in_child(compare) == 0
 
-    assert lock.is_free()
+    assert not lock.is_held_elsewhere()
     assert not path.exists()
     lock.acquire()
-    assert lock.is_free()
-    assert not other.is_free()
-    check_from_outside(False)
-    check_from_outside(False)
-    lock.release()
-    assert other.is_free()
+    assert not lock.is_held_elsewhere()
+    assert other.is_held_elsewhere()
     check_from_outside(True)
+    check_from_outside(True)
+    lock.release()
+    assert not other.is_held_elsewhere()
+    check_from_outside(False)
     assert lock.fence == 1
 
 

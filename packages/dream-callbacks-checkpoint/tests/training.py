@@ -306,5 +306,5 @@ def checkpoints(root: Path) -> list[str]:
 
 def directory(root: Path) -> Path:
     """The one checkpoint directory below a root."""
-    (found,) = [path for path in root.rglob("checkpoints") if path.is_dir()]
+    (found,) = [path for path in root.glob("*/*/*/checkpoints") if path.is_dir()]
     return found

@@ -91,7 +91,7 @@ class CheckpointCallback(Callback[BaseTrainer]):
             return
         run = self._run = self._new_run()
         running = self.trainer.running
-        if running == "fit" or (running is None and run.manager.is_free()):
+        if running == "fit" or (running is None and not run.manager.is_in_use()):
             run.manager.open()
             try:
                 self._restore(run)

@@ -122,9 +122,9 @@ class CheckpointManager:
                 "to. While another run trains there, validate(), test() and predict() work"
             ) from error
 
-    def is_free(self) -> bool:
-        """Whether `open` would succeed now, and take the directory from nobody."""
-        return self.ranks.on_rank_zero(self.lock.is_free)
+    def is_in_use(self) -> bool:
+        """Whether another run is known to hold the lock."""
+        return self.ranks.on_rank_zero(self.lock.is_held_elsewhere)
 
     def look(self) -> None:
         """List the checkpoints without the lock; they may be another run's, and are only read."""

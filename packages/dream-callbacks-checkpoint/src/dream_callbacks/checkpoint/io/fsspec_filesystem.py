@@ -168,8 +168,8 @@ class FsspecLock:
         self.run = run
         self.fence = 0
 
-    def is_free(self) -> bool:
-        """False: whether a run uses the directory isn't known, and `acquire` would take it."""
+    def is_held_elsewhere(self) -> bool:
+        """False: whether the last holder still runs isn't known."""
         return False
 
     def acquire(self) -> None:

@@ -22,6 +22,7 @@ from dream_callbacks.checkpoint.io.filesystem import Filesystem, lock_content, p
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _LOCK_FILE = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+_IS_LOCKED = (errno.EACCES, errno.EAGAIN)
 _MAX_LOCK_BYTES = 4096
 
 
@@ -215,23 +216,21 @@ class DirectoryLock:
         held = _held.get(self.path)
         return held is not None and held.owner is self and held.pid == os.getpid()
 
-    def is_free(self) -> bool:
-        """Whether `acquire` would succeed now."""
+    def is_held_elsewhere(self) -> bool:
+        """Whether another object or process holds the lock."""
         if _is_held_here(self.path):
-            return self.is_held
+            return not self.is_held
         try:
             descriptor = os.open(self.path, _LOCK_FILE)
-        except FileNotFoundError:
-            return True
         except OSError:
-            return False
+            return False  # `acquire` says what is wrong
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
+        except OSError as error:
+            return error.errno in _IS_LOCKED
         finally:
             os.close(descriptor)
-        return True
+        return False
 
     def acquire(self) -> None:
         """Acquire the lock; does nothing if it is held.
@@ -249,7 +248,7 @@ class DirectoryLock:
         except OSError as error:
             holder = _holder(descriptor)
             os.close(descriptor)
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
+            if error.errno not in _IS_LOCKED:
                 raise
             raise CheckpointError(_in_use(self.path, holder)) from None
         _held[self.path] = _Held(descriptor, os.getpid(), self)
