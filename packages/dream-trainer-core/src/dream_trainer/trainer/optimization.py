@@ -305,7 +305,7 @@ class Optimization:
         others = [update for update in self._updates.values() if update is not toggled]
         if self._index_in_group > 0:
             stray_gradients.refuse_unsharded(others)
-        left = stray_gradients.set_aside(others)
+        left = stray_gradients.set_aside(others, copies=bool(self._replicas))
         for group in self.groups if toggled is None else (toggled.group,):
             if denominator is not None or group.denominator is not None:
                 group.weigh(denominator, may_be_zeroed=self._index_in_group == 0)

@@ -19,14 +19,19 @@ Left = tuple["Update", nn.Parameter, Tensor]
 """A gradient that was there when another optimizer stepped."""
 
 
-def set_aside(updates: Iterable[Update]) -> list[Left]:
-    """Take away the gradients of stale optimizers, to see whether a backward adds to them."""
+def set_aside(updates: Iterable[Update], *, copies: bool) -> list[Left]:
+    """Take away the gradients of stale optimizers, to see whether a backward adds to them.
+
+    Args:
+        updates: Optimizers that the backward isn't only for.
+        copies: Keep copies: gradients are views of DDP's buckets, which the backward fills.
+    """
     left: list[Left] = []
     for update in updates:
         if update.is_stale:
             found = [(update, p, p.grad) for p in update.parameters if p.grad is not None]
             update.is_stale = update.is_pending = bool(found)
-            left += found
+            left += [(u, p, gradient.clone()) for u, p, gradient in found] if copies else found
     for _, parameter, _ in left:
         parameter.grad = None
     return left

@@ -138,11 +138,7 @@ class ModelSetupMixin(AbstractTrainer):
         Args:
             mesh: The axis of replicas.
         """
-        self.replica_gradients = [
-            ReplicaGradients(model, mesh, self.world)
-            for model in self.named_models().values()
-            if any(True for _ in model.parameters())
-        ]
+        self.replica_gradients = [ReplicaGradients(self.named_models(), mesh, self.world)]
 
     def model_state_dict(self) -> dict[str, Any]:
         """Tensors to save, by model and parameter name; sharded where the model is."""
