@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dream_trainer.world import torch_private
+
 _TORCHS_ZERO_GRAD = Optimizer.zero_grad
 
 
@@ -78,6 +80,7 @@ class GradientGroup:
         models: By name.
 
     Attributes:
+        is_sharded: Whether FSDP shards a part of them.
         model: The model; a ModuleDict if there are several.
         updates: The optimizers of the models.
         ownerless: Trainable parameters of the models that no optimizer has.
@@ -95,6 +98,8 @@ class GradientGroup:
         # Now that they are sharded: a forward without gradients may leave others in their place.
         self._ordered = list(self.model.parameters())
         self._known = {id(parameter) for parameter in self._ordered}
+        self._fsdp_modules = torch_private.fsdp_modules(self.model)
+        self.is_sharded = bool(self._fsdp_modules)
         self._num_groups = 0
         self.updates: list[Update] = []
         self.ownerless: list[nn.Parameter] = []
@@ -134,6 +139,14 @@ class GradientGroup:
         self._find_owners()
         for parameter in self.ownerless:
             parameter.grad = None
+
+    def reshard(self) -> None:
+        """Before an optimizer step: free what FSDP has gathered since the backward.
+
+        A forward without gradients leaves parameters gathered; the next one would use these.
+        """
+        for module in self._fsdp_modules:
+            module.reshard()
 
     def forget(self) -> None:
         """Begin a new step."""

@@ -12,6 +12,7 @@ from dream_trainer.world import gradient_clipping, torch_private
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.gradient_group import Update
+    from dream_trainer.world.replica_gradients import ReplicaGradients
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,37 @@ def refuse_unsharded(updates: Iterable[Update]) -> None:
         RuntimeError: If it has.
     """
     for update in updates:
-        if update.is_stale and torch_private.has_unsharded_gradients(update.group.model):
+        if update.is_stale and any(torch_private.unreduced_parameters(update.group.model)):
             raise _addition(update)
+
+
+def refuse_unreduced(update: Update, replicas: Iterable[ReplicaGradients]) -> None:
+    """Raise if an optimizer would step with gradients that ranks have not averaged.
+
+    Only the backward of a step's last batch averages what the batches before accumulated: under
+    FSDP of the units that it reaches, under DDP of the parameters that require gradients then.
+
+    Raises:
+        RuntimeError: If it would.
+    """
+    group = update.group
+    unreduced = {id(p) for p in torch_private.unreduced_parameters(group.model)}
+    unreduced |= {id(p) for each in replicas for p in each.unreduced_parameters()}
+    if not unreduced:
+        return
+    unreduced &= {id(parameter) for parameter in update.parameters}
+    # By order: FSDP may have put gathered parameters in the place of those that optimizers have.
+    all_names = (f"{key}.{n}" for key, m in group.models.items() for n, _ in m.named_parameters())
+    pairs = zip(all_names, group.parameters, strict=False)
+    names = [name for name, parameter in pairs if id(parameter) in unreduced]
+    if names:
+        raise RuntimeError(
+            f"step({update.name}): batches before accumulated gradients of {', '.join(names[:3])}"
+            f"{f' and {len(names) - 3} more parameters' if names[3:] else ''}, and the last batch "
+            "of the step computed none, so ranks haven't averaged them. Compute the same losses in "
+            "each batch of a step; or, for losses that alternate, set "
+            "gradient_accumulation_steps=1 and call self.step every few batches"
+        )
 
 
 def refuse_additions(left: Sequence[Left]) -> None:

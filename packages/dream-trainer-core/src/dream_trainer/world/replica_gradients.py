@@ -57,6 +57,7 @@ class ReplicaGradients:
         self._world = world
         self._ddps: dict[tuple[bool, ...], nn.parallel.DistributedDataParallel] = {}
         self._trained: tuple[bool, ...] | None = None
+        self._reduced: set[tuple[bool, ...]] = set()
         self._ddp: nn.parallel.DistributedDataParallel | None = None
 
     def start(self) -> None:
@@ -70,6 +71,19 @@ class ReplicaGradients:
             dist.broadcast(tensor.detach(), group=self._group, group_src=0)
         self._choose(tuple(map(_requires_grad, self._parameters)))
 
+    def begin_last_batch(self) -> None:
+        """Look from now on which gradients are averaged: those of batches before were not."""
+        self._reduced = set()
+
+    def unreduced_parameters(self) -> list[nn.Parameter]:
+        """Parameters with gradients that no backward since `begin_last_batch` averaged."""
+        is_reduced = map(any, zip(*self._reduced, strict=True))
+        return [
+            parameter
+            for parameter, reduced in zip(self._parameters, is_reduced, strict=True)
+            if not reduced and parameter.grad is not None
+        ]
+
     def prepare(self) -> None:
         """Reduce the gradients of the next backward.
 
@@ -81,6 +95,7 @@ class ReplicaGradients:
         trained = tuple(map(_requires_grad, self._parameters))
         if trained != self._trained:
             self._choose(trained)
+        self._reduced.add(trained)
         if self._ddp is not None:
             torch_private.begin_reduction(self._ddp)
 
