@@ -119,6 +119,20 @@ def drop_unsharded_gradients(model: nn.Module) -> None:
                 unsharded.grad = None
 
 
+def initialize_frozen_groups(model: nn.Module) -> None:
+    """Let FSDP reduce gradients of parameters that are frozen now, in the policy's dtypes.
+
+    At its first forward, FSDP takes dtypes from the parameters that require gradients then. Call it
+    once parameters have their memory.
+    """
+    for module in fsdp_modules(model):
+        module._get_fsdp_state()._lazy_init()  # noqa: SLF001
+    for group in _fsdp_groups(model):
+        if group._orig_dtype is None and group.fsdp_params:  # noqa: SLF001
+            group._orig_dtype = group.fsdp_params[0].orig_dtype  # noqa: SLF001
+            group._reduce_dtype = group.fsdp_params[0].reduce_dtype  # noqa: SLF001
+
+
 def unreduced_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """Sharded parameters for which FSDP has accumulated gradients and not reduced them."""
     for group in _fsdp_groups(model):

@@ -195,6 +195,9 @@ class ModelSetupMixin(AbstractTrainer):
         elif shape.dp_replicate > 1:
             self.apply_replicate(self.world.get_mesh("dp_replicate"))
         self._materialize()
+        if shape.uses_fsdp:
+            for model in self.named_models().values():
+                torch_private.initialize_frozen_groups(model)
         for each in self.replica_gradients:
             each.start()
 
