@@ -29,6 +29,7 @@ class Update:
         generation: Number of the last backward before its last step.
         is_pending: Whether a backward came after its last step.
         is_stale: Whether another optimizer has stepped since that backward.
+        has_backward: With several optimizers, whether it had a backward in this batch.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Update:
         self.generation = -1
         self.is_pending = False
         self.is_stale = False
+        self.has_backward = False
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         self.needs_closure = closure is not None and closure.default is inspect.Parameter.empty
 

@@ -123,7 +123,7 @@ class Optimization:
         self.num_steps = 0
         self.has_skipped = False
         for update in self._updates.values():
-            update.num_steps = 0
+            update.num_steps, update.has_backward = 0, False
         self.is_accumulating = index_in_group + 1 < group_size
         if group_size != 1 and not self.is_accumulating:
             for each in self._replicas:
@@ -229,6 +229,8 @@ class Optimization:
             if self._reduces_late and self.group_size != 1:
                 stray_gradients.refuse_unreduced(update, self._replicas)
             if self.finish.is_always_needed or group.denominator is not None:
+                if self._has_several and self.group_size != 1:
+                    stray_gradients.refuse_incomplete(update)
                 norm = self.finish.of(group, update)
                 if group.overflow is not None and self._skips(update, group.overflow):
                     return norm
@@ -265,7 +267,7 @@ class Optimization:
 
     def _note_pending(self) -> None:
         for update in self._updates.values() if self._toggled is None else (self._toggled,):
-            update.is_pending = True
+            update.is_pending = update.has_backward = True
 
     def _skips(self, update: Update, overflow: Tensor) -> bool:
         """Skip a step if gradients aren't finite, without hooks and schedulers. Host sync."""

@@ -45,7 +45,7 @@ def refuse_unsharded(updates: Iterable[Update]) -> None:
         RuntimeError: If it has.
     """
     for update in updates:
-        if update.is_stale and any(torch_private.unreduced_parameters(update.group.model)):
+        if update.is_stale and torch_private.unreduced_parameters(update.group.model):
             raise _addition(update)
 
 
@@ -76,6 +76,21 @@ def refuse_unreduced(update: Update, replicas: Iterable[ReplicaGradients]) -> No
             "each batch of a step; or, for losses that alternate, set "
             "gradient_accumulation_steps=1 and call self.step every few batches"
         )
+
+
+def refuse_incomplete(update: Update) -> None:
+    """Raise if gradients of another optimizer, scaled and clipped with its own, aren't complete.
+
+    Raises:
+        RuntimeError: If it had a backward in earlier batches of the step, and none in the last.
+    """
+    for other in update.group.updates:
+        if other.is_pending and not (other.is_stale or other.has_backward):
+            raise RuntimeError(
+                f"step({update.name}) scales and clips the gradients of {other.name} too, since "
+                "both optimizers share a model, and those are of earlier batches of the step only; "
+                "in the last batch, call self.backward for all losses before the first self.step"
+            )
 
 
 def refuse_additions(left: Sequence[Left]) -> None:

@@ -133,16 +133,16 @@ def initialize_frozen_groups(model: nn.Module) -> None:
             group._reduce_dtype = group.fsdp_params[0].reduce_dtype  # noqa: SLF001
 
 
-def unreduced_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+def unreduced_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Sharded parameters for which FSDP has accumulated gradients and not reduced them."""
-    for group in _fsdp_groups(model):
-        for parameter in group.fsdp_params:
-            if (
-                group._partial_reduce_output is not None  # noqa: SLF001
-                or parameter.unsharded_accumulated_grad is not None
-                or getattr(getattr(parameter, "_unsharded_param", None), "grad", None) is not None
-            ):
-                yield parameter.sharded_param
+    return [
+        parameter.sharded_param
+        for group in _fsdp_groups(model)
+        for parameter in group.fsdp_params
+        if group._partial_reduce_output is not None  # noqa: SLF001
+        or parameter.unsharded_accumulated_grad is not None
+        or getattr(getattr(parameter, "_unsharded_param", None), "grad", None) is not None
+    ]
 
 
 def _fsdp_groups(model: nn.Module) -> Iterator[Any]:
