@@ -201,3 +201,22 @@ def test_a_bare_parameter_is_refused_with_what_to_write(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match=r"self.log_alpha, .* put it into a module that config"):
         Temperature(tiny_config(tmp_path)).setup()
+
+
+class AssignsItsParts(TinyTrainer):
+    def configure_models(self) -> None:
+        super().configure_models()
+        self.clipped: list[Any] = []
+        self.clip_gradients = self.clipped.append  # type: ignore[method-assign]  # allowed: a function
+
+
+def test_an_assigned_clip_gradients_is_called(tmp_path: Path) -> None:
+    trainer = AssignsItsParts(tiny_config(tmp_path, max_steps=2))
+    trainer.fit()
+
+    assert trainer.clipped == [trainer.model, trainer.model]
+
+
+def test_assigning_to_a_property_says_so(tmp_path: Path) -> None:
+    with pytest.raises(AttributeError, match="loss_scale is a property of trainers; give your"):
+        TinyTrainer(tiny_config(tmp_path)).loss_scale = 1.0  # type: ignore[misc,assignment]  # wrong

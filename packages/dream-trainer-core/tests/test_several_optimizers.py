@@ -460,3 +460,26 @@ def skipped_on_ranks() -> bool:
 
 def test_a_group_without_a_step_leaves_no_unsharded_gradient() -> None:
     assert all(run_on_ranks(skipped_on_ranks, 2))
+
+
+class StepsBetweenLosses(Plain):
+    """Two optimizers of one model; the first one steps before the other's last backward."""
+
+    def configure_optimizers(self) -> None:
+        self.one = torch.optim.SGD(self.model.embed.parameters(), lr=0.1)
+        self.other = torch.optim.SGD(self.model.head.parameters(), lr=0.1)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> dict[str, Any]:
+        for optimizer in (self.one, self.other):
+            with self.toggled(optimizer):
+                self.backward(self.model(batch).square().mean())
+            if not self.is_accumulating_gradients:
+                self.step(optimizer)
+        return {}
+
+
+def test_clipping_incomplete_gradients_of_another_optimizer_is_refused(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, gradient_accumulation_steps=2, gradient_clip_val=1.0)
+
+    with pytest.raises(RuntimeError, match=r"step\(one\) scales and clips the gradients of other"):
+        StepsBetweenLosses(config).fit()

@@ -115,9 +115,9 @@ def unreduced_gradients() -> tuple[list[bool], list[str]]:
     fully_shard(model, mesh=mesh)
     model.set_requires_gradient_sync(False)  # type: ignore[operator]  # of FSDP
     model(torch.ones(1, 1)).sum().backward()
-    found = [torch_private.has_unsharded_gradients(model)]
+    found = [bool(torch_private.unreduced_parameters(model))]
     torch_private.drop_unsharded_gradients(model)
-    found.append(torch_private.has_unsharded_gradients(model))
+    found.append(bool(torch_private.unreduced_parameters(model)))
     torch_private.reshard(model)
     wrapped = torch.compile(nn.Sequential(nn.Linear(1, 1)), backend="eager")
     return found, [n for n, _ in torch_private.named_parameters(wrapped)]  # type: ignore[arg-type]  # a module

@@ -47,6 +47,7 @@ def evaluation(
             )
         finish.generation += 1  # its backward may have been torch's
         finish.of(update.group, update)
+        update.group.reshard()
         return loss
 
     return evaluate

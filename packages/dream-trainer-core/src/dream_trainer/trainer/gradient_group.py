@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dream_trainer.world import torch_private
+
 _TORCHS_ZERO_GRAD = Optimizer.zero_grad
 
 
@@ -27,6 +29,7 @@ class Update:
         generation: Number of the last backward before its last step.
         is_pending: Whether a backward came after its last step.
         is_stale: Whether another optimizer has stepped since that backward.
+        has_backward: With several optimizers, whether it had a backward in this batch.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Update:
         self.generation = -1
         self.is_pending = False
         self.is_stale = False
+        self.has_backward = False
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         self.needs_closure = closure is not None and closure.default is inspect.Parameter.empty
 
@@ -78,6 +82,7 @@ class GradientGroup:
         models: By name.
 
     Attributes:
+        is_sharded: Whether FSDP shards a part of them.
         model: The model; a ModuleDict if there are several.
         updates: The optimizers of the models.
         ownerless: Trainable parameters of the models that no optimizer has.
@@ -95,6 +100,8 @@ class GradientGroup:
         # Now that they are sharded: a forward without gradients may leave others in their place.
         self._ordered = list(self.model.parameters())
         self._known = {id(parameter) for parameter in self._ordered}
+        self._fsdp_modules = torch_private.fsdp_modules(self.model)
+        self.is_sharded = bool(self._fsdp_modules)
         self._num_groups = 0
         self.updates: list[Update] = []
         self.ownerless: list[nn.Parameter] = []
@@ -134,6 +141,14 @@ class GradientGroup:
         self._find_owners()
         for parameter in self.ownerless:
             parameter.grad = None
+
+    def reshard(self) -> None:
+        """Before an optimizer step: free what FSDP has gathered since the backward.
+
+        A forward without gradients leaves parameters gathered; the next one would use these.
+        """
+        for module in self._fsdp_modules:
+            module.reshard()
 
     def forget(self) -> None:
         """Begin a new step."""

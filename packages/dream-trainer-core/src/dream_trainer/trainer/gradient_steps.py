@@ -135,7 +135,8 @@ class GradientSteps(AbstractTrainer):
         optimizer_modes.train(self.named_optimizers().values())
         parameters = self.config.device_parameters
         is_float16 = torch.float16 in (parameters.param_dtype, parameters.computes_in)
-        overrides = type(self).clip_gradients is not GradientSteps.clip_gradients
+        clip = getattr(self.clip_gradients, "__func__", self.clip_gradients)
+        overrides = clip is not GradientSteps.clip_gradients
         self.optimization = Optimization(
             self.named_models(),
             self.named_optimizers(),

@@ -87,6 +87,11 @@ def _check_assignment(trainer: object, name: str, value: Any) -> None:
         raise AttributeError(
             f"{assignment}: the trainer's own {name} is a {kinds}; give your attribute another name"
         )
+    found = getattr(type(trainer), name, None)
+    if isinstance(found, property) and found.fset is None:
+        raise AttributeError(
+            f"{assignment}: {name} is a property of trainers; give your attribute another name"
+        )
     if hidden_by(type(trainer).__mro__, name, value) == "method":
         raise AttributeError(
             f"{assignment} would hide the method {name}; give your attribute another name"

@@ -106,6 +106,7 @@ class Optimization:
             for setter in gradient_sync.setters(model, world.parameters.reduce_every_batch)
         ]
         self._syncs_gradients = True
+        self._reduces_late = bool(replicas or self._set_gradient_sync)
         self._index_in_group = 0
         self._has_backward = False
         self._toggled: Update | None = None
@@ -122,8 +123,11 @@ class Optimization:
         self.num_steps = 0
         self.has_skipped = False
         for update in self._updates.values():
-            update.num_steps = 0
+            update.num_steps, update.has_backward = 0, False
         self.is_accumulating = index_in_group + 1 < group_size
+        if group_size != 1 and not self.is_accumulating:
+            for each in self._replicas:
+                each.begin_last_batch()
         if self.is_accumulating is self._syncs_gradients and self._set_gradient_sync:
             self._syncs_gradients = not self.is_accumulating
             for set_gradient_sync in self._set_gradient_sync:
@@ -222,11 +226,17 @@ class Optimization:
                 raise closures.needs_closure(update)
             if not self._has_backward:
                 stray_gradients.require_gradient(update, self._updates.values())
+            if self._reduces_late and self.group_size != 1:
+                stray_gradients.refuse_unreduced(update, self._replicas)
             if self.finish.is_always_needed or group.denominator is not None:
+                if self._has_several and self.group_size != 1:
+                    stray_gradients.refuse_incomplete(update)
                 norm = self.finish.of(group, update)
                 if group.overflow is not None and self._skips(update, group.overflow):
                     return norm
             callbacks.pre_optimizer_step(model, optimizer)
+            if group.is_sharded:
+                group.reshard()
             optimizer.step()
         callbacks.post_optimizer_step(model, optimizer)
         callbacks.pre_optimizer_zero_grad(model, optimizer)
@@ -257,7 +267,7 @@ class Optimization:
 
     def _note_pending(self) -> None:
         for update in self._updates.values() if self._toggled is None else (self._toggled,):
-            update.is_pending = True
+            update.is_pending = update.has_backward = True
 
     def _skips(self, update: Update, overflow: Tensor) -> bool:
         """Skip a step if gradients aren't finite, without hooks and schedulers. Host sync."""
@@ -305,7 +315,7 @@ class Optimization:
         others = [update for update in self._updates.values() if update is not toggled]
         if self._index_in_group > 0:
             stray_gradients.refuse_unsharded(others)
-        left = stray_gradients.set_aside(others)
+        left = stray_gradients.set_aside(others, copies=bool(self._replicas))
         for group in self.groups if toggled is None else (toggled.group,):
             if denominator is not None or group.denominator is not None:
                 group.weigh(denominator, may_be_zeroed=self._index_in_group == 0)

@@ -12,6 +12,7 @@ from dream_trainer.world import gradient_clipping, torch_private
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.gradient_group import Update
+    from dream_trainer.world.replica_gradients import ReplicaGradients
 
 logger = logging.getLogger(__name__)
 
@@ -19,14 +20,19 @@ Left = tuple["Update", nn.Parameter, Tensor]
 """A gradient that was there when another optimizer stepped."""
 
 
-def set_aside(updates: Iterable[Update]) -> list[Left]:
-    """Take away the gradients of stale optimizers, to see whether a backward adds to them."""
+def set_aside(updates: Iterable[Update], *, copies: bool) -> list[Left]:
+    """Take away the gradients of stale optimizers, to see whether a backward adds to them.
+
+    Args:
+        updates: Optimizers that the backward isn't only for.
+        copies: Keep copies: gradients are views of DDP's buckets, which the backward fills.
+    """
     left: list[Left] = []
     for update in updates:
         if update.is_stale:
             found = [(update, p, p.grad) for p in update.parameters if p.grad is not None]
             update.is_stale = update.is_pending = bool(found)
-            left += found
+            left += [(u, p, gradient.clone()) for u, p, gradient in found] if copies else found
     for _, parameter, _ in left:
         parameter.grad = None
     return left
@@ -39,8 +45,52 @@ def refuse_unsharded(updates: Iterable[Update]) -> None:
         RuntimeError: If it has.
     """
     for update in updates:
-        if update.is_stale and torch_private.has_unsharded_gradients(update.group.model):
+        if update.is_stale and torch_private.unreduced_parameters(update.group.model):
             raise _addition(update)
+
+
+def refuse_unreduced(update: Update, replicas: Iterable[ReplicaGradients]) -> None:
+    """Raise if an optimizer would step with gradients that ranks have not averaged.
+
+    Only the backward of a step's last batch averages what the batches before accumulated: under
+    FSDP of the units that it reaches, under DDP of the parameters that require gradients then.
+
+    Raises:
+        RuntimeError: If it would.
+    """
+    group = update.group
+    unreduced = {id(p) for p in torch_private.unreduced_parameters(group.model)}
+    unreduced |= {id(p) for each in replicas for p in each.unreduced_parameters()}
+    if not unreduced:
+        return
+    unreduced &= {id(parameter) for parameter in update.parameters}
+    # By order: FSDP may have put gathered parameters in the place of those that optimizers have.
+    all_names = (f"{key}.{n}" for key, m in group.models.items() for n, _ in m.named_parameters())
+    pairs = zip(all_names, group.parameters, strict=False)
+    names = [name for name, parameter in pairs if id(parameter) in unreduced]
+    if names:
+        raise RuntimeError(
+            f"step({update.name}): batches before accumulated gradients of {', '.join(names[:3])}"
+            f"{f' and {len(names) - 3} more parameters' if names[3:] else ''}, and the last batch "
+            "of the step computed none, so ranks haven't averaged them. Compute the same losses in "
+            "each batch of a step; or, for losses that alternate, set "
+            "gradient_accumulation_steps=1 and call self.step every few batches"
+        )
+
+
+def refuse_incomplete(update: Update) -> None:
+    """Raise if gradients of another optimizer, scaled and clipped with its own, aren't complete.
+
+    Raises:
+        RuntimeError: If it had a backward in earlier batches of the step, and none in the last.
+    """
+    for other in update.group.updates:
+        if other.is_pending and not (other.is_stale or other.has_backward):
+            raise RuntimeError(
+                f"step({update.name}) scales and clips the gradients of {other.name} too, since "
+                "both optimizers share a model, and those are of earlier batches of the step only; "
+                "in the last batch, call self.backward for all losses before the first self.step"
+            )
 
 
 def refuse_additions(left: Sequence[Left]) -> None:

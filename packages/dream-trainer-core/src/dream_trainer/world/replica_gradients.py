@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +25,7 @@ _requires_grad = operator.attrgetter("requires_grad")
 
 
 class ReplicaGradients:
-    """Averages the gradients of a model over its replicas, while they are computed.
+    """Averages the gradients of models over their replicas, while they are computed.
 
     Torch's DDP does it. DDP learns of a backward from the forward of the module that it wraps, and
     knows the parameters that required gradients when it was made. This class tells it of each
@@ -32,21 +33,31 @@ class ReplicaGradients:
     than `forward` and parts of the model, a loss may depend on some of the parameters only, several
     losses may be backpropagated in one step, and parameters may be frozen and unfrozen.
 
+    All models have one DDP: ranks reduce in one order, also if their losses reach different models,
+    and a backward completes the reduction of gradients that batches before it accumulated.
+
     Gradients are views of the buckets that DDP reduces, which saves a copy of all of them.
 
     Args:
-        model: Its parameters are those of the whole run; buffers are left alone.
+        models: By name. Their parameters are those of the whole run; buffers are left alone.
         mesh: The axis of replicas.
         world: Launched.
     """
 
-    def __init__(self, model: nn.Module, mesh: DeviceMesh, world: World) -> None:
-        self._model = model
-        self._parameters = list(model.parameters())
+    def __init__(self, models: Mapping[str, nn.Module], mesh: DeviceMesh, world: World) -> None:
+        self._models = models
+        named = {
+            id(parameter): (f"{model_name}.{name}", parameter)
+            for model_name, model in models.items()
+            for name, parameter in model.named_parameters()
+        }
+        self._names = [name for name, _ in named.values()]
+        self._parameters = [parameter for _, parameter in named.values()]
         self._group = mesh.get_group()
         self._world = world
         self._ddps: dict[tuple[bool, ...], nn.parallel.DistributedDataParallel] = {}
         self._trained: tuple[bool, ...] | None = None
+        self._reduced: set[tuple[bool, ...]] = set()
         self._ddp: nn.parallel.DistributedDataParallel | None = None
 
     def start(self) -> None:
@@ -55,9 +66,23 @@ class ReplicaGradients:
         Raises:
             ValueError: As `prepare`.
         """
-        for tensor in (*self._model.parameters(), *self._model.buffers()):
+        buffers = (buffer for model in self._models.values() for buffer in model.buffers())
+        for tensor in (*self._parameters, *buffers):
             dist.broadcast(tensor.detach(), group=self._group, group_src=0)
         self._choose(tuple(map(_requires_grad, self._parameters)))
+
+    def begin_last_batch(self) -> None:
+        """Look from now on which gradients are averaged: those of batches before were not."""
+        self._reduced = set()
+
+    def unreduced_parameters(self) -> list[nn.Parameter]:
+        """Parameters with gradients that no backward since `begin_last_batch` averaged."""
+        is_reduced = map(any, zip(*self._reduced, strict=True))
+        return [
+            parameter
+            for parameter, reduced in zip(self._parameters, is_reduced, strict=True)
+            if not reduced and parameter.grad is not None
+        ]
 
     def prepare(self) -> None:
         """Reduce the gradients of the next backward.
@@ -70,6 +95,7 @@ class ReplicaGradients:
         trained = tuple(map(_requires_grad, self._parameters))
         if trained != self._trained:
             self._choose(trained)
+        self._reduced.add(trained)
         if self._ddp is not None:
             torch_private.begin_reduction(self._ddp)
 
@@ -103,7 +129,7 @@ class ReplicaGradients:
         self._trained = trained
         self._ddp = self._ddps.pop(trained, None)
         if self._ddp is None and any(trained):
-            names = [name for name, p in self._model.named_parameters() if p.requires_grad]
+            names = list(itertools.compress(self._names, trained))
             self._world.agree(names, "the parameters that require gradients")
             self._ddp = self._new_ddp()
         if self._ddp is not None:

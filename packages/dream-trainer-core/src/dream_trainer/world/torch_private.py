@@ -94,9 +94,18 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         yield name, parameter
 
 
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """The modules that FSDP shards, with the model itself."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
 def reshard(model: nn.Module) -> None:
     """Free the parameters that FSDP has gathered for a forward."""
-    for module in _fsdp_modules(model):
+    for module in fsdp_modules(model):
         module.reshard()
 
 
@@ -110,30 +119,37 @@ def drop_unsharded_gradients(model: nn.Module) -> None:
                 unsharded.grad = None
 
 
-def has_unsharded_gradients(model: nn.Module) -> bool:
-    """Whether FSDP has accumulated gradients and not reduced them."""
-    return any(
-        group._partial_reduce_output is not None  # noqa: SLF001
-        or parameter.unsharded_accumulated_grad is not None
-        or getattr(getattr(parameter, "_unsharded_param", None), "grad", None) is not None
+def initialize_frozen_groups(model: nn.Module) -> None:
+    """Let FSDP reduce gradients of parameters that are frozen now, in the policy's dtypes.
+
+    At its first forward, FSDP takes dtypes from the parameters that require gradients then. Call it
+    once parameters have their memory.
+    """
+    for module in fsdp_modules(model):
+        module._get_fsdp_state()._lazy_init()  # noqa: SLF001
+    for group in _fsdp_groups(model):
+        if group._orig_dtype is None and group.fsdp_params:  # noqa: SLF001
+            group._orig_dtype = group.fsdp_params[0].orig_dtype  # noqa: SLF001
+            group._reduce_dtype = group.fsdp_params[0].reduce_dtype  # noqa: SLF001
+
+
+def unreduced_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Sharded parameters for which FSDP has accumulated gradients and not reduced them."""
+    return [
+        parameter.sharded_param
         for group in _fsdp_groups(model)
         for parameter in group.fsdp_params
-    )
+        if group._partial_reduce_output is not None  # noqa: SLF001
+        or parameter.unsharded_accumulated_grad is not None
+        or getattr(getattr(parameter, "_unsharded_param", None), "grad", None) is not None
+    ]
 
 
 def _fsdp_groups(model: nn.Module) -> Iterator[Any]:
-    for module in _fsdp_modules(model):
+    for module in fsdp_modules(model):
         group = module._get_fsdp_state()._fsdp_param_group  # noqa: SLF001
         if group is not None:
             yield group
-
-
-def _fsdp_modules(model: nn.Module) -> list[Any]:
-    if "torch.distributed.fsdp" not in sys.modules:
-        return []
-    from torch.distributed.fsdp import FSDPModule
-
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def checkpoint_activations(module: nn.Module) -> None:

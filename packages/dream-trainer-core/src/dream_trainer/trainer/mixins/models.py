@@ -138,11 +138,7 @@ class ModelSetupMixin(AbstractTrainer):
         Args:
             mesh: The axis of replicas.
         """
-        self.replica_gradients = [
-            ReplicaGradients(model, mesh, self.world)
-            for model in self.named_models().values()
-            if any(True for _ in model.parameters())
-        ]
+        self.replica_gradients = [ReplicaGradients(self.named_models(), mesh, self.world)]
 
     def model_state_dict(self) -> dict[str, Any]:
         """Tensors to save, by model and parameter name; sharded where the model is."""
@@ -199,6 +195,9 @@ class ModelSetupMixin(AbstractTrainer):
         elif shape.dp_replicate > 1:
             self.apply_replicate(self.world.get_mesh("dp_replicate"))
         self._materialize()
+        if shape.uses_fsdp:
+            for model in self.named_models().values():
+                torch_private.initialize_frozen_groups(model)
         for each in self.replica_gradients:
             each.start()
 
