@@ -330,7 +330,6 @@ def test_a_copy_made_during_a_run_logs_independently(tmp_path, copied):
         ({"sinks": ["log.jsonl"]}, TypeError, "'log.jsonl' isn't a sink"),
         ({"sinks": JSONLinesSink()}, TypeError, "a list of sinks is required"),
     ],
-    ids=str,
 )
 def test_invalid_arguments_are_rejected(arguments, error, message):
     with pytest.raises(error, match=message):

@@ -120,7 +120,6 @@ def test_a_child_process_does_not_inherit_the_file(tmp_path):
         ("\ud800", "\\ud800"),
         (torch.zeros(3, 2), "tensor((3, 2), torch.float32)"),
     ],
-    ids=str,
 )
 def test_values_of_any_type_are_written_as_strict_json(tmp_path, value, written):
     sink = opened(tmp_path)
