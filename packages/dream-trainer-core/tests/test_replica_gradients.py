@@ -228,8 +228,20 @@ def test_two_ranks_train_as_one_process(
         torch.testing.assert_close(first[case][name], expected, rtol=1e-5, atol=1e-6)
 
 
+class OnlyInTheFirst(CallsMethods):
+    """The last batch of a step computes nothing."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        if self.is_accumulating_gradients:
+            self.backward(self.model(batch[0]).sum())
+        else:
+            self.step(self.optimizer)
+        return {}
+
+
 @pytest.mark.parametrize(
-    ("layout", "trainer_class"), [("DDP", Toggles), ("FSDP", Alternates)], ids=["DDP", "FSDP"]
+    ("layout", "trainer_class"),
+    [("DDP", Toggles), ("DDP", OnlyInTheFirst), ("FSDP", Alternates)],
 )
 def test_gradients_that_no_backward_has_averaged_are_refused(
     tmp_path: Path, layout: str, trainer_class: type[TinyTrainer]

@@ -77,11 +77,10 @@ class ReplicaGradients:
 
     def unreduced_parameters(self) -> list[nn.Parameter]:
         """Parameters with gradients that no backward since `begin_last_batch` averaged."""
-        is_reduced = map(any, zip(*self._reduced, strict=True))
         return [
             parameter
-            for parameter, reduced in zip(self._parameters, is_reduced, strict=True)
-            if not reduced and parameter.grad is not None
+            for index, parameter in enumerate(self._parameters)
+            if parameter.grad is not None and not any(each[index] for each in self._reduced)
         ]
 
     def prepare(self) -> None:
