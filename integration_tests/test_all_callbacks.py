@@ -85,6 +85,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trainer.run_dir
 
 
+@pytest.mark.full  # each package's tests make the same checks, with that package alone
 @pytest.mark.parametrize("name", MAKERS)
 def test_each_callback_conforms(name: str, source: Path) -> None:
     make = functools.partial(MAKERS[name], source)

@@ -49,10 +49,14 @@ def environment(folder: Path, without: set[str]) -> Path:
     return folder
 
 
-CASES = [("none", set()), *((name, {name}) for name in CALLBACKS), ("all", set(CALLBACKS))]
+QUICK = ("checkpoint", "all")
+CASES = [
+    pytest.param(without, id=name, marks=() if name in QUICK else pytest.mark.full)
+    for name, without in (("none", set()), *((n, {n}) for n in CALLBACKS), ("all", set(CALLBACKS)))
+]
 
 
-@pytest.mark.parametrize("without", [case[1] for case in CASES], ids=[case[0] for case in CASES])
+@pytest.mark.parametrize("without", CASES)
 def test_other_packages_work_without_one(tmp_path: Path, without: set[str]) -> None:
     present = " ".join(CALLBACKS[name] for name in sorted(CALLBACKS.keys() - without))
     missing = " ".join(CALLBACKS[name] for name in sorted(without))

@@ -192,6 +192,7 @@ def test_missing_old_and_broken_packages_are_distinguished(tmp_path: Path) -> No
     )
 
 
+@pytest.mark.full
 def test_no_error_inside_a_package_is_hidden(tmp_path: Path) -> None:
     folder = environment(tmp_path / "broken")
     install(folder, "checkpoint", "from dream_trainer.callbacks import NoSuchName")
@@ -219,6 +220,7 @@ def test_no_error_inside_a_package_is_hidden(tmp_path: Path) -> None:
     assert answers[named("ProgressBar")].startswith("SyntaxError: invalid syntax")
 
 
+@pytest.mark.full
 def test_dir_lists_what_can_be_imported_and_never_raises(tmp_path: Path) -> None:
     every = set.union(*CONTRACT.values())
     folder = environment(tmp_path / "listed")

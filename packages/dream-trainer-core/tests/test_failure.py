@@ -101,7 +101,7 @@ ON_FOUR_RANKS = [
 ]
 ALL = [*IN_HOOKS, *SPECIAL, *ON_FOUR_RANKS]
 QUICK = {
-    *("pre_launch:1:2", "post_setup:0:2", "train_context:1:2", "post_validation_epoch:0:2"),
+    *("pre_launch:1:2", "post_validation_epoch:0:2"),
     *(
         "post_fit:1:2",
         "training_step:0:2",
@@ -113,13 +113,12 @@ QUICK = {
         "kernel_times_out:0:2",
         "abort_hangs:1:2",
     ),
-    *("clean_up_hangs:1:2", "clean_up_collective:1:2", "finally_collective:1:2"),
+    *("clean_up_hangs:1:2", "clean_up_collective:1:2"),
     *(
         "SIGKILL:1:2",
         "SIGTERM:2:4",
         "killed_on_another_machine:1:2",
         "system_exit:1:2",
-        "post_train_step:2:4",
     ),
 }
 CASES = [
