@@ -126,6 +126,41 @@ def agreed_with_stalls(num_ticks: int) -> list[tuple[int, int]]:
     return seen
 
 
+def ends_in_flight() -> bool:
+    """Whether a run ends in which rank 1 stalls while the last exchange is in flight.
+
+    Rank 0 doesn't wait for it: it ends the run, and reads the exchange, before rank 1 announces.
+    """
+    world = World(DeviceParameters(device="cpu"))
+    world.launch()
+    requests = Requests(world)
+    request = requests.register("save")
+    monitor = world.failure_monitor()
+    num_in_flight = 0
+    with monitor.watching(lambda: 0):
+        requests.start()
+        for tick in range(2000):
+            requests.receive()
+            time.sleep(0.005)
+            num_in_flight = num_in_flight + 1 if requests.is_in_flight else 0
+            if world.rank == 1 and tick > 100:
+                if num_in_flight == 4:
+                    time.sleep(1.0)
+                request.ask()
+            requests.send("train")
+            if tick > 100 and num_in_flight == 6:
+                break
+        has_announced = monitor._store.num_questions() > 0  # type: ignore[union-attr]  # noqa: SLF001
+        requests.finish()
+        monitor.finish()
+    world.shutdown()
+    return has_announced
+
+
+def test_a_run_ends_while_ranks_agree_on_an_early_exchange() -> None:
+    assert run_on_ranks(ends_in_flight, 2)[1]
+
+
 def test_ranks_agree_if_one_has_passed_the_scheduled_tick() -> None:
     first, second = run_on_ranks(agreed_with_stalls, 2, 400)
 

@@ -224,7 +224,7 @@ class Requests:
         # A rank may have passed this tick before the others announced an earlier exchange: then
         # it acted as scheduled.
         if self._is_agreed_early() and not is_due:
-            self.finish()
+            self._finish()
             self._start_exchange()
             self._read_next()
         elif is_due and self._work is not None:
@@ -243,13 +243,18 @@ class Requests:
             return
         if self._early is not None:
             self._early.count_tick()
-        self.finish()
+        self._finish()
         self._start_exchange()
-        self.finish()
+        self._finish()
         self._last_tick_s = None  # the time until the next step isn't a step's
 
     def finish(self) -> None:
         """Read the exchange in flight, if any. Collective, blocking."""
+        if self._early is not None:
+            self._early.count_tick()  # a slower rank mustn't take it for an early exchange
+        self._finish()
+
+    def _finish(self) -> None:
         if self._work is not None:
             self._read_next()
             self._read()
