@@ -306,5 +306,7 @@ def checkpoints(root: Path) -> list[str]:
 
 def directory(root: Path) -> Path:
     """The one checkpoint directory below a root."""
-    (found,) = [path for path in root.glob("*/*/*/checkpoints") if path.is_dir()]
+    # Not by rglob: it fails if a folder that it looks into is deleted meanwhile.
+    patterns = ("checkpoints", "*/*/*/checkpoints")
+    (found,) = [path for each in patterns for path in root.glob(each) if path.is_dir()]
     return found
