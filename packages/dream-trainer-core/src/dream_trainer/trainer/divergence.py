@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+
+from dream_trainer.world.dtensors import local_part
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -58,11 +59,5 @@ def _not_finite(trainer: BaseTrainer) -> list[str]:
         f"{model_name}.{name}"
         for model_name, model in trainer.named_models().items()
         for name, parameter in model.named_parameters()
-        if not bool(_local(parameter).isfinite().all())
+        if not bool(local_part(parameter).isfinite().all())
     ]
-
-
-def _local(parameter: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

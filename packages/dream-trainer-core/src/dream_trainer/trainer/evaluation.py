@@ -23,6 +23,7 @@ from dream_trainer.trainer.validation import (
     evaluating,
 )
 from dream_trainer.world import signals
+from dream_trainer.world.dtensors import local_part
 
 if TYPE_CHECKING:
     from dream_trainer.trainer.base import BaseTrainer
@@ -168,8 +169,6 @@ def _weights_of(trainer: BaseTrainer, checkpoint: CheckpointChoice | None) -> It
 
 def _local_tensors(trainer: BaseTrainer) -> Iterator[Tensor]:
     """This rank's part of each parameter and buffer."""
-    from torch.distributed.tensor import DTensor
-
     for model in trainer.named_models().values():
         for tensor in (*model.parameters(), *model.buffers()):
-            yield tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            yield local_part(tensor)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dream_trainer.configs.device import AXES
+from dream_trainer.world.dtensors import as_dtensor, local_part
 from dream_trainer.world.rank_mismatch import grouped
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def refuse_different_replicas(models: Mapping[str, nn.Module], world: World, whe
         (f"{model_name}.{name}", parameter)
         for model_name, model in models.items()
         for name, parameter in model.named_parameters()
-        if type(_local(parameter)) is Tensor  # a quantized one has no bits to look at
+        if type(local_part(parameter).detach()) is Tensor  # a quantized one has no bits to look at
     ]
     digests: dict[int, Tensor] = {}
     first = _NONE
@@ -60,7 +61,7 @@ def refuse_different_replicas(models: Mapping[str, nn.Module], world: World, whe
             continue
         for i in compared:
             if i not in digests:
-                digests[i] = _digest(_local(tensors[i][1])).to(world.device)
+                digests[i] = _digest(local_part(tensors[i][1]).detach()).to(world.device)
         mine = torch.stack([digests[i] for i in compared])
         extremes = torch.stack([mine, ~mine])  # the largest; the complement of the smallest
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=world.get_mesh(axis).get_group())
@@ -70,7 +71,7 @@ def refuse_different_replicas(models: Mapping[str, nn.Module], world: World, whe
     if first == _NONE:
         return
     name, tensor = tensors[first]
-    local = _local(tensor)
+    local = local_part(tensor).detach()
     wide = torch.complex128 if local.is_complex() else torch.float64
     norm = torch.linalg.vector_norm(local.to(wide)).item()
     norms = grouped([f"{each:.17g}" for each in world.all_gather(norm)])
@@ -107,22 +108,15 @@ def broadcast_buffers(models: Iterable[nn.Module], world: World) -> None:
             buffer.copy_(part.view(buffer.shape))
 
 
-def _local(tensor: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
 def _is_copied(tensor: Tensor, axis: str) -> bool:
     """Whether ranks along an axis of the world's mesh must have the same local tensor."""
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(tensor, DTensor):
+    sharded = as_dtensor(tensor)
+    if sharded is None:
         return True
-    names = tensor.device_mesh.mesh_dim_names or ()
+    names = sharded.device_mesh.mesh_dim_names or ()
     if not names or not {*names} <= {*AXES, "dp_shard_cp"}:
         return False  # a mesh of the user's own
-    split = [n for n, p in zip(names, tensor.placements, strict=True) if not p.is_replicate()]
+    split = [n for n, p in zip(names, sharded.placements, strict=True) if not p.is_replicate()]
     return axis not in split and not (axis in ("dp_shard", "cp") and "dp_shard_cp" in split)
 
 

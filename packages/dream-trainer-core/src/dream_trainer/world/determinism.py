@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dream_trainer.world.dtensors import as_dtensor
 from dream_trainer.world.torch_private import TorchDispatchMode
 
 
@@ -120,29 +121,21 @@ class LocalTensorRandom(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         is_random = torch.Tag.nondeterministic_seeded in func.tags
-        filled = args[0] if args and isinstance(args[0], torch.Tensor) else None
-        if not is_random or filled is None or not _is_sharded(filled):
+        filled = args[0] if args else None
+        sharded = as_dtensor(filled) if is_random else None
+        if sharded is None:
             return func(*args, **kwargs)
         from torch.distributed.tensor import DTensor
 
-        assert isinstance(filled, DTensor)
-        local = filled.to_local()
+        local = sharded.to_local()
         drawn = func(local, *args[1:], **kwargs)
         if drawn is local:  # x_(), not x_like()
-            return filled
+            return sharded
         return DTensor.from_local(
             drawn,
-            filled.device_mesh,
-            filled.placements,
+            sharded.device_mesh,
+            sharded.placements,
             run_check=False,
-            shape=filled.shape,
-            stride=filled.stride(),
+            shape=sharded.shape,
+            stride=sharded.stride(),
         )
-
-
-def _is_sharded(tensor: object) -> bool:
-    if type(tensor) in (torch.Tensor, torch.nn.Parameter) or not isinstance(tensor, torch.Tensor):
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)

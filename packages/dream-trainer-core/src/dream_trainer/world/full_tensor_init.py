@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dream_trainer.world.dtensors import is_dtensor
 from dream_trainer.world.torch_private import TorchDispatchMode
 
 _NEW_TENSOR = {f"aten::new_{name}" for name in ("empty", "empty_strided", "zeros", "ones", "full")}
@@ -47,7 +48,7 @@ class FullTensorInit(TorchDispatchMode):
             result = self._changed(func, target, args, kwargs)
             self._write_back(target)
             return result
-        if torch.Tag.nondeterministic_seeded in func.tags and _is_sharded(first):
+        if torch.Tag.nondeterministic_seeded in func.tags and is_dtensor(first):
             return _shard(func(self._empty_like(first), *args[1:], **kwargs), first)
         if func._schema.name in _NEW_TENSOR and first is not None:  # noqa: SLF001
             # A plain one: what follows, such as a QR decomposition, is known for these.
@@ -58,7 +59,7 @@ class FullTensorInit(TorchDispatchMode):
         try:
             result = func(*args, **kwargs)
         except (RuntimeError, NotImplementedError):
-            if not _is_sharded(first):
+            if not is_dtensor(first):
                 raise
             result = func(first.full_tensor(), *args[1:], **kwargs)
         if self._is_part(first) or not _shares_memory(result, first):
@@ -71,7 +72,7 @@ class FullTensorInit(TorchDispatchMode):
 
     def _changed(self, func: Any, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         is_random = torch.Tag.nondeterministic_seeded in func.tags
-        if not _is_sharded(target):
+        if not is_dtensor(target):
             return self._as_full_if_needed(func, args, kwargs)
         if not is_random and "out" not in kwargs and not _has_plain(args[1:]):
             try:
@@ -107,7 +108,7 @@ class FullTensorInit(TorchDispatchMode):
                 taken = part.func(full, *part.args, **part.kwargs)
                 taken = taken[part.index] if isinstance(taken, (list, tuple)) else taken
                 taken.copy_(_full(written))
-                if _is_sharded(part.base):
+                if is_dtensor(part.base):
                     _assign(part.base, full)
                 written = part.base
 
@@ -143,7 +144,7 @@ def _full(value: Any, target: Any = None, full: Any = None) -> Any:
         return {name: _full(each, target, full) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(_full(each, target, full) for each in value)
-    return value.full_tensor() if _is_sharded(value) else value
+    return value.full_tensor() if is_dtensor(value) else value
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -157,26 +158,18 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _has_sharded(value: Any) -> bool:
-    return any(map(_is_sharded, _tensors(value)))
+    return any(map(is_dtensor, _tensors(value)))
 
 
 def _has_plain(value: Any) -> bool:
     """Whether an operation on sharded tensors gets a plain one, which DTensor refuses."""
-    return any(each.ndim > 0 and not _is_sharded(each) for each in _tensors(value))
+    return any(each.ndim > 0 and not is_dtensor(each) for each in _tensors(value))
 
 
 def _shares_memory(result: Any, source: Any) -> bool:
     """Whether what should be a view of a sharded tensor is one."""
     part = result[0] if isinstance(result, (list, tuple)) and result else result
-    if not _is_sharded(part):
+    if not is_dtensor(part):
         return False
     of_part, of_source = part.to_local(), source.to_local()
     return bool(of_part.untyped_storage().data_ptr() == of_source.untyped_storage().data_ptr())
-
-
-def _is_sharded(tensor: object) -> bool:
-    if type(tensor) in (torch.Tensor, torch.nn.Parameter) or not isinstance(tensor, torch.Tensor):
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)

@@ -7,15 +7,13 @@ part, those of sparse tensors in their values.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dream_trainer.world import torch_private
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+from dream_trainer.world import dtensors, torch_private
+from dream_trainer.world.dtensors import as_dtensor
 
 
 def gradients_of(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
@@ -45,7 +43,7 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """
     by_mesh: dict[Any, list[Tensor]] = {}
     for gradient in gradients:
-        sharded = _as_dtensor(gradient)
+        sharded = as_dtensor(gradient)
         mesh = None if sharded is None else sharded.device_mesh
         by_mesh.setdefault(mesh, []).append(gradient.values() if gradient.is_sparse else gradient)
     norms = [_full(torch.nn.utils.get_total_norm(each)) for each in by_mesh.values()]
@@ -77,7 +75,7 @@ def clip_value(parameters: Iterable[nn.Parameter], limit: float) -> None:
     Collective where a gradient is a partial sum over a mesh, which is summed first.
     """
     for parameter in parameters:
-        sharded = _as_dtensor(parameter.grad)
+        sharded = as_dtensor(parameter.grad)
         if sharded is not None and any(each.is_partial() for each in sharded.placements):
             from torch.distributed.tensor import Replicate
 
@@ -92,8 +90,7 @@ def local_part(gradient: Tensor) -> Tensor:
     """This rank's part of a gradient; the values of a sparse one. Shares its memory."""
     if gradient.is_sparse:
         return gradient.values()
-    sharded = _as_dtensor(gradient)
-    return gradient if sharded is None else sharded.to_local()
+    return dtensors.local_part(gradient)
 
 
 def by_device_and_dtype(gradients: Iterable[Tensor]) -> dict[Any, list[Tensor]]:
@@ -109,14 +106,5 @@ def by_device_and_dtype(gradients: Iterable[Tensor]) -> dict[Any, list[Tensor]]:
 
 
 def _full(tensor: Tensor) -> Tensor:
-    sharded = _as_dtensor(tensor)
+    sharded = as_dtensor(tensor)
     return tensor if sharded is None else sharded.full_tensor()
-
-
-def _as_dtensor(tensor: Tensor | None) -> DTensor | None:
-    """The tensor if it is a DTensor."""
-    if tensor is None or type(tensor) is Tensor:  # importing DTensor takes long
-        return None
-    from torch.distributed.tensor import DTensor
-
-    return tensor if isinstance(tensor, DTensor) else None

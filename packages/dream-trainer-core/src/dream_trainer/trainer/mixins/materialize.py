@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor, nn
 
+from dream_trainer.world.dtensors import local_part
+
 
 def has_meta_tensors(model: nn.Module) -> bool:
     """Whether any parameter or buffer is on the meta device."""
@@ -46,15 +48,8 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor."""
-    from torch.distributed.tensor import DTensor
-
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
 def _mark_empty(tensor: Tensor) -> None:
-    local = _local(tensor)
+    local = local_part(tensor).detach()
     if local.is_floating_point() or local.is_complex():
         local.fill_(float("nan"))
     elif local.dtype is not torch.bool:
@@ -66,7 +61,7 @@ def _is_marked_empty(tensor: Tensor) -> bool:
 
     Of floats a single NaN counts: a part of the tensor may not have been written.
     """
-    local = _local(tensor)
+    local = local_part(tensor).detach()
     if local.numel() == 0 or local.dtype is torch.bool:
         return False
     if local.is_floating_point() or local.is_complex():
