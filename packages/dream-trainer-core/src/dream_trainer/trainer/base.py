@@ -6,7 +6,7 @@ import functools
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -60,7 +60,7 @@ class BaseTrainer(GradientSteps, GuardedNames):
     epoch_schedules: EpochSchedules
     train_batches: BatchStream
     validation_sets: tuple[EvaluationSet, ...] = ()
-    replica_gradients: Sequence[ReplicaGradients] = ()
+    replica_gradients: ReplicaGradients | None = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -27,7 +27,7 @@ class GradientSteps(AbstractTrainer):
     training_parameters: TrainingParameters
     precision_context: Callable[[], AbstractContextManager[Any]] | None = None
     training_step: Callable[..., Any]
-    replica_gradients: Sequence[ReplicaGradients] = ()
+    replica_gradients: ReplicaGradients | None = None
 
     def backward(
         self, loss: Tensor, *, denominator: float | Tensor | None = None, **options: Any

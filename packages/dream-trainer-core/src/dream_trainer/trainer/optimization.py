@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 class Optimization:
     """Turns the gradients of a group of batches into one optimizer step.
 
-    `backward` and `step` turn off the autocast of `param_dtype`, and `step` any other: only the
+    `backward` and `step` turn off the loop's autocast, and `step` any other: only the
     forward is meant to run in low precision, not the products inside an optimizer such as Shampoo
     or Muon.
 
@@ -43,7 +43,7 @@ class Optimization:
         schedulers: Those that are stepped after each step of an optimizer, in order.
         parameters: Clipping and accumulation.
         world: Ranks over which gradients are averaged.
-        replicas: Average the gradients of each model over its replicas.
+        replicas: Averages gradients over the replicas of the models, with DDP.
         clip_gradients: The trainer's method, if the user has written one.
         autocasts: Whether the loop calls `training_step` inside autocast.
         loss_scale: For float16.
@@ -64,7 +64,7 @@ class Optimization:
         schedulers: Mapping[Optimizer, Sequence[LRScheduler]],
         parameters: TrainingParameters,
         world: World,
-        replicas: Sequence[ReplicaGradients],
+        replicas: ReplicaGradients | None,
         *,
         clip_gradients: Callable[[nn.Module], Tensor | None] | None,
         autocasts: bool,
@@ -106,7 +106,7 @@ class Optimization:
             for setter in gradient_sync.setters(model, world.parameters.reduce_every_batch)
         ]
         self._syncs_gradients = True
-        self._reduces_late = bool(replicas or self._set_gradient_sync)
+        self._reduces_late = replicas is not None or bool(self._set_gradient_sync)
         self._index_in_group = 0
         self._has_backward = False
         self._toggled: Update | None = None
@@ -125,9 +125,8 @@ class Optimization:
         for update in self._updates.values():
             update.num_steps, update.has_backward = 0, False
         self.is_accumulating = index_in_group + 1 < group_size
-        if group_size != 1 and not self.is_accumulating:
-            for each in self._replicas:
-                each.begin_last_batch()
+        if self._replicas is not None and group_size != 1 and not self.is_accumulating:
+            self._replicas.begin_last_batch()
         if self.is_accumulating is self._syncs_gradients and self._set_gradient_sync:
             self._syncs_gradients = not self.is_accumulating
             for set_gradient_sync in self._set_gradient_sync:
@@ -156,16 +155,16 @@ class Optimization:
             left = None
         if self.loss_scale is not None:
             loss = self._scaled(self.loss_scale, loss)
-        replicas = () if self.is_accumulating else self._replicas
-        for each in replicas:
-            each.prepare()
+        replicas = None if self.is_accumulating else self._replicas
+        if replicas is not None:
+            replicas.prepare()
         if self._autocasts:
             with torch.autocast(self._device_type, enabled=False):
                 loss.backward(**options)
         else:
             loss.backward(**options)
-        for each in replicas:
-            each.finish()
+        if replicas is not None:
+            replicas.finish()
         if left:
             stray_gradients.refuse_additions(left)
 
@@ -315,7 +314,7 @@ class Optimization:
         others = [update for update in self._updates.values() if update is not toggled]
         if self._index_in_group > 0:
             stray_gradients.refuse_unsharded(others)
-        left = stray_gradients.set_aside(others, copies=bool(self._replicas))
+        left = stray_gradients.set_aside(others, copies=self._replicas is not None)
         for group in self.groups if toggled is None else (toggled.group,):
             if denominator is not None or group.denominator is not None:
                 group.weigh(denominator, may_be_zeroed=self._index_in_group == 0)

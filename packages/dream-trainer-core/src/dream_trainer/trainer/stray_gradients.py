@@ -49,7 +49,7 @@ def refuse_unsharded(updates: Iterable[Update]) -> None:
             raise _addition(update)
 
 
-def refuse_unreduced(update: Update, replicas: Iterable[ReplicaGradients]) -> None:
+def refuse_unreduced(update: Update, replicas: ReplicaGradients | None) -> None:
     """Raise if an optimizer would step with gradients that ranks have not averaged.
 
     Only the backward of a step's last batch averages what the batches before accumulated: under
@@ -60,7 +60,8 @@ def refuse_unreduced(update: Update, replicas: Iterable[ReplicaGradients]) -> No
     """
     group = update.group
     unreduced = {id(p) for p in torch_private.unreduced_parameters(group.model)}
-    unreduced |= {id(p) for each in replicas for p in each.unreduced_parameters()}
+    if replicas is not None:
+        unreduced |= {id(parameter) for parameter in replicas.unreduced_parameters()}
     if not unreduced:
         return
     unreduced &= {id(parameter) for parameter in update.parameters}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ class ModelSetupMixin(AbstractTrainer):
     """
 
     _model_names: tuple[str, ...] = ()
-    replica_gradients: Sequence[ReplicaGradients] = ()
+    replica_gradients: ReplicaGradients | None = None
     seed: int | None
 
     # What the user writes
@@ -138,7 +138,7 @@ class ModelSetupMixin(AbstractTrainer):
         Args:
             mesh: The axis of replicas.
         """
-        self.replica_gradients = [ReplicaGradients(self.named_models(), mesh, self.world)]
+        self.replica_gradients = ReplicaGradients(self.named_models(), mesh, self.world)
 
     def model_state_dict(self) -> dict[str, Any]:
         """Tensors to save, by model and parameter name; sharded where the model is."""
@@ -198,8 +198,8 @@ class ModelSetupMixin(AbstractTrainer):
         if shape.uses_fsdp:
             for model in self.named_models().values():
                 torch_private.initialize_frozen_groups(model)
-        for each in self.replica_gradients:
-            each.start()
+        if self.replica_gradients is not None:
+            self.replica_gradients.start()
 
     @property
     def _is_sharded(self) -> bool:
