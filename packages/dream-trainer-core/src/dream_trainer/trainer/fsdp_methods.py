@@ -23,13 +23,10 @@ def gather_in_methods(model: nn.Module, trainer_class: type) -> None:
     FSDP does it for `forward` alone. They run as they are if they get no tensor, such as a method
     that changes weights, and inside of `forward` and of each other.
     """
-    from torch.distributed.fsdp import FSDPModule
-
     named = set(_names_in_steps(trainer_class))
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            for name in sorted(_methods(type(module)) & named):
-                _gather_in(module, name)
+    for module in torch_private.fsdp_modules(model):
+        for name in sorted(_methods(type(module)) & named):
+            _gather_in(module, name)
 
 
 def explain_sharded_call(error: BaseException) -> None:
