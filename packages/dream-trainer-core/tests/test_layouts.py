@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from reductions import Reductions
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import RankError, TinyTrainer, run_on_ranks, tiny_config
@@ -246,20 +245,6 @@ def compare(outcomes: list[Any], alone: Any, tolerance: float, norm_tolerance: f
 
 
 # Collectives
-
-
-class Reductions(TorchDispatchMode):
-    """Records the dtypes in which gradients are reduced, without collectives inside layers."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
-        self.dtypes: list[torch.dtype] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d" and "reduce" in func.name():
-            tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
-            self.dtypes.append(tensors[0].dtype)
-        return func(*args, **(kwargs or {}))
 
 
 class Watched(Divisible):

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from reductions import Reductions
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from dream_trainer.configs import DeviceParameters
 from dream_trainer.testing import TinyTrainer, run_on_ranks, tiny_config
@@ -70,17 +69,6 @@ class LooksTrainer(TinyTrainer):
         }
         self.step(self.optimizer)
         return {"loss": loss}
-
-
-class Reductions(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
-        self.dtypes: list[torch.dtype] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d" and "reduce" in func.name():
-            self.dtypes.append(next(x for x in tree_leaves(args) if isinstance(x, Tensor)).dtype)
-        return func(*args, **(kwargs or {}))
 
 
 def seen(layout: str) -> dict[str, dict[str, Any]]:
